@@ -1,0 +1,208 @@
+"""Training dynamics: how confidently the checkpoints of a reference run predict each example, and the split it gives.
+
+For example i with supervised tokens y_1 … y_N, and checkpoints c = 1 … C of a plain NTP run:
+
+    p_c(i)  = (1/N) Σ_n p_c(y_n)                                 gold-token probability
+    confidence(i), variance(i) = mean and population variance of p_c(i) over c
+                                                                 the axes of a data map (Swayamdipta et al. 2020)
+    Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))            the paper's: negative mean perplexity
+
+Sorted by confidence and cut at the median, the data falls into the confident half D^c and the unconfident half D^u.
+
+Alone: torchrun confidence.py --checkpoints DIR… --data FILE --output confidence.jsonl [--plot map.png]
+
+Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoints, S supervised positions of a row.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import IGNORE_INDEX, encode_examples, load_examples, pack, split_batch
+from model import Transformer, autocast, load_model, processes, rank, sum_over_processes, world_size
+from tokenizer import TEMPLATES, Tokenizer
+
+# --- One checkpoint ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_examples(
+    model: Transformer, encoded: Sequence[tuple], micro_batch_tokens: int = 8192, dtype: str = "fp32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """How well one checkpoint predicts each example: -> (probability [N], perplexity [N]), float64, in the order given.
+
+    probability is p_c(i) = (1/N) Σ_n p(y_n), perplexity exp(−(1/N) Σ_n log p(y_n)), over the example's supervised tokens.
+    Under `torchrun` the processes share the examples out, each is scored exactly once, and every process gets all scores.
+    """
+    device = model.head_weight.device
+    sums = torch.zeros(3, len(encoded), dtype=torch.float64, device=device)  # of p, of log p, of 1 (N), for each example
+    batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens)
+    for examples in batches[rank() :: world_size()]:
+        batch = pack([encoded[i] for i in examples]).to(device)
+        supervised = batch.targets != IGNORE_INDEX  # [tokens of the row]
+        with autocast(device, dtype):
+            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
+            log_p = model.gold_log_probs(hidden[supervised], batch.targets[supervised]).double()  # [S]
+        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())[supervised]  # [S]
+        sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
+    probability, log_probability, count = sum_over_processes(sums).cpu().numpy()
+    return probability / count, np.exp(-log_probability / count)
+
+
+# --- All checkpoints --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Each example's scores at each checkpoint.
+
+    >>> d = Dynamics(["a"], probability=np.array([[0.25], [0.75]]), perplexity=np.array([[4.0], [2.0]]))
+    >>> float(d.confidence[0]), float(d.variance[0]), float(d.mean_perplexity[0])
+    (0.5, 0.0625, 3.0)
+    """
+
+    ids: list[str]  # [N]
+    probability: np.ndarray  # [C, N]: p_c(i)
+    perplexity: np.ndarray  # [C, N]
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Mean over the checkpoints of the gold-token probability: [N], from 0 to 1."""
+        return self.probability.mean(axis=0)
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Population variance of the same: [N]."""
+        return self.probability.var(axis=0)
+
+    @property
+    def mean_perplexity(self) -> np.ndarray:
+        """Mean over the checkpoints of the perplexity: [N]; its negative is the paper's confidence."""
+        return self.perplexity.mean(axis=0)
+
+    def by(self, measure: str) -> np.ndarray:
+        """The score to split by, higher for more confident: `probability`, or the paper's `perplexity`. -> [N]"""
+        return {"probability": self.confidence, "perplexity": -self.mean_perplexity}[measure]
+
+    def save(self, path) -> None:
+        """Write one JSON object a line and example."""
+        columns = (self.ids, self.confidence, self.variance, self.mean_perplexity, self.probability.T, self.perplexity.T)
+        names = ("id", "confidence", "variance", "perplexity", "probabilities", "perplexities")
+        with open(path, "w", encoding="utf-8") as file:
+            for row in zip(*(x.tolist() if isinstance(x, np.ndarray) else x for x in columns), strict=True):
+                file.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
+
+    @classmethod
+    def load(cls, path) -> "Dynamics":
+        """Read what `save` wrote. FileNotFoundError or ValueError name file, line and what is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; --stage confidence makes it")
+        ids, probability, perplexity = [], [], []
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                ids.append(row["id"])
+                probability.append([float(p) for p in row["probabilities"]])
+                perplexity.append([float(p) for p in row["perplexities"]])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: not a line of confidence scores ({error!r})") from None
+            scores = probability[-1] + perplexity[-1]
+            if not scores or len(scores) != 2 * len(probability[0]) or not all(map(math.isfinite, scores)):
+                raise ValueError(f"{path}:{number}: one finite probability and perplexity a checkpoint is expected")
+        if not ids:
+            raise ValueError(f"{path}: no scores in it")
+        return cls(ids, np.array(probability).T, np.array(perplexity).T)
+
+    def select(self, ids: list[str]) -> "Dynamics":
+        """The scores of just these examples, in this order. ValueError counts the ids that have none and shows three."""
+        place = {example_id: i for i, example_id in enumerate(self.ids)}
+        missing = [example_id for example_id in ids if example_id not in place]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(ids)} examples have no confidence score (ids {', '.join(missing[:3])}…): "
+                "the scores must come from the same data"
+            )
+        order = [place[example_id] for example_id in ids]
+        return Dynamics(ids, self.probability[:, order], self.perplexity[:, order])
+
+
+def split_by_confidence(scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort by confidence and cut at the median: scores [N] -> (confident [N // 2], unconfident [N - N // 2]), indices.
+
+    Ties are broken by example order, the earlier one counting as more confident.
+
+    >>> [half.tolist() for half in split_by_confidence([0.1, 0.9, 0.5, 0.9, 0.2])]
+    [[1, 3], [2, 4, 0]]
+    """
+    order = torch.argsort(torch.as_tensor(scores, dtype=torch.float64), descending=True, stable=True)
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def area_under_roc(scores, positive) -> float:
+    """The chance that a positive example scores higher than a negative one, ties counting half (Mann-Whitney U).
+
+    >>> area_under_roc([0.9, 0.4, 0.6, 0.1], [True, True, False, False])
+    0.75
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (count.cumsum() - (count - 1) / 2)[place]  # 1 … N, equal scores sharing the mean of their ranks
+    num_positive, num_negative = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+# --- Picture and command line -----------------------------------------------------------------------------------------
+
+
+def require_matplotlib():
+    """The pyplot module, or ValueError saying what to install."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def plot_data_map(dynamics: Dynamics, path) -> None:
+    """Draw the data map: every example at its variance and confidence, and the line where the split cuts."""
+    plt = require_matplotlib()
+    confident, unconfident = (half.numpy() for half in split_by_confidence(dynamics.confidence))
+    figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
+    size = float(np.clip(20000 / len(dynamics.ids), 1, 25))
+    for half, colour, name in ((confident, "#2a6f97", "confident"), (unconfident, "#d1495b", "unconfident")):
+        label = f"{name} half, {len(half):,} examples"
+        axes.scatter(dynamics.variance[half], dynamics.confidence[half], size, colour, alpha=0.35, lw=0, label=label)
+    cut = (dynamics.confidence[confident].min() + dynamics.confidence[unconfident].max()) / 2
+    axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
+    axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)", ylim=(0, 1))
+    axes.set_title(f"Data map over {len(dynamics.probability)} checkpoints")
+    axes.spines[["top", "right"]].set_visible(False)
+    for handle in axes.legend(loc="best", frameon=False).legend_handles:
+        handle.set_alpha(1)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None) -> None:
+    """Score the examples of a file with the checkpoints of a run."""
+    parser = argparse.ArgumentParser(description="Confidence of a run's checkpoints in each example of a file.")
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="DIR", help="model folders, oldest first")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where the scores go, one JSON line an example")
+    parser.add_argument("--plot", metavar="FILE", help="draw the data map (needs matplotlib)")
+    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
+    args = parser.parse_args(argv)

@@ -1,0 +1,196 @@
+"""SFTMix's loss (Xiao et al., arXiv 2410.05248): next-token prediction plus Mixup between two halves of the data.
+
+Example i has the supervised tokens y_1 … y_N; z_n is the last hidden state at the position that predicts y_n, and
+W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A confident example c and an unconfident one u make a pair:
+
+    L_NTP   = mean over supervised positions of −log p(y_n)
+    z̃_n     = λ z^c_n + (1−λ) z^u_n                            for n ≤ min(N^c, N^u), one λ ~ Beta(α, α) a pair
+    ỹ_n     = λ y^c_n + (1−λ) y^u_n                            (one-hot)
+    L_Mixup = mean over mixed positions of H(ỹ_n, softmax(W z̃_n)),  H(ỹ, p) = −Σ_v ỹ_v log p_v
+    L       = L_NTP + μ L_Mixup
+
+Read `mixup` and `sftmix_loss_literal` for what is computed, `pair_positions` for who meets whom, and `sftmix_loss` for
+how to get the same value and the same gradients at the price of L_NTP alone. Tensors in, tensors out: this file
+imports nothing but torch and can be taken into any trainer.
+
+Letters: N tokens in the packed row, B examples in it, S supervised positions, P pairs, M mixed positions, D hidden
+size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100  # a target no loss looks at: prompt tokens
+
+
+# --- The recipe, word for word ----------------------------------------------------------------------------------------
+
+
+def mixup(z_c, z_u, y_c, y_u, lam, vocab_size: int):
+    """z̃ = λ z^c + (1−λ) z^u and ỹ = λ y^c + (1−λ) y^u: the literal interpolation of states and one-hot targets.
+
+    z_c and z_u [M, D], y_c and y_u int64 [M], lam a number or [M] -> (z_mixed [M, D], y_mixed [M, V]).
+
+    >>> z, y = mixup(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]]), torch.tensor([0]), torch.tensor([2]), 0.75, 3)
+    >>> z.tolist(), y.tolist()
+    ([[3.0, 2.0]], [[0.75, 0.0, 0.25]])
+    """
+    lam = torch.as_tensor(lam, dtype=z_c.dtype, device=z_c.device).reshape(-1, 1)  # [M, 1], or [1, 1]
+    one_hot_c, one_hot_u = F.one_hot(y_c, vocab_size).to(z_c.dtype), F.one_hot(y_u, vocab_size).to(z_c.dtype)  # [M, V]
+    return lam * z_c + (1 - lam) * z_u, lam * one_hot_c + (1 - lam) * one_hot_u
+
+
+def sftmix_loss_literal(
+    hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None
+):
+    """L = L_NTP + μ L_Mixup as the paper writes it, for reading and as the oracle of `sftmix_loss` (same arguments).
+
+    Two products with `lm_head` and one-hot targets: it holds [S, V] and [M, V] several times over.
+    """
+    num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
+    z_mixed, y_mixed = mixup(
+        hidden[index_c], hidden[index_u], targets[index_c], targets[index_u], lam, vocab_size=len(weight)
+    )
+    ntp = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / num_supervised  # L_NTP
+    mix = F.cross_entropy(z_mixed @ weight.T, y_mixed, reduction="sum") / num_mixed  # L_Mixup: mean of H(ỹ, p)
+    return ntp_weight * ntp + mu * mix, ntp.detach(), mix.detach()  # L
+
+
+def _denominators(targets, index_c, num_supervised, num_mixed):
+    """The counts the two means divide by; at least 1, since a sum over nothing is 0 and so must its mean be."""
+    num_supervised = len(targets) if num_supervised is None else num_supervised
+    num_mixed = len(index_c) if num_mixed is None else num_mixed
+    return max(num_supervised, 1), max(num_mixed, 1)
+
+
+# --- Who meets whom ---------------------------------------------------------------------------------------------------
+
+
+def pair_positions(targets, cu_seqlens, pairs):
+    """Which supervised positions meet: the n-th of a pair's first example with the n-th of its second, n ≤ min(N^c, N^u).
+
+    targets int64 [N] with IGNORE_INDEX, cu_seqlens int32 [B+1], pairs int64 [P, 2] (examples of the row, confident then
+    unconfident) -> (index_c [M], index_u [M], pair [M]): positions numbered among the S supervised ones, in order, and
+    whose pair each belongs to. `lam_of_pair[pair]` is then λ at every mixed position.
+
+    Two examples in the row, supervised 2 of 4 and 3 of 5; the first two of each meet:
+
+    >>> targets = torch.tensor([-100, -100, 11, 12, -100, -100, 21, 22, 23])
+    >>> [x.tolist() for x in pair_positions(targets, torch.tensor([0, 4, 9]), torch.tensor([[0, 1]]))]
+    [[0, 1], [2, 3], [0, 0]]
+    """
+    supervised_before = F.pad((targets != IGNORE_INDEX).cumsum(0), (1, 0))  # [N+1]
+    bounds = supervised_before[cu_seqlens.long()]  # [B+1]: example b has the supervised numbers bounds[b] to bounds[b+1]
+    first, count = bounds[:-1], bounds.diff()  # [B]
+    confident, unconfident = pairs.unbind(1)  # [P]
+    meet = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
+    pair = torch.repeat_interleave(meet)  # [M]: 0 meet_0 times, 1 meet_1 times, …
+    n = torch.arange(len(pair), device=pair.device) - (meet.cumsum(0) - meet)[pair]  # [M]: 0 … meet−1 in each pair
+    return first[confident][pair] + n, first[unconfident][pair] + n, pair
+
+
+# --- The same loss at the price of one --------------------------------------------------------------------------------
+
+
+def sftmix_loss(
+    hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None
+):
+    """L = ntp_weight · L_NTP + μ L_Mixup in one pass over `lm_head`, equal to `sftmix_loss_literal` in value and gradients.
+
+    hidden [S, D] at the supervised positions, weight [V, D], targets int64 [S] without IGNORE_INDEX, index_c and index_u
+    int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and num_mixed are
+    the denominators of the two means, S and M where left out; under gradient accumulation and data parallelism give the
+    counts of the **global** batch, so that the parts add up to its mean and not to a mean of means.
+    -> (loss, ntp, mix): loss carries gradients, ntp and mix are detached means.
+
+    Three facts make it cheap:
+      1. Cross-entropy is linear in its target, so no one-hot row is needed: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u).
+      2. `lm_head` has no bias, so the mixed logits are made of logits that NTP needs anyway:
+         W z̃ = λ W z^c + (1−λ) W z^u. One product serves both terms.
+      3. The gradient of both terms by the logits is softmax minus target, known as soon as the logits are. So rows go
+         through in chunks, each leaving its gradients behind, and the logits [S, V] never exist at once.
+    """
+    num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
+    lam = torch.as_tensor(lam, device=hidden.device).expand(len(index_c))
+    loss, ntp_sum, mix_sum = _ChunkedLoss.apply(
+        hidden, weight, targets, index_c, index_u, lam, ntp_weight / num_supervised, mu / num_mixed
+    )
+    return loss, ntp_sum / num_supervised, mix_sum / num_mixed
+
+
+CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, whatever S and V are
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m), with both gradients computed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, index_c, index_u, lam, a, b):
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        product_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype  # of matrix products alone
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of everything that is summed or exponentiated
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if want_hidden else None  # [S, D]
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if want_weight else None  # [V, D]
+        ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+
+        # A row that k mixed positions use comes by k times; each time it brings 1/k of its own −log p.
+        seen = torch.bincount(torch.cat([index_c, index_u]), minlength=len(hidden))  # [S]
+        share = 1 / seen.clamp(min=1).to(sum_dtype)  # [S]
+        lam = lam.to(sum_dtype)[:, None]  # [M, 1]
+
+        with torch.autocast(device_type, enabled=False):
+            W = weight.to(product_dtype)
+            for rows, m in _chunks(seen, index_c, index_u, max(2, CHUNK_ELEMENTS // len(weight))):
+                # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
+                k = len(m)
+                z, y, own, lam_m = hidden[rows].to(product_dtype), targets[rows], share[rows], lam[m]
+                logits = (z @ W.T).to(sum_dtype)  # [R, V]: the one lm_head product
+                mixed = lam_m * logits[:k] + (1 - lam_m) * logits[k : 2 * k]  # [k, V] = W z̃, fact 2
+
+                log_p = logits.log_softmax(-1)
+                log_p_mixed = mixed.log_softmax(-1)
+                y, y_c, y_u = y[:, None], y[:k, None], y[k : 2 * k, None]
+                ntp_sum = ntp_sum - (own * log_p.gather(1, y)[:, 0]).sum()  # Σ −log p(y_s)
+                mix_sum = mix_sum - (  # Σ H(ỹ, p̃) = Σ λ CE(y^c) + (1−λ) CE(y^u), fact 1
+                    lam_m * log_p_mixed.gather(1, y_c) + (1 - lam_m) * log_p_mixed.gather(1, y_u)
+                ).sum()
+                if not (want_hidden or want_weight):
+                    continue
+
+                # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2
+                # λ of that flows to the confident row and 1−λ to the unconfident one.
+                scale = a * own[:, None]  # [R, 1]
+                grad = log_p.exp_().mul_(scale).scatter_add_(1, y, -scale)  # [R, V]
+                grad_mixed = log_p_mixed.exp_().scatter_add_(1, y_c, -lam_m).scatter_add_(1, y_u, lam_m - 1).mul_(b)
+                grad[:k].addcmul_(lam_m, grad_mixed)
+                grad[k : 2 * k].addcmul_(1 - lam_m, grad_mixed)
+                grad = grad.to(product_dtype)
+                if want_hidden:
+                    grad_hidden.index_add_(0, rows, (grad @ W).to(sum_dtype))
+                if want_weight:
+                    grad_weight += grad.T @ z
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(ntp_sum, mix_sum)
+        return a * ntp_sum + b * mix_sum, ntp_sum, mix_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss, _ntp, _mix):
+        grads = [
+            None if grad is None else (grad_loss * grad).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None, None, None, None
+
+
+def _chunks(seen, index_c, index_u, size: int):
+    """Cut the rows into chunks of at most `size`: -> (rows, the mixed positions they make up), pairs together."""
+    positions = torch.arange(len(index_c), device=seen.device)
+    for m in positions.split(size // 2):
+        if len(m):
+            yield torch.cat([index_c[m], index_u[m]]), m
+    for rows in (seen == 0).nonzero()[:, 0].split(size):
+        if len(rows):
+            yield rows, positions[:0]

@@ -1,0 +1,223 @@
+"""The loss against its literal form, and both against numbers worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+import mixup as mixup_module
+from mixup import IGNORE_INDEX, mixup, pair_positions, sftmix_loss, sftmix_loss_literal
+
+
+def case(seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):
+    """Random arguments of the loss; with `repeats`, rows that several mixed positions share."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(S, D, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
+    targets = torch.randint(V, (S,), generator=g)
+    if repeats:
+        index = torch.randint(S // 3, (2, M), generator=g)
+    else:
+        index = torch.randperm(S, generator=g)[: 2 * M].view(2, M)
+    lam = torch.rand(M, generator=g, dtype=dtype)
+    return hidden, weight, targets, index[0], index[1], lam
+
+
+def value_and_gradients(loss_function, arguments, *rest, **named):
+    loss, ntp, mix = loss_function(*arguments, *rest, **named)
+    return torch.stack([loss.detach(), ntp, mix]), *torch.autograd.grad(loss, arguments[:2])
+
+
+def assert_equal_to_literal(arguments, *rest, rtol=1e-9, atol=1e-12, **named):
+    fast = value_and_gradients(sftmix_loss, arguments, *rest, **named)
+    literal = value_and_gradients(sftmix_loss_literal, arguments, *rest, **named)
+    for name, one, other in zip(("loss, ntp, mix", "grad hidden", "grad weight"), fast, literal, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- By hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_mixup_by_hand():
+    z, y = mixup(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -2.0]]), torch.tensor([1]), torch.tensor([1]), 0.25, 3)
+    assert z.tolist() == [[2.5, -1.0]]
+    assert y.tolist() == [[0.0, 1.0, 0.0]]  # the same token on both sides: its shares add up
+
+
+def test_mixup_takes_one_lambda_a_position():
+    z, y = mixup(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([0.0, 0.9]), 2)
+    torch.testing.assert_close(z, torch.tensor([[0.0], [0.9]]))
+    torch.testing.assert_close(y, torch.tensor([[0.0, 1.0], [0.9, 0.1]]))
+
+
+@pytest.mark.parametrize("loss_function", [sftmix_loss, sftmix_loss_literal])
+def test_loss_by_hand(loss_function):
+    """Two rows and W = 1: logits (ln 3, 0) and (0, 0), so p = (3/4, 1/4) and (1/2, 1/2); gold tokens 0 and 1, λ = 1/2."""
+    hidden = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
+    loss, ntp, mix = loss_function(
+        hidden, torch.eye(2), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]), mu=0.2
+    )
+    expected_ntp = (math.log(4 / 3) + math.log(2)) / 2
+    root = math.sqrt(3.0)  # mixed logits (ln √3, 0): p̃ = (√3, 1) / (1 + √3)
+    expected_mix = 0.5 * math.log((1 + root) / root) + 0.5 * math.log(1 + root)
+    assert ntp.item() == pytest.approx(expected_ntp, rel=1e-6)
+    assert mix.item() == pytest.approx(expected_mix, rel=1e-6)
+    assert loss.item() == pytest.approx(expected_ntp + 0.2 * expected_mix, rel=1e-6)
+
+
+def test_pair_positions_by_hand():
+    """Three examples with 3, 1 and 2 supervised tokens; (2, 0) meets in 2 positions, (1, 2) in 1."""
+    i = IGNORE_INDEX
+    targets = torch.tensor([i, 5, i, 5, 5, i, i, 6, i, 7, 7])
+    cu_seqlens = torch.tensor([0, 5, 8, 11], dtype=torch.int32)
+    index_c, index_u, pair = pair_positions(targets, cu_seqlens, torch.tensor([[2, 0], [1, 2]]))
+    assert index_c.tolist() == [4, 5, 3]
+    assert index_u.tolist() == [0, 1, 4]
+    assert pair.tolist() == [0, 0, 1]
+
+
+def test_pair_positions_equals_a_loop():
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 12, (10,), generator=g)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    targets = torch.where(torch.rand(int(lengths.sum()), generator=g) < 0.5, 3, IGNORE_INDEX)
+    pairs = torch.randperm(10, generator=g).view(5, 2)
+    number = {int(n): i for i, n in enumerate((targets != IGNORE_INDEX).nonzero())}  # position -> its supervised number
+    expected = []
+    for p, (c, u) in enumerate(pairs.tolist()):
+        own = [[number[n] for n in range(cu_seqlens[b], cu_seqlens[b + 1]) if n in number] for b in (c, u)]
+        expected += [(one, other, p) for one, other in zip(*own, strict=False)]
+    assert list(zip(*(x.tolist() for x in pair_positions(targets, cu_seqlens, pairs)), strict=True)) == expected
+
+
+def test_pair_positions_without_pairs_or_without_supervision():
+    targets, cu_seqlens = torch.tensor([IGNORE_INDEX, IGNORE_INDEX, 4]), torch.tensor([0, 2, 3])
+    for pairs in (torch.zeros(0, 2, dtype=torch.int64), torch.tensor([[0, 1]])):
+        assert [len(x) for x in pair_positions(targets, cu_seqlens, pairs)] == [0, 0, 0]
+
+
+# --- Fast against literal ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.2, 3.0])
+@pytest.mark.parametrize("ntp_weight", [0.0, 1.0])
+def test_fast_equals_literal(mu, ntp_weight):
+    assert_equal_to_literal(case(), mu, ntp_weight)
+
+
+@pytest.mark.parametrize("elements", [1, 22, 44, 77, 10**6])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_fast_equals_literal_for_any_chunk(monkeypatch, elements, repeats):
+    monkeypatch.setattr(mixup_module, "CHUNK_ELEMENTS", elements)
+    assert_equal_to_literal(case(repeats=repeats), 0.7)
+
+
+@pytest.mark.parametrize("S, M", [(5, 0), (6, 3), (1, 0)])
+def test_fast_equals_literal_at_the_edges(S, M):
+    assert_equal_to_literal(case(S=S, M=M), 0.5)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_fast_equals_literal_at_the_ends_of_lambda(lam):
+    hidden, weight, targets, index_c, index_u, _ = case()
+    assert_equal_to_literal((hidden, weight, targets, index_c, index_u, torch.full((len(index_c),), lam)), 0.5)
+
+
+def test_global_denominators():
+    assert_equal_to_literal(case(), 0.3, num_supervised=100, num_mixed=40)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Two micro-batches with the global counts give the loss and the gradients of one, whatever their sizes."""
+    hidden, weight, targets, index_c, index_u, lam = case(S=12, M=4)
+    index_c, index_u = torch.tensor([0, 1, 5, 6]), torch.tensor([2, 3, 7, 8])
+    whole = value_and_gradients(sftmix_loss, (hidden, weight, targets, index_c, index_u, lam), 0.4)
+    halves = [
+        value_and_gradients(
+            sftmix_loss, (hidden[a:b], weight, targets[a:b], index_c[m] - a, index_u[m] - a, lam[m]), 0.4,
+            num_supervised=12, num_mixed=4,
+        )  # fmt: skip
+        for a, b, m in ((0, 4, slice(0, 2)), (4, 12, slice(2, 4)))
+    ]
+    torch.testing.assert_close(whole[0], halves[0][0] + halves[1][0])
+    torch.testing.assert_close(whole[1], torch.cat([halves[0][1], halves[1][1]]))
+    torch.testing.assert_close(whole[2], halves[0][2] + halves[1][2])
+
+
+def test_gradients_by_finite_differences():
+    hidden, weight, *rest = case(S=5, M=2, D=3, V=4)
+    assert torch.autograd.gradcheck(lambda h, w: sftmix_loss(h, w, *rest, 0.6, 0.9)[0], (hidden, weight))
+
+
+def test_frozen_head_still_gives_hidden_gradients():
+    hidden, weight, *rest = case()
+    expected = value_and_gradients(sftmix_loss, (hidden, weight, *rest), 0.2)[1]
+    loss, _, _ = sftmix_loss(hidden, weight.detach(), *rest, 0.2)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected)
+
+
+def test_upstream_gradient_scales():
+    hidden, weight, *rest = case()
+    loss, _, _ = sftmix_loss(hidden, weight, *rest, 0.2)
+    once = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
+
+
+def test_nothing_supervised_is_a_zero_that_can_be_backpropagated():
+    hidden, weight, *rest = case(S=0, M=0)
+    loss, ntp, mix = sftmix_loss(hidden, weight, *rest, 0.2)
+    loss.backward()
+    assert (loss.item(), ntp.item(), mix.item()) == (0, 0, 0)
+    assert weight.grad.abs().max() == 0 and hidden.grad.shape == (0, 6)
+
+
+def test_reported_means_carry_no_gradient():
+    _, ntp, mix = sftmix_loss(*case(), 0.2)
+    assert not ntp.requires_grad and not mix.requires_grad
+
+
+def test_huge_logits_stay_finite():
+    """−log p of 1,000 nats: a softmax would give 0 and its logarithm infinity."""
+    hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    loss, ntp, mix = sftmix_loss(hidden, weight, torch.tensor([1, 1]), zero, one, torch.tensor([0.5]), 1.0)
+    loss.backward()
+    assert ntp.item() == mix.item() == 1000
+    assert hidden.grad.isfinite().all()
+
+
+def test_float32_is_close_and_bf16_autocast_keeps_float32_sums():
+    double = case(S=64, M=20, D=16, V=50)
+    single = tuple(x.detach().float().requires_grad_() if x.is_floating_point() else x for x in double)
+    expected = value_and_gradients(sftmix_loss_literal, double, 0.2)
+    for one, other in zip(value_and_gradients(sftmix_loss, single, 0.2), expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = value_and_gradients(sftmix_loss, single, 0.2)
+    for one, other in zip(fast, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
+    """The largest tensor any operation makes stays at a chunk, where the literal form makes [S, V]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.numel())
+            return out
+
+    arguments = case(S=4096, M=1500, D=8, V=4096, dtype=torch.float32)
+    with LargestTensor() as fast:
+        sftmix_loss(*arguments, 0.2)[0].backward()
+    with LargestTensor() as literal:
+        sftmix_loss_literal(*arguments, 0.2)
+    assert literal.largest == 4096 * 4096
+    assert fast.largest <= mixup_module.CHUNK_ELEMENTS
