@@ -14,7 +14,6 @@ Alone: torchrun confidence.py --checkpoints DIR… --data FILE --output confiden
 Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoints, S supervised positions of a row.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, encode_examples, load_examples, pack, split_batch
-from model import Transformer, autocast, load_model, processes, rank, sum_over_processes, world_size
+from data import IGNORE_INDEX, Dataset, encode_examples, load_examples, pack, split_batch
+from model import CommandLine, Transformer, autocast, load_model, processes, rank, say, sum_over_processes, world_size
 from tokenizer import TEMPLATES, Tokenizer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
@@ -38,22 +37,34 @@ def score_examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """How well one checkpoint predicts each example: -> (probability [N], perplexity [N]), float64, in the order given.
 
-    probability is p_c(i) = (1/N) Σ_n p(y_n), perplexity exp(−(1/N) Σ_n log p(y_n)), over the example's supervised tokens.
-    Under `torchrun` the processes share the examples out, each is scored exactly once, and every process gets all scores.
+    probability is p_c(i) = (1/N) Σ_n p(y_n), perplexity exp(−(1/N) Σ_n log p(y_n)), over the N supervised tokens of i.
+    Under `torchrun` the processes share the examples out: each is scored exactly once, and all get all scores.
     """
     device = model.head_weight.device
-    sums = torch.zeros(3, len(encoded), dtype=torch.float64, device=device)  # of p, of log p, of 1 (N), for each example
+    # Σ p, Σ log p and Σ 1 = N of each example
+    sums = torch.zeros(3, len(encoded), dtype=torch.float64, device=device)
     batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens)
-    for examples in batches[rank() :: world_size()]:
+    for examples in filter(None, batches[rank() :: world_size()]):
         batch = pack([encoded[i] for i in examples]).to(device)
         supervised = batch.targets != IGNORE_INDEX  # [tokens of the row]
         with autocast(device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
             log_p = model.gold_log_probs(hidden[supervised], batch.targets[supervised]).double()  # [S]
-        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())[supervised]  # [S]
+        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())[
+            supervised
+        ]  # [S]
         sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
     probability, log_probability, count = sum_over_processes(sums).cpu().numpy()
     return probability / count, np.exp(-log_probability / count)
+
+
+def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype: str, device, file=None) -> "Dynamics":
+    """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each."""
+    scores = []
+    for folder in folders:
+        scores.append(score_examples(load_model(folder, device=device), dataset.encoded, micro_batch_tokens, dtype))
+        say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
+    return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
 
 # --- All checkpoints --------------------------------------------------------------------------------------------------
@@ -93,10 +104,11 @@ class Dynamics:
 
     def save(self, path) -> None:
         """Write one JSON object a line and example."""
-        columns = (self.ids, self.confidence, self.variance, self.mean_perplexity, self.probability.T, self.perplexity.T)
         names = ("id", "confidence", "variance", "perplexity", "probabilities", "perplexities")
+        means = self.confidence, self.variance, self.mean_perplexity
+        columns = self.ids, *(scores.tolist() for scores in (*means, self.probability.T, self.perplexity.T))
         with open(path, "w", encoding="utf-8") as file:
-            for row in zip(*(x.tolist() if isinstance(x, np.ndarray) else x for x in columns), strict=True):
+            for row in zip(*columns, strict=True):
                 file.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
 
     @classmethod
@@ -122,7 +134,7 @@ class Dynamics:
         return cls(ids, np.array(probability).T, np.array(perplexity).T)
 
     def select(self, ids: list[str]) -> "Dynamics":
-        """The scores of just these examples, in this order. ValueError counts the ids that have none and shows three."""
+        """The scores of just these examples, in this order. ValueError counts the ids without any and shows three."""
         place = {example_id: i for i, example_id in enumerate(self.ids)}
         missing = [example_id for example_id in ids if example_id not in place]
         if missing:
@@ -183,7 +195,7 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
     for half, colour, name in ((confident, "#2a6f97", "confident"), (unconfident, "#d1495b", "unconfident")):
         label = f"{name} half, {len(half):,} examples"
         axes.scatter(dynamics.variance[half], dynamics.confidence[half], size, colour, alpha=0.35, lw=0, label=label)
-    cut = (dynamics.confidence[confident].min() + dynamics.confidence[unconfident].max()) / 2
+    cut = np.median(dynamics.confidence)
     axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
     axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)", ylim=(0, 1))
     axes.set_title(f"Data map over {len(dynamics.probability)} checkpoints")
@@ -195,14 +207,37 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
 
 
 def main(argv=None) -> None:
-    """Score the examples of a file with the checkpoints of a run."""
-    parser = argparse.ArgumentParser(description="Confidence of a run's checkpoints in each example of a file.")
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="DIR", help="model folders, oldest first")
-    parser.add_argument("--data", required=True, metavar="FILE")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where the scores go, one JSON line an example")
-    parser.add_argument("--plot", metavar="FILE", help="draw the data map (needs matplotlib)")
+    """Score the examples of a file with the checkpoints of a run, or draw the data map of scores already made."""
+    parser = CommandLine(description="How confidently a run's checkpoints predict each example of a file.")
+    parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
+    parser.add_argument("--data", metavar="FILE", help="the examples, .jsonl or .json")
+    parser.add_argument("--output", metavar="FILE", help="where the scores go, one JSON line an example")
+    parser.add_argument("--scores", metavar="FILE", help="instead of these three: scores made before, to be drawn")
+    parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
     parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     args = parser.parse_args(argv)
+    if args.scores is None and None in (args.checkpoints, args.data, args.output):
+        parser.error("give --checkpoints, --data and --output, or --scores and --plot")
+    with processes() as device:
+        if args.plot:
+            require_matplotlib()  # before hours of scoring
+        if args.scores:
+            dynamics = Dynamics.load(args.scores)
+        else:
+            tokenizer = Tokenizer.from_pretrained(args.checkpoints[0])
+            dataset = encode_examples(load_examples(args.data), tokenizer, args.template, args.max_length)
+            dynamics = score_checkpoints(
+                args.checkpoints, dataset, args.micro_batch_tokens, args.dtype, device, sys.stderr
+            )
+        if rank() == 0:
+            if args.output:
+                dynamics.save(args.output)
+            if args.plot:
+                plot_data_map(dynamics, args.plot)
+
+
+if __name__ == "__main__":
+    main()

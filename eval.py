@@ -1,20 +1,31 @@
 """Evaluation: held-out loss, and exact match by greedy generation, each with a 95 % interval.
 
-Alone: python eval.py {perplexity,match} --model DIR --data FILE, results as JSON on stdout.
+Alone: torchrun eval.py {perplexity,match} --model DIR --data FILE, results as JSON on stdout.
 
 Letters: B sequences generated together, N examples, D hidden size, V vocabulary.
 """
 
+import json
 import math
-import sys
 
 import numpy as np
 import torch
 
 from confidence import score_examples
-from data import IGNORE_INDEX, Dataset, Example
-from model import KVCache, Transformer, autocast, rank, sum_over_processes, world_size
-from tokenizer import Tokenizer
+from data import IGNORE_INDEX, Example, encode_examples, load_examples
+from model import (
+    CommandLine,
+    KVCache,
+    Transformer,
+    autocast,
+    load_model,
+    processes,
+    rank,
+    say,
+    sum_over_processes,
+    world_size,
+)
+from tokenizer import TEMPLATES, Tokenizer
 
 Z_95 = 1.959964  # of a normal distribution, 95 % lies within ± this many standard deviations
 
@@ -43,9 +54,14 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
 
 @torch.no_grad()
 def generate(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids=(), dtype: str = "fp32", batch_size: int = 64
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids=(),
+    dtype: str = "fp32",
+    batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt greedily until one of `stop_ids` (not returned) or `max_new_tokens`: -> the new ids of each."""
+    """Continue each prompt greedily until one of `stop_ids` (not returned) or `max_new_tokens`. -> new ids of each"""
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     results: list[list[int]] = [[] for _ in prompts]
@@ -74,7 +90,9 @@ def generate(
     return results
 
 
-def exact_match(model: Transformer, examples: list[Example], tokenizer: Tokenizer, template: str, dtype: str = "fp32") -> dict:
+def exact_match(
+    model: Transformer, examples: list[Example], tokenizer: Tokenizer, template: str, dtype: str = "fp32"
+) -> dict:
     """The share of examples whose last assistant turn is generated word for word: {"accuracy", "accuracy_interval"}.
 
     Greedy, from the same prompt ids that training uses; surrounding white space does not count. Under `torchrun` the
@@ -101,3 +119,72 @@ def wilson_interval(successes: int, trials: int) -> list[float]:
     centre = (share + z2 / 2) / (1 + z2)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / trials / 4) / (1 + z2)
     return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+# --- Both, side by side -----------------------------------------------------------------------------------------------
+
+MATCH_TOKENS = 32  # exact match is asked of short answers: every held-out response within so many tokens
+
+
+def evaluate(
+    model: Transformer,
+    examples: list[Example],
+    encoded: list[tuple],
+    tokenizer: Tokenizer,
+    template: str,
+    micro_batch_tokens: int,
+    dtype: str,
+) -> dict:
+    """Held-out loss and, where all responses are short, exact match (else None)."""
+    result = held_out_loss(model, encoded, micro_batch_tokens, dtype) | {"accuracy": None, "accuracy_interval": None}
+    if max(int((targets != IGNORE_INDEX).sum()) for _, targets in encoded) <= MATCH_TOKENS:
+        result |= exact_match(model, examples, tokenizer, template, dtype)
+    return result
+
+
+def table(results: dict[str, dict]) -> str:
+    """Models side by side, as text: a row for each name, of what `evaluate` returned and the `seconds` of training."""
+
+    def cell(entry: dict, name: str, form: str) -> str:
+        if entry.get(name) is None:
+            return "–"
+        low, high = entry[f"{name}_interval"]
+        return f"{entry[name]:{form}} [{low:{form}}, {high:{form}}]"
+
+    lines = [f"{'':8}{'held-out loss [95 %]':>26}{'exact match [95 %]':>26}{'training':>11}"]
+    for name, entry in results.items():
+        seconds = "–" if entry.get("seconds") is None else f"{entry['seconds']:,.0f} s"
+        lines.append(f"{name:8}{cell(entry, 'loss', '.4f'):>26}{cell(entry, 'accuracy', '.1%'):>26}{seconds:>11}")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    """Evaluate a model folder on a data file; the figures are JSON on stdout."""
+    parser = CommandLine(description="Evaluate a model on a data file: its loss, or its exact matches.")
+    parser.add_argument("measure", choices=("perplexity", "match"))
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
+    parser.add_argument("--data", required=True, metavar="FILE", help="the examples, .jsonl or .json")
+    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
+    args = parser.parse_args(argv)
+    with processes() as device:
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        model = load_model(args.model, device=device)
+        examples = load_examples(args.data)
+        if args.measure == "perplexity":
+            dataset = encode_examples(examples, tokenizer, args.template, args.max_length)
+            result = held_out_loss(model, dataset.encoded, args.micro_batch_tokens, args.dtype)
+            result |= {
+                "perplexity": math.exp(result["loss"]),
+                "truncated": dataset.truncated,
+                "dropped": dataset.dropped,
+            }
+        else:
+            result = exact_match(model, examples, tokenizer, args.template, args.dtype) | {"examples": len(examples)}
+        say(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,8 @@ def mixup(z_c, z_u, y_c, y_u, lam, vocab_size: int):
 
     z_c and z_u [M, D], y_c and y_u int64 [M], lam a number or [M] -> (z_mixed [M, D], y_mixed [M, V]).
 
-    >>> z, y = mixup(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]]), torch.tensor([0]), torch.tensor([2]), 0.75, 3)
+    >>> z_c, z_u = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]])
+    >>> z, y = mixup(z_c, z_u, torch.tensor([0]), torch.tensor([2]), lam=0.75, vocab_size=3)
     >>> z.tolist(), y.tolist()
     ([[3.0, 2.0]], [[0.75, 0.0, 0.25]])
     """
@@ -67,7 +68,7 @@ def _denominators(targets, index_c, num_supervised, num_mixed):
 
 
 def pair_positions(targets, cu_seqlens, pairs):
-    """Which supervised positions meet: the n-th of a pair's first example with the n-th of its second, n ≤ min(N^c, N^u).
+    """Which supervised positions meet: the n-th of a pair's one example and the n-th of its other, n ≤ min(N^c, N^u).
 
     targets int64 [N] with IGNORE_INDEX, cu_seqlens int32 [B+1], pairs int64 [P, 2] (examples of the row, confident then
     unconfident) -> (index_c [M], index_u [M], pair [M]): positions numbered among the S supervised ones, in order, and
@@ -80,7 +81,8 @@ def pair_positions(targets, cu_seqlens, pairs):
     [[0, 1], [2, 3], [0, 0]]
     """
     supervised_before = F.pad((targets != IGNORE_INDEX).cumsum(0), (1, 0))  # [N+1]
-    bounds = supervised_before[cu_seqlens.long()]  # [B+1]: example b has the supervised numbers bounds[b] to bounds[b+1]
+    # Example b has the supervised positions numbered bounds[b] to bounds[b+1].
+    bounds = supervised_before[cu_seqlens.long()]  # [B+1]
     first, count = bounds[:-1], bounds.diff()  # [B]
     confident, unconfident = pairs.unbind(1)  # [P]
     meet = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
@@ -95,12 +97,12 @@ def pair_positions(targets, cu_seqlens, pairs):
 def sftmix_loss(
     hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None
 ):
-    """L = ntp_weight · L_NTP + μ L_Mixup in one pass over `lm_head`, equal to `sftmix_loss_literal` in value and gradients.
+    """L = ntp_weight · L_NTP + μ L_Mixup in one pass over `lm_head`: value and gradients of `sftmix_loss_literal`.
 
-    hidden [S, D] at the supervised positions, weight [V, D], targets int64 [S] without IGNORE_INDEX, index_c and index_u
-    int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and num_mixed are
-    the denominators of the two means, S and M where left out; under gradient accumulation and data parallelism give the
-    counts of the **global** batch, so that the parts add up to its mean and not to a mean of means.
+    hidden [S, D] at the supervised positions, weight [V, D], targets int64 [S] without IGNORE_INDEX, index_c and
+    index_u int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and
+    num_mixed are the denominators of the two means, S and M where left out; under gradient accumulation and data
+    parallelism give the counts of the **global** batch, so that the parts add up to its mean, not to a mean of means.
     -> (loss, ntp, mix): loss carries gradients, ntp and mix are detached means.
 
     Three facts make it cheap:
@@ -152,10 +154,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 log_p = logits.log_softmax(-1)
                 log_p_mixed = mixed.log_softmax(-1)
                 y, y_c, y_u = y[:, None], y[:k, None], y[k : 2 * k, None]
-                ntp_sum = ntp_sum - (own * log_p.gather(1, y)[:, 0]).sum()  # Σ −log p(y_s)
-                mix_sum = mix_sum - (  # Σ H(ỹ, p̃) = Σ λ CE(y^c) + (1−λ) CE(y^u), fact 1
-                    lam_m * log_p_mixed.gather(1, y_c) + (1 - lam_m) * log_p_mixed.gather(1, y_u)
-                ).sum()
+                ce_c, ce_u = -log_p_mixed.gather(1, y_c), -log_p_mixed.gather(1, y_u)  # [k, 1]
+                ntp_sum = ntp_sum - (own[:, None] * log_p.gather(1, y)).sum()  # Σ −log p(y_s)
+                mix_sum = mix_sum + (lam_m * ce_c + (1 - lam_m) * ce_u).sum()  # Σ H(ỹ_m, p̃_m), fact 1
                 if not (want_hidden or want_weight):
                     continue
 

@@ -8,10 +8,14 @@ Letters: N tokens in the packed row, B examples in it, S supervised tokens, V vo
 H query heads, K key/value heads (each shared by H/K query heads), d size of a head.
 """
 
+import argparse
 import contextlib
+import difflib
 import json
 import os
+import resource
 import shutil
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -127,8 +131,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_angles(positions, head_dim: int, theta: float):
@@ -144,7 +147,7 @@ def rotary_angles(positions, head_dim: int, theta: float):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos and sin [N, 1, d] -> x's shape."""
+    """Turn each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos, sin [N, 1, d] -> like x."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -155,13 +158,12 @@ def packed_attention(q, k, v, lengths):
     q [N, H, d], k and v [N, K, d], `lengths` the B examples' lengths, which sum to N -> [N, H, d].
     One call an example: no padded token is ever computed on, and no mask has to keep examples apart.
     """
-    pieces = [
-        F.scaled_dot_product_attention(  # heads first: [H, T, d]
-            *(x.transpose(0, 1)[None] for x in example), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )[0].transpose(0, 1)
-        for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    ]
-    return torch.cat(pieces)
+    out = []
+    for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]
+        out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out.append(out_b[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 class KVCache:
@@ -207,11 +209,15 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [N, H, d]
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [N, K, d]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, K, d]
-        if cache is None:
-            out = packed_attention(q, k, v, lengths)
-        else:
-            out = cache.attend(self.layer, q, k, v, positions, lengths)
-        return self.o_proj(out.flatten(-2))
+        if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            out = (
+                packed_attention(q, k, v, lengths)
+                if cache is None
+                else cache.attend(self.layer, q, k, v, positions, lengths)
+            )
+        return self.o_proj(out.flatten(-2).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -294,7 +300,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def gold_log_probs(self, hidden, targets, chunk: int = 1024):
-        """log p(y_n) of the gold tokens, float32: hidden [S, D], targets [S] -> [S], `chunk` rows of logits at a time."""
+        """log p(y_n) of the gold tokens, float32: hidden [S, D], targets [S] -> [S], by `chunk` rows of logits."""
         scores = []
         for z, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = self.logits(z).float()  # [chunk, V]
@@ -354,13 +360,13 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
 def save_model(model: Transformer, path, tokenizer=None) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits.
 
-    With a `tokenizer`, its files go along. The folder is written aside and renamed into place, so a crash leaves no half
-    of one. Raises FileExistsError where `path` is already there: nothing is written over.
+    With a `tokenizer`, its files go along. Files are written aside and moved in when all are there, config.json last: a
+    folder that has one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
     """
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path}: already there; remove it or choose another folder")
-    aside = path.with_name(path.name + ".partial")
+    if (path / "config.json").exists():
+        raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
+    aside = path / "partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -370,27 +376,49 @@ def save_model(model: Transformer, path, tokenizer=None) -> None:
     (aside / "config.json").write_text(json.dumps(description | asdict(model.config), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(aside)
-    aside.rename(path)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+        file.rename(path / file.name)
+    aside.rmdir()
 
 
-# --- Where a model runs: devices and processes ------------------------------------------------------------------------
+# --- Where a model runs: command line, processes, devices -------------------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Flags whose errors are one line on stderr, with the flag that was probably meant, and exit code 2."""
+
+    def __init__(self, **named):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **named)
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 @contextlib.contextmanager
 def processes():
-    """Join the processes `torchrun` started (or be the only one) and yield this one's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    """Join the processes `torchrun` started (or be the only one) and yield this one's device.
+
+    A ValueError or OSError inside is something the user can mend: it becomes one line on stderr and exit code 1.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:  # plain `python`
-        yield device
-        return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
+    except (ValueError, OSError) as error:
+        if local_rank == 0:  # each machine says it once
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -403,11 +431,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait for all processes: what process 0 wrote before is there for everyone after."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def sum_over_processes(tensor):
     """Add up `tensor`, in place, over all processes."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def say(text: str, file=None) -> None:
+    """Tell the reader, in one voice however many processes there are."""
+    if rank() == 0:
+        print(text, file=file, flush=True)
+
+
+def peak_memory_bytes(device) -> int:
+    """The most memory this process has held so far: on the GPU if it has one, else resident in main memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def autocast(device, dtype: str):

@@ -33,18 +33,20 @@ class Tokenizer:
         self._start = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._continue = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         self.vocab_size: int = self._start.vocab_size()
-        self.bos_id, self.eos_id = (
-            None if i < 0 else i for i in (self._start.bos_id(), self._start.eos_id())
-        )
+        self.bos_id, self.eos_id = (None if i < 0 else i for i in (self._start.bos_id(), self._start.eos_id()))
 
     @classmethod
     def from_pretrained(cls, path) -> "Tokenizer":
-        """Open a model folder's `tokenizer.model`, or that file itself. FileNotFoundError or ValueError name the file."""
+        """Open a model folder's `tokenizer.model`, or that file. FileNotFoundError or ValueError name it."""
         path = Path(path)
         folder, model = (path, path / "tokenizer.model") if path.is_dir() else (path.parent, path)
         if not model.is_file():
             raise FileNotFoundError(f"{model}: not found; a SentencePiece model is needed")
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if path.is_dir() and (folder / name).is_file()}
+        files = {
+            name: (folder / name).read_bytes()
+            for name in TOKENIZER_FILES
+            if path.is_dir() and (folder / name).is_file()
+        }
         try:
             return cls(files | {"tokenizer.model": model.read_bytes()})
         except RuntimeError:
@@ -52,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-pair tokenizer with Llama's settings: every byte can be spelt, no text is normalized, no space lost."""
+        """Train a byte-pair tokenizer like Llama's: every byte can be spelt, no text is normalized, no space lost."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -62,7 +64,7 @@ class Tokenizer:
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            split_digits=True,
+            split_digits=False,
             allow_whitespace_only_pieces=True,
             hard_vocab_limit=False,
             num_threads=1,  # the same tokenizer on every machine
@@ -70,7 +72,9 @@ class Tokenizer:
         )
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         config |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}
-        return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": json.dumps(config, indent=2).encode()})
+        return cls(
+            {"tokenizer.model": model.getvalue(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+        )
 
     def save(self, folder) -> None:
         """Write the tokenizer's files into `folder`."""
@@ -86,10 +90,10 @@ class Tokenizer:
         return self._start.decode(ids)
 
     def apply_template(self, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and for each whether it is supervised: assistant turns and the end token that closes each.
+        """Ids of a conversation, and for each whether it is supervised: assistant turns and the end token closing each.
 
-        `messages` are {"role", "content"} with roles system (first), user and assistant; ending with a user turn they give
-        the prompt that generation starts from. A single message of role `text` is supervised as a whole.
+        `messages` are {"role", "content"} with roles system (first), user and assistant; ending with a user turn they
+        give the prompt that generation starts from. A single message of role `text` is supervised as a whole.
         """
         ids, supervised = [], []
         for piece, learn in (_text if messages[0]["role"] == "text" else TEMPLATES[template])(messages, self):
@@ -108,17 +112,20 @@ Pieces = Iterator[tuple[str | int | None, bool]]
 
 # The prompt of Stanford Alpaca (Taori et al. 2023). A user turn that carries an input has it under this heading.
 INPUT_HEADING = "\n\n### Input:\n"
-_ALPACA = "Below is an instruction that describes a task. "
-_ALPACA_INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. "
-_ALPACA_WRITE = "Write a response that appropriately completes the request."
+_WRITE = "Write a response that appropriately completes the request."
+ALPACA_PREAMBLE = f"Below is an instruction that describes a task. {_WRITE}"
+_ALPACA_PREAMBLE_WITH_INPUT = (
+    f"Below is an instruction that describes a task, paired with an input that provides further context. {_WRITE}"
+)
 
 
 def _alpaca(messages: list[dict], tokenizer: Tokenizer) -> Pieces:
-    """The Alpaca prompt; further turns repeat its headings, and a system turn takes the place of its first sentences."""
+    """The Alpaca prompt; further turns repeat its headings, and a system turn takes the place of its preamble."""
     if messages[0]["role"] == "system":
         preamble, messages = messages[0]["content"], messages[1:]
     else:
-        preamble = (_ALPACA_INPUT if INPUT_HEADING in messages[0]["content"] else _ALPACA) + _ALPACA_WRITE
+        with_input = INPUT_HEADING in messages[0]["content"]
+        preamble = _ALPACA_PREAMBLE_WITH_INPUT if with_input else ALPACA_PREAMBLE
     yield tokenizer.bos_id, False
     yield preamble, False
     for message in messages:

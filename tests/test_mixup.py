@@ -15,10 +15,8 @@ def case(seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):
     hidden = torch.randn(S, D, generator=g, dtype=dtype).requires_grad_()
     weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
     targets = torch.randint(V, (S,), generator=g)
-    if repeats:
-        index = torch.randint(S // 3, (2, M), generator=g)
-    else:
-        index = torch.randperm(S, generator=g)[: 2 * M].view(2, M)
+    own_rows, any_rows = torch.randperm(S, generator=g)[: 2 * M], torch.randint(max(S // 3, 1), (2, M), generator=g)
+    index = any_rows if repeats else own_rows.view(2, M)
     lam = torch.rand(M, generator=g, dtype=dtype)
     return hidden, weight, targets, index[0], index[1], lam
 
@@ -45,14 +43,16 @@ def test_mixup_by_hand():
 
 
 def test_mixup_takes_one_lambda_a_position():
-    z, y = mixup(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([0.0, 0.9]), 2)
+    z, y = mixup(
+        torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([0.0, 0.9]), 2
+    )
     torch.testing.assert_close(z, torch.tensor([[0.0], [0.9]]))
     torch.testing.assert_close(y, torch.tensor([[0.0, 1.0], [0.9, 0.1]]))
 
 
 @pytest.mark.parametrize("loss_function", [sftmix_loss, sftmix_loss_literal])
 def test_loss_by_hand(loss_function):
-    """Two rows and W = 1: logits (ln 3, 0) and (0, 0), so p = (3/4, 1/4) and (1/2, 1/2); gold tokens 0 and 1, λ = 1/2."""
+    """Two rows, W = 1: logits (ln 3, 0) and (0, 0), so p = (3/4, 1/4) and (1/2, 1/2); gold tokens 0, 1, λ = 1/2."""
     hidden = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     loss, ntp, mix = loss_function(
         hidden, torch.eye(2), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]), mu=0.2
@@ -134,9 +134,12 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     whole = value_and_gradients(sftmix_loss, (hidden, weight, targets, index_c, index_u, lam), 0.4)
     halves = [
         value_and_gradients(
-            sftmix_loss, (hidden[a:b], weight, targets[a:b], index_c[m] - a, index_u[m] - a, lam[m]), 0.4,
-            num_supervised=12, num_mixed=4,
-        )  # fmt: skip
+            sftmix_loss,
+            (hidden[a:b], weight, targets[a:b], index_c[m] - a, index_u[m] - a, lam[m]),
+            0.4,
+            num_supervised=12,
+            num_mixed=4,
+        )
         for a, b, m in ((0, 4, slice(0, 2)), (4, 12, slice(2, 4)))
     ]
     torch.testing.assert_close(whole[0], halves[0][0] + halves[1][0])

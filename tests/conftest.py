@@ -1,0 +1,63 @@
+"""What the tests share: a tiny model and a tiny tokenizer, made on the spot, and runs in several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def tiny_model(vocab_size=300, seed=0, **changes) -> Transformer:
+    """A model of random weights, large enough that its predictions differ from uniform."""
+    torch.manual_seed(seed)
+    config = {"vocab_size": vocab_size, "initializer_range": 0.2, "tie_word_embeddings": True, **TINY, **changes}
+    return Transformer(ModelConfig(**config)).eval()
+
+
+def random_encoded(lengths, vocab_size=300, seed=0):
+    """Encoded examples with a random prompt of at least one token each and the rest supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    encoded = []
+    for length in lengths:
+        ids = torch.randint(3, vocab_size, (length + 1,), generator=generator)
+        targets = ids[1:].clone()
+        targets[: int(torch.randint(0, length, (1,), generator=generator))] = -100
+        encoded.append((ids[:-1].int(), targets.int()))
+    return encoded
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A SentencePiece tokenizer of 400 pieces, trained on a few sentences."""
+    text = "Below is an instruction that describes a task. Write a response. ### Instruction: ### Response: "
+    words = "the quick brown fox jumps over a lazy dog, and the dog sleeps on. What is it? It is a dog; 1 2 3 4 5!"
+    return Tokenizer.train([text, words, words.upper()] * 5, vocab_size=400)
+
+
+def run_script(*arguments, processes=1, cwd=None, timeout=120) -> subprocess.CompletedProcess:
+    """Run a Python file of the project, in so many processes under torchrun, with one thread each."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [str(a) for a in arguments]
+    return subprocess.run(
+        command + arguments, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )

@@ -1,0 +1,164 @@
+"""Scores of a checkpoint, dynamics over checkpoints, the split, the area under the ROC curve, the picture."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_encoded, tiny_model
+
+from confidence import (
+    Dynamics,
+    area_under_roc,
+    main,
+    plot_data_map,
+    score_checkpoints,
+    score_examples,
+    split_by_confidence,
+)
+from data import IGNORE_INDEX, Dataset
+from model import save_model
+
+DYNAMICS = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.5]]), np.array([[8, 2, 1.5], [4, 2, 1.0]]))
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scores_equal_the_formulas_written_out():
+    model, encoded = tiny_model(), random_encoded([9, 1, 25, 4])
+    probability, perplexity = score_examples(model, encoded)
+    for i, (tokens, targets) in enumerate(encoded):
+        log_p = model.logits(model(tokens.long())).log_softmax(-1)
+        gold = [float(log_p[n, y]) for n, y in enumerate(targets.tolist()) if y != IGNORE_INDEX]
+        assert probability[i] == pytest.approx(sum(map(math.exp, gold)) / len(gold), rel=1e-4)
+        assert perplexity[i] == pytest.approx(math.exp(-sum(gold) / len(gold)), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 60])
+def test_scores_do_not_depend_on_micro_batches(micro_batch_tokens):
+    model, encoded = tiny_model(), random_encoded([9, 1, 25, 4, 17, 8])
+    for one, other in zip(
+        score_examples(model, encoded, micro_batch_tokens), score_examples(model, encoded), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_hopeless_example_has_a_finite_perplexity():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(100)
+    _, perplexity = score_examples(model, random_encoded([30]))
+    assert np.isfinite(perplexity).all() and perplexity[0] > 1e20
+
+
+def test_checkpoints_are_scored_in_the_order_given(tmp_path):
+    encoded = random_encoded([5, 9])
+    for seed in (0, 1):
+        save_model(tiny_model(seed=seed), tmp_path / str(seed))
+    dataset = Dataset(["a", "b"], encoded, 0, 0)
+    dynamics = score_checkpoints([tmp_path / "1", tmp_path / "0"], dataset, 1000, "fp32", "cpu")
+    expected = [score_examples(tiny_model(seed=seed), encoded) for seed in (1, 0)]
+    np.testing.assert_array_equal(dynamics.probability, [probability for probability, _ in expected])
+    np.testing.assert_array_equal(dynamics.perplexity, [perplexity for _, perplexity in expected])
+
+
+# --- Dynamics ---------------------------------------------------------------------------------------------------------
+
+
+def test_dynamics_by_hand():
+    np.testing.assert_allclose(DYNAMICS.confidence, [0.2, 0.5, 0.7])
+    np.testing.assert_allclose(DYNAMICS.variance, [0.01, 0, 0.04])
+    np.testing.assert_allclose(DYNAMICS.mean_perplexity, [6, 2, 1.25])
+    np.testing.assert_allclose(DYNAMICS.by("probability"), [0.2, 0.5, 0.7])
+    np.testing.assert_allclose(DYNAMICS.by("perplexity"), [-6, -2, -1.25])
+
+
+def test_dynamics_survive_the_file(tmp_path):
+    DYNAMICS.save(tmp_path / "c.jsonl")
+    again = Dynamics.load(tmp_path / "c.jsonl")
+    assert again.ids == DYNAMICS.ids
+    np.testing.assert_array_equal(again.probability, DYNAMICS.probability)
+    np.testing.assert_array_equal(again.perplexity, DYNAMICS.perplexity)
+    first = json.loads((tmp_path / "c.jsonl").read_text().splitlines()[0])
+    assert list(first) == ["id", "confidence", "variance", "perplexity", "probabilities", "perplexities"]
+    assert first["id"] == "a" and first["probabilities"] == [0.1, 0.3] and first["perplexities"] == [8, 4]
+    assert (first["confidence"], first["variance"], first["perplexity"]) == pytest.approx((0.2, 0.01, 6))
+
+
+def test_select_orders_and_names_what_is_missing():
+    assert DYNAMICS.select(["c", "a"]).confidence.tolist() == DYNAMICS.confidence[[2, 0]].tolist()
+    with pytest.raises(ValueError, match=r"4 of 5 examples have no confidence score \(ids w, x, y…\)"):
+        DYNAMICS.select(["a", "w", "x", "y", "z"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"id": "x"}', '{"id": "x", "probabilities": [0.1], "perplexities": [2, 3]}',
+     '{"id": "x", "probabilities": [NaN, 1], "perplexities": [2, 3]}',
+     '{"id": "x", "probabilities": "no", "perplexities": [2, 3]}'],
+)  # fmt: skip
+def test_bad_confidence_files_are_named_with_their_line(tmp_path, line):
+    DYNAMICS.save(tmp_path / "c.jsonl")
+    with open(tmp_path / "c.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"c.jsonl:4: "):
+        Dynamics.load(tmp_path / "c.jsonl")
+
+
+# --- Split and ROC ----------------------------------------------------------------------------------------------------
+
+
+def test_split_cuts_at_the_median_and_breaks_ties_by_order():
+    assert [half.tolist() for half in split_by_confidence([0.5, 0.5, 0.5, 0.5])] == [[0, 1], [2, 3]]
+    confident, unconfident = split_by_confidence(torch.tensor([0.1, 0.9, 0.3, 0.7, 0.5]))
+    assert confident.tolist() == [1, 3] and sorted(unconfident.tolist()) == [0, 2, 4]
+    assert [len(half) for half in split_by_confidence([1.0])] == [0, 1]
+
+
+def test_area_under_roc_equals_counting_pairs():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 10, 60), rng.random(60) < 0.4
+    wins = [(p > n) + (p == n) / 2 for p in scores[positive] for n in scores[~positive]]
+    assert area_under_roc(scores, positive) == pytest.approx(np.mean(wins))
+    assert area_under_roc([1, 2, 3], [False, False, True]) == 1 and area_under_roc([5, 5], [True, False]) == 0.5
+
+
+# --- Picture and command line -----------------------------------------------------------------------------------------
+
+
+def test_the_data_map_is_drawn_from_scores(tmp_path):
+    pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
+    DYNAMICS.save(tmp_path / "c.jsonl")
+    main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    plot_data_map(Dynamics(["a"], np.array([[0.5]]), np.array([[2.0]])), tmp_path / "one.png")
+
+
+def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as exit:
+        main(["--scores", str(tmp_path / "none.jsonl"), "--plot", str(tmp_path / "map.png")])
+    assert exit.value.code == 1 and "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
+    save_model(tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512), tmp_path / "m", tokenizer)
+    (tmp_path / "d.jsonl").write_text(
+        '{"instruction": "a", "output": "the dog"}\n{"instruction": "b", "output": "fox"}\n'
+    )
+    folder, data, output = (str(tmp_path / name) for name in ("m", "d.jsonl", "c.jsonl"))
+    main(["--checkpoints", folder, folder, "--data", data, "--output", output])
+    dynamics = Dynamics.load(output)
+    assert dynamics.probability.shape == (2, 2) and (dynamics.variance == 0).all()
+    assert "mean gold-token probability" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_is_missing(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--data", "x.jsonl"])
+    assert exit.value.code == 2 and "give --checkpoints, --data and --output" in capsys.readouterr().err

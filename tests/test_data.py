@@ -1,0 +1,262 @@
+"""Formats, encoding, packing, who is trained on when, and the demo corpus."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import (
+    IGNORE_INDEX,
+    Example,
+    demo_corpus,
+    draw_lambda,
+    encode_example,
+    encode_examples,
+    epoch_order,
+    load_examples,
+    pack,
+    paired_order,
+    split_batch,
+)
+
+TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+FORMATS = {
+    "alpaca": {"instruction": "Why?", "input": "", "output": "So."},
+    "alpaca without input": {"instruction": "Why?", "output": "So.", "text": "ignored"},
+    "prompt": {"prompt": "Why?", "completion": "So."},
+    "messages": {"messages": TURN, "prompt": "ignored", "prompt_id": 3},
+    "sharegpt": {"id": "x", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+}
+
+
+def write_lines(path, *records):
+    path.write_text("".join(record if isinstance(record, str) else json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# --- Formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_told_apart_by_their_keys(tmp_path, name):
+    lines = write_lines(tmp_path / "d.jsonl", FORMATS[name])
+    (tmp_path / "d.json").write_text(json.dumps([FORMATS[name]]))
+    (one,), (other,) = load_examples(lines), load_examples(tmp_path / "d.json")
+    assert one.messages == other.messages == TURN and one.id == other.id
+
+
+def test_text_and_input(tmp_path):
+    text, with_input = load_examples(
+        write_lines(tmp_path / "d.jsonl", {"text": "Once."}, {"instruction": "Sum.", "input": "It.", "output": "I."})
+    )
+    assert text.messages == [{"role": "text", "content": "Once."}]
+    assert with_input.messages[0]["content"] == "Sum.\n\n### Input:\nIt."
+
+
+def test_multi_turn_with_system(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, *TURN, *TURN]
+    (example,) = load_examples(write_lines(tmp_path / "d.jsonl", {"messages": messages}))
+    assert example.messages == messages
+
+
+def test_ids_come_from_the_content_and_repeats_are_counted(tmp_path):
+    a, b = FORMATS["alpaca"], {"text": "Once."}
+    one = [e.id for e in load_examples(write_lines(tmp_path / "one.jsonl", a, b, a, a))]
+    other = [e.id for e in load_examples(write_lines(tmp_path / "two.jsonl", b, a))]
+    assert one == [other[1], other[0], f"{other[1]}-2", f"{other[1]}-3"]
+
+
+def test_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):
+    record = json.dumps({"text": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{record}\r\n\r\n{record}".encode())
+    assert [e.messages[0]["content"] for e in load_examples(tmp_path / "d.jsonl")] == ["one\u2028two"] * 2
+
+
+GOOD = FORMATS["alpaca"]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ('{"instruction": "x", \n', "not a JSON record"),
+        ("[1, 2]\n", "an object with keys is expected, not list"),
+        ({"instrution": "x", "output": "y"}, "unknown key 'instrution'.*did you mean 'instruction'"),
+        ({"foo": 1}, r"keys \['foo'\] are no known format"),
+        ({"instruction": "x", "output": "  "}, "output is empty"),
+        ({"instruction": "", "output": "y"}, "instruction is empty"),
+        ({"instruction": "x", "output": None}, "output must be a text, not NoneType"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "input must be a text, not int"),
+        ({"prompt": "x", "completion": ""}, "completion is empty"),
+        ({"text": ["x"]}, "text must be a text, not list"),
+        ({"messages": "x"}, "messages must be a list"),
+        ({"messages": []}, "messages must end with the assistant's turn"),
+        ({"messages": TURN[:1]}, "messages must end with the assistant's turn"),
+        ({"messages": TURN[1:]}, r"messages\[0\]: role is 'assistant' where the user's turn is due"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: role is 'tool'"),
+        ({"messages": [TURN[0], {"role": "assistant", "content": ""}]}, r"messages\[1\].content is empty"),
+        ({"messages": [*TURN, {"role": "system", "content": "x"}]}, r"messages\[2\]: role is 'system'"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, r"conversations\[0\]: from is 'bot'"),
+    ],
+)
+def test_whatever_is_wrong_is_named_with_file_and_line(tmp_path, record, message):
+    path = write_lines(tmp_path / "d.jsonl", *[GOOD] * 6, record, GOOD)
+    with pytest.raises(ValueError, match=rf"d.jsonl:7: {message}"):
+        load_examples(path)
+
+
+def test_files_that_are_no_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl: not found"):
+        load_examples(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"d.csv: data files end in"):
+        load_examples(tmp_path / "d.csv")
+    with pytest.raises(ValueError, match=r"empty.jsonl: no records"):
+        load_examples(write_lines(tmp_path / "empty.jsonl", "\n"))
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"bytes.jsonl:2: not UTF-8"):
+        load_examples(tmp_path / "bytes.jsonl")
+    (tmp_path / "d.json").write_text('[{"text": "a"},\n {"text": "b"\n')
+    with pytest.raises(ValueError, match=r"d.json:3: not valid JSON"):
+        load_examples(tmp_path / "d.json")
+    (tmp_path / "d.json").write_text('[{"text": "a"}, {"text": ""}]')
+    with pytest.raises(ValueError, match=r"d.json: record 2: text is empty"):
+        load_examples(tmp_path / "d.json")
+    (tmp_path / "d.json").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match=r"d.json: a list of records is expected, not dict"):
+        load_examples(tmp_path / "d.json")
+
+
+# --- Encoding ---------------------------------------------------------------------------------------------------------
+
+DOG = Example("dog", [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a dog."}])
+
+
+def test_targets_are_shifted_and_supervise_the_response_and_its_end(tokenizer):
+    tokens, targets = encode_example(DOG, tokenizer, "alpaca", 1000)
+    prompt, _ = tokenizer.apply_template(DOG.messages[:1], "alpaca")
+    response = tokenizer.encode("It is a dog.", continues=True)
+    assert tokens == prompt + response
+    assert targets == [IGNORE_INDEX] * (len(prompt) - 1) + response + [tokenizer.eos_id]
+
+
+def test_truncation_keeps_the_beginning_and_teaches_no_false_end(tokenizer):
+    tokens, targets = encode_example(DOG, tokenizer, "alpaca", 1000)
+    length = len(tokens) - 2
+    cut_tokens, cut_targets = encode_example(DOG, tokenizer, "alpaca", length)
+    assert (cut_tokens, cut_targets) == (tokens[:length], targets[:length])
+    assert tokenizer.eos_id not in cut_targets
+
+
+def test_truncated_and_dropped_examples_are_counted(tokenizer):
+    long = Example("long", [DOG.messages[0], {"role": "assistant", "content": "dog " * 100}])
+    late = Example("late", [{"role": "user", "content": "dog " * 100}, DOG.messages[1]])
+    length = len(encode_example(DOG, tokenizer, "alpaca", 1000)[0])
+    dataset = encode_examples([DOG, long, late], tokenizer, "alpaca", length)
+    assert (dataset.ids, dataset.truncated, dataset.dropped) == (["dog", "long"], 1, 1)
+    assert dataset.encoded[0][1][-1] == tokenizer.eos_id  # fits exactly: not truncated
+    assert all(len(tokens) == len(targets) == length for tokens, targets in dataset.encoded)
+    for example, (tokens, targets) in zip((DOG, long), dataset.encoded, strict=True):
+        assert (tokens.tolist(), targets.tolist()) == encode_example(example, tokenizer, "alpaca", length)
+
+
+# --- Packing and order ------------------------------------------------------------------------------------------------
+
+
+def test_pack_lays_examples_end_to_end():
+    batch = pack([(torch.tensor([5, 6]).int(), torch.tensor([6, 2]).int()), ([8], [9]), ([1, 2, 3], [-100, 3, 4])])
+    assert batch.tokens.tolist() == [5, 6, 8, 1, 2, 3] and batch.targets.tolist() == [6, 2, 9, -100, 3, 4]
+    assert batch.positions.tolist() == [0, 1, 0, 0, 1, 2] and batch.cu_seqlens.tolist() == [0, 2, 3, 6]
+    assert [batch.tokens.dtype, batch.positions.dtype, batch.cu_seqlens.dtype] == [
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    ]
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    orders = [epoch_order(50, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] == orders[3] and orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 6), (6, 5), (0, 1)])
+def test_pairs_cross_the_halves_and_everyone_comes_once(sizes):
+    confident, unconfident = np.arange(sizes[0]), 100 + np.arange(sizes[1])
+    order = paired_order(confident, unconfident, seed=3, epoch=2)
+    assert sorted(order) == [*confident, *unconfident]
+    pairs = order[: 2 * min(sizes)].reshape(-1, 2)
+    assert (pairs[:, 0] < 100).all() and (pairs[:, 1] >= 100).all()
+
+
+def test_partners_change_from_epoch_to_epoch():
+    first, second = (paired_order(range(20), range(20, 40), 0, epoch).reshape(-1, 2) for epoch in (0, 1))
+    assert {tuple(pair) for pair in first} != {tuple(pair) for pair in second}
+
+
+def test_lambda_is_beta_distributed_and_a_function_of_the_step():
+    lam = draw_lambda(20000, 0.5, seed=0, step=7)
+    assert torch.equal(lam, draw_lambda(20000, 0.5, seed=0, step=7))
+    assert not torch.equal(lam, draw_lambda(20000, 0.5, seed=0, step=8))
+    assert lam.min() >= 0 and lam.max() <= 1
+    assert abs(lam.mean() - 0.5) < 0.01
+    assert abs(lam.var() - 1 / 8) < 0.005  # Var Beta(α, α) = 1 / (4 (2α + 1))
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3])
+def test_micro_batches_hold_every_unit_once_within_the_limit(multiple):
+    sizes = np.random.default_rng(0).integers(1, 60, 40).tolist()
+    bins = split_batch(sizes, max_tokens=100, multiple=multiple)
+    assert sorted(unit for bin in bins for unit in bin) == list(range(40))
+    assert len(bins) % multiple == 0 and max(sum(sizes[u] for u in bin) for bin in bins) <= 100
+
+
+def test_a_unit_beyond_the_limit_has_a_micro_batch_to_itself():
+    bins = split_batch([500, 10, 10], max_tokens=100)
+    assert [0] in bins and sorted(u for bin in bins for u in bin) == [0, 1, 2]
+    assert split_batch([7], max_tokens=100, multiple=3).count([]) == 2
+
+
+# --- The demo corpus --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return demo_corpus(seed=0)
+
+
+def test_demo_splits_are_disjoint_by_prompt(corpus):
+    prompts = [{record["instruction"] for record in split} for split in (corpus.train, corpus.eval, corpus.test)]
+    assert [len(p) for p in prompts] == [len(corpus.train), len(corpus.eval), len(corpus.test)]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    text = "\n".join(record["text"] for record in corpus.base)
+    assert not [prompt for prompt in prompts[1] | prompts[2] if f"{prompt}\n" in text or f"{prompt} The" in text]
+
+
+def test_demo_is_a_function_of_its_seed(corpus):
+    assert demo_corpus(seed=0) == corpus
+    assert demo_corpus(seed=1).train != corpus.train
+
+
+def test_demo_has_ten_families_and_its_share_of_wrong_answers_in_training_alone(corpus):
+    from data import _FAMILIES
+
+    assert len(_FAMILIES) >= 10
+    assert 0.2 < np.mean(corpus.wrong) < 0.3 and len(corpus.wrong) == len(corpus.train)
+    clean = demo_corpus(seed=0, wrong_share=0.0)
+    assert not any(clean.wrong) and (clean.eval, clean.test) == (corpus.eval, corpus.test)
+    for record, true, wrong in zip(corpus.train, clean.train, corpus.wrong, strict=True):
+        assert record["instruction"] == true["instruction"] and (record["output"] != true["output"]) == wrong
+
+
+def test_demo_answers_are_right(corpus):
+    answers = {r["instruction"]: r["output"] for r in demo_corpus(0, wrong_share=0.0).train + corpus.eval + corpus.test}
+    checked = 0
+    for prompt, answer in answers.items():
+        if prompt.startswith("Add ") and " and " in prompt:
+            a, b = prompt.removeprefix("Add ").rstrip(".").split(" and ")
+            assert answer == f"The answer is {int(a) + int(b)}."
+            checked += 1
+        if prompt.startswith("Give the last word: "):
+            assert answer == f"The answer is {prompt.rstrip('.').split(', ')[-1]}."
+            checked += 1
+    assert checked > 100

@@ -1,0 +1,332 @@
+"""The transformer: packing, caching, configuration, checkpoints."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from model import (
+    CommandLine,
+    KVCache,
+    ModelConfig,
+    Transformer,
+    autocast,
+    load_config,
+    load_model,
+    packed_attention,
+    rotary_angles,
+    rotate,
+    save_model,
+)
+
+
+def packed(lengths):
+    """tokens, positions, cu_seqlens of examples of these lengths."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = torch.randint(0, 300, (sum(lengths),), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+# --- Attention and packing --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_packed_examples_equal_each_alone(heads):
+    model = tiny_model(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    lengths = [7, 1, 30, 12]
+    tokens, positions, cu_seqlens = packed(lengths)
+    alone = torch.cat([model(example) for example in tokens.split(lengths)])
+    torch.testing.assert_close(model(tokens, positions, cu_seqlens), alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_example_does_not_see_another():
+    model = tiny_model()
+    tokens, positions, cu_seqlens = packed([5, 9])
+    before = model(tokens, positions, cu_seqlens)
+    changed = tokens.clone()
+    changed[:5] = (changed[:5] + 1) % 300
+    after = model(changed, positions, cu_seqlens)
+    assert torch.equal(before[5:], after[5:])
+    assert not torch.allclose(before[:5], after[:5])
+
+
+@torch.no_grad()
+def test_attention_is_causal():
+    model = tiny_model()
+    tokens, _, _ = packed([20])
+    changed = tokens.clone()
+    changed[12:] = (changed[12:] + 1) % 300
+    torch.testing.assert_close(model(tokens)[:12], model(changed)[:12], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_attention_equals_softmax_written_out():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = torch.zeros_like(q)
+    for start, end in ((0, 3), (3, 5)):
+        for head in range(4):
+            for t in range(start, end):
+                scores = k[start : t + 1, head // 2] @ q[t, head] / math.sqrt(8)
+                expected[t, head] = scores.softmax(0) @ v[start : t + 1, head // 2]
+    torch.testing.assert_close(packed_attention(q, k, v, [3, 2]), expected)
+
+
+def test_rotation_by_hand():
+    """Head of size 4, θ = 100: pair 0 turns by the position, pair 1 by a tenth of it; pairs are (0, 2) and (1, 3)."""
+    cos, sin = rotary_angles(torch.tensor([3]), head_dim=4, theta=100.0)
+    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
+    expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
+    torch.testing.assert_close(rotate(x, cos, sin)[0, 0], torch.tensor(expected))
+
+
+def test_rotation_depends_on_distance_alone():
+    q, k = torch.randn(2, 1, 1, 16)
+    products = []
+    for shift in (0, 50):
+        cos, sin = rotary_angles(torch.tensor([shift, shift + 3]), 16, 10000.0)
+        products.append((rotate(q, cos[1:], sin[1:]) * rotate(k, cos[:1], sin[:1])).sum())
+    torch.testing.assert_close(products[0], products[1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_equals_the_whole_sequence():
+    model = tiny_model()
+    lengths, new = [6, 2, 9], 4
+    rows = [torch.randint(0, 300, (n + new,)) for n in lengths]
+    tokens = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
+    _, positions, cu_seqlens = packed(lengths)
+    cache = KVCache(model.config, 3, max(lengths) + new, torch.float32, "cpu")
+    hidden = model(tokens, positions, cu_seqlens, cache)[cu_seqlens[1:].long() - 1]
+    for step in range(new):
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            torch.testing.assert_close(hidden[b], model(row[: n + step])[-1], rtol=1e-5, atol=1e-5)
+        following = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])
+        hidden = model(following, torch.tensor(lengths) + step, cache=cache)
+
+
+@torch.no_grad()
+def test_cache_of_a_single_token_prompt():
+    model = tiny_model()
+    row = torch.tensor([5, 6, 7])
+    cache = KVCache(model.config, 1, 3, torch.float32, "cpu")
+    model(row[:1], torch.tensor([0]), torch.tensor([0, 1]).int(), cache)
+    hidden = [model(row[t : t + 1], torch.tensor([t]), cache=cache) for t in (1, 2)]
+    torch.testing.assert_close(hidden[-1][0], model(row)[-1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gold_log_probs_equal_log_softmax_for_any_chunk():
+    model = tiny_model()
+    hidden, targets = torch.randn(10, 32), torch.randint(0, 300, (10,))
+    expected = model.logits(hidden).log_softmax(-1)[torch.arange(10), targets]
+    for chunk in (1, 3, 10, 100):
+        torch.testing.assert_close(model.gold_log_probs(hidden, targets, chunk), expected)
+    assert model.gold_log_probs(hidden[:0], targets[:0]).shape == (0,)
+
+
+def test_gradients_do_not_depend_on_autocast_to_a_few_percent():
+    model = tiny_model()
+    tokens, positions, cu_seqlens = packed([9, 20])
+    gradients = []
+    for dtype in ("fp32", "bf16"):
+        model.zero_grad()
+        with autocast("cpu", dtype):
+            model.logits(model(tokens, positions, cu_seqlens)).float().square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+# --- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"attention_bias": True}, "attention_bias: True"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: "),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3"),
+        ({"num_attention_heads": 5}, "hidden_size: 32"),
+        ({"head_dim": 7}, "head_dim: 7"),
+        ({"vocab_size": 0}, "vocab_size: 0"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers: 2.5"),
+    ],
+)
+def test_unsupported_configurations_are_named(change, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        ModelConfig(**{"hidden_size": 32, "num_attention_heads": 4, **change})
+
+
+@pytest.mark.parametrize("key, value", [("model_type", "mamba"), ("quantization_config", {"bits": 4})])
+def test_unsupported_files_are_named(key, value):
+    with pytest.raises(ValueError, match=f"{key}: "):
+        ModelConfig.from_dict({"hidden_size": 32, "num_attention_heads": 4, key: value})
+
+
+def test_both_spellings_of_rope_theta():
+    old = ModelConfig.from_dict({"rope_theta": 500.0})
+    new = ModelConfig.from_dict({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    assert old == new and new.rope_theta == 500.0
+    with pytest.raises(ValueError, match="rope_type: 'llama3'"):
+        ModelConfig.from_dict({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}})
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_loaded_is_the_same(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    save_model(model, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert again.config == model.config
+    assert ("lm_head.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (not tied)
+    for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other_name and torch.equal(one, other)
+    tokens = torch.arange(20)
+    assert torch.equal(model.logits(model(tokens)), again.logits(again(tokens)))
+
+
+def test_nothing_is_written_over(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        save_model(tiny_model(seed=1), tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saved_names_are_those_of_hugging_face(tmp_path):
+    save_model(tiny_model(tie_word_embeddings=False), tmp_path / "m")
+    names = set(load_file(tmp_path / "m" / "model.safetensors"))
+    parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    expected = {f"model.layers.{i}.{part}.weight" for i in range(2) for part in parts}
+    assert names == expected | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_missing_and_left_over_weights_are_both_listed(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.extra.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, file)
+    with pytest.raises(
+        ValueError, match=r"missing weights: \['model.norm.weight'\].*left over: \['model.extra.weight'\]"
+    ):
+        load_model(tmp_path / "m")
+
+
+def test_wrong_shape_is_named(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = torch.ones(31)
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \[31\].*calls for \[32\]"):
+        load_model(tmp_path / "m")
+
+
+def test_damaged_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config.json: not found"):
+        load_model(tmp_path)
+    save_model(tiny_model(), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match=r"model.safetensors: "):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors: not found"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: "):
+        load_config(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: "):
+        load_config(tmp_path / "m")
+
+
+def test_weights_in_half_precision_load_as_float32_masters(tmp_path):
+    model = tiny_model()
+    save_model(model.to(torch.bfloat16), tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {p.dtype for p in load_model(tmp_path / "m").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "m", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_bf16_model_runs_without_autocast():
+    model = tiny_model()
+    tokens = torch.arange(30)
+    expected = model.logits(model(tokens)).log_softmax(-1)
+    half = model.to(torch.bfloat16)
+    actual = half.logits(half(tokens)).float().log_softmax(-1)
+    assert (expected - actual).abs().mean() < 0.1
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 1, "tie_word_embeddings": False},
+        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "rope_theta": 5e5},
+    ],
+)
+def test_logits_equal_those_of_transformers(tmp_path, changes):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    model = tiny_model(max_position_embeddings=2048, **changes)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    save_model(model, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    tokens = torch.randint(0, 300, (2048,))
+    torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_folder_written_by_transformers_opens(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1234.0,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "m")
+    model = load_model(tmp_path / "m")
+    assert model.config.rope_theta == 1234.0
+    tokens = torch.randint(0, 300, (100,))
+    torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_is_one_line_with_the_one_that_was_meant(capsys):
+    parser = CommandLine(prog="x.py")
+    parser.add_argument("--batch_size", type=int)
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(["--batchsize", "3"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "x.py: error: unknown flag --batchsize; did you mean --batch_size?\n"
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    one, other, third = tiny_model(seed=0), tiny_model(seed=0), tiny_model(seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert isinstance(third, Transformer) and not torch.equal(one.head_weight, third.head_weight)

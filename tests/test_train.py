@@ -1,0 +1,466 @@
+"""Configuration, schedule, the step, the loop and the stages, in one process and in two."""
+
+import json
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_encoded, run_script, tiny_model
+from safetensors.torch import load_file
+
+from confidence import Dynamics
+from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
+from mixup import sftmix_loss_literal
+from model import load_model, save_model
+from train import (
+    DEMO,
+    STAGES,
+    TrainConfig,
+    compute_gradients,
+    learning_rate,
+    main,
+    make_optimizer,
+    make_step,
+    parse_config,
+    train,
+)
+
+# --- Configuration ----------------------------------------------------------------------------------------------------
+
+REAL = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
+
+
+def test_defaults_are_the_papers_and_the_demos():
+    real, demo = parse_config(REAL), parse_config([])
+    paper = {
+        "mu": 0.2,
+        "alpha": 0.5,
+        "lr": 2e-6,
+        "weight_decay": 0.1,
+        "warmup_ratio": 0.1,
+        "batch_size": 32,
+        "epochs": 3,
+    }
+    assert {name: getattr(real, name) for name in paper} == paper
+    assert demo == TrainConfig(**DEMO) and demo.output == "runs/demo" and demo.model is None
+
+
+def test_flags_override_the_demos_settings():
+    config = parse_config(["--lr", "0.5", "--mu", "1", "--output", "x"])
+    assert (config.lr, config.mu, config.output, config.dtype) == (0.5, 1.0, "x", DEMO["dtype"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--alpha", "0"], "--alpha 0.0: must be above 0"),
+        (["--mu", "nan"], "--mu nan: must be a finite number"),
+        (["--mu", "-1"], "--mu -1.0: must be at least 0"),
+        (["--lr", "inf"], "--lr inf: must be a finite number"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--epochs", "two"], "argument --epochs: invalid int value: 'two'"),
+        (["--warmup_ratio", "1"], "--warmup_ratio 1.0: must be below 1"),
+        (["--batch_size", "7"], "--batch_size 7: must be even"),
+        (["--stage", "all_of_it"], "--stage all_of_it: must be one of all, base"),
+        (["--template", "chat"], "--template chat: must be one of alpaca"),
+        (["--dtype", "fp16"], "--dtype fp16: must be one of bf16, fp32"),
+        (["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch_size?"),
+        (["--lam=3"], "unknown flag --lam; "),
+        (["--model", "m"], "--model m: needs --data too"),
+        (["--model", "m", "--data", "d"], "--model m: needs --output too"),
+        (["--data", "d"], "--data d: needs --model too"),
+        (["--eval_data", "d"], "--eval_data d: needs --model too"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_config(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1 and error.endswith("\n")
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and all(f"--{name} " in text for name in vars(TrainConfig()))
+
+
+# --- The schedule and the optimizer -----------------------------------------------------------------------------------
+
+
+def test_schedule_warms_up_and_follows_a_cosine():
+    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert [learning_rate(step, 2, 1.0, 0.0) for step in (0, 1)] == [1.0, 0.5]
+    assert learning_rate(0, 1, 1.0, 0.9) == 1.0
+
+
+def test_matrices_decay_and_norms_do_not():
+    model = tiny_model()
+    decayed, spared = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+
+def dataset_of(lengths, seed=0):
+    return Dataset([str(i) for i in range(len(lengths))], random_encoded(lengths, seed=seed), 0, 0)
+
+
+def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
+    """The loss of a global batch written out: every example alone, every position in a loop, one-hot targets."""
+    model.zero_grad()
+    hidden, targets, rows = [], [], []
+    for i in chosen:
+        tokens, target = (x.long() for x in dataset.encoded[i])
+        keep = target != -100
+        rows.append(range(len(targets), len(targets) + int(keep.sum())))
+        hidden.append(model(tokens)[keep])
+        targets += target[keep].tolist()
+    met = [(c, u, p) for p in range(len(lam)) for c, u in zip(rows[2 * p], rows[2 * p + 1], strict=False)]
+    index_c, index_u, pair = torch.tensor(met, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    loss, ntp, mix = sftmix_loss_literal(
+        torch.cat(hidden), model.head_weight, torch.tensor(targets), index_c, index_u, lam[pair], mu, ntp_weight
+    )
+    loss.backward()
+    return torch.stack([loss.detach(), ntp, mix]), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("mixing", [True, False])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
+def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, micro_batch_tokens):
+    model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25, 30, 5, 11, 9])
+    chosen = np.array([4, 1, 0, 7, 2, 8, 3, 5, 6])
+    lam = draw_lambda(4 if mixing else 0, 0.5, 0, 0)
+    expected_losses, expected = literal_gradients(model, dataset, chosen, lam, mu=0.7)
+    model.zero_grad()
+    step = make_step(dataset, chosen, lam, micro_batch_tokens)
+    losses = compute_gradients(model, step, 0.7, 1.0, "fp32")
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
+    dataset = dataset_of(list(range(3, 14)))
+    step = make_step(dataset, np.arange(11), torch.arange(5) / 10, micro_batch_tokens=30)
+    assert len(step.micro_batches) > 2 and step.num_tokens == sum(range(3, 14))
+    seen, lam_of_pair = [], {}
+    for micro_batch in step.micro_batches:
+        lengths = micro_batch.batch.cu_seqlens.diff().tolist()
+        seen += [length - 3 for length in lengths]
+        for (c, u), lam in zip(micro_batch.pairs.tolist(), micro_batch.lam.tolist(), strict=True):
+            lam_of_pair[lengths[c] - 3, lengths[u] - 3] = lam
+    assert sorted(seen) == list(range(11))
+    assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
+
+
+def test_small_learning_rates_move_float32_masters_under_bf16():
+    model, dataset = tiny_model(), dataset_of([20] * 4)
+    before = [p.clone() for p in model.parameters()]
+    config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, dtype="bf16", warmup_ratio=0.0)
+    train(model, dataset, config, lambda epoch: np.arange(4), False, lambda record: None)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.dtype == torch.float32 and not torch.equal(old, new)
+        assert (old.detach().to(torch.bfloat16) != new.detach().to(torch.bfloat16)).float().mean() < 0.5
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def trained(config, order, mixing, dataset=None):
+    model, records = tiny_model(), []
+    train(model, dataset or dataset_of([12, 30, 7, 22, 9, 15, 28]), config, order, mixing, records.append)
+    return model, records
+
+
+def test_ntp_is_the_same_loop_with_nobody_meeting():
+    """A plain loop over padded-free single examples and cross-entropy, step by step, ends at the same weights."""
+    config = TrainConfig(lr=1e-3, epochs=2, batch_size=4, dtype="fp32", log_every=1, mu=0.2)
+    model, records = trained(config, lambda epoch: epoch_order(7, 0, epoch), mixing=False)
+    other, dataset = tiny_model(), dataset_of([12, 30, 7, 22, 9, 15, 28])
+    optimizer = make_optimizer(other, config)
+    for step in range(4):
+        chosen = epoch_order(7, 0, step // 2)[:4] if step % 2 == 0 else epoch_order(7, 0, step // 2)[4:]
+        losses, _ = literal_gradients(other, dataset, chosen, torch.zeros(0), mu=0.0)
+        assert records[step]["loss"] == records[step]["ntp"] == pytest.approx(float(losses[1]), rel=1e-4)
+        assert records[step]["mix"] == 0
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 4, 1e-3, 0.1)
+        optimizer.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_logs_means_over_the_window():
+    config = TrainConfig(lr=1e-2, epochs=20, batch_size=4, dtype="fp32", log_every=3, alpha=0.5)
+    _, records = trained(config, lambda epoch: paired_order([0, 1, 2], [3, 4, 5, 6], 0, epoch), mixing=True)
+    assert [record["step"] for record in records] == [*range(3, 40, 3), 40]
+    assert records[-1]["ntp"] < 0.5 * records[0]["ntp"] and all(record["mix"] > 0 for record in records)
+    assert records[-1]["loss"] == pytest.approx(records[-1]["ntp"] + 0.2 * records[-1]["mix"], rel=1e-4)
+    every = trained(replace(config, log_every=1), lambda epoch: paired_order([0, 1, 2], [3, 4, 5, 6], 0, epoch), True)[
+        1
+    ]
+    assert records[0]["ntp"] == pytest.approx(np.mean([record["ntp"] for record in every[:3]]), rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    config = TrainConfig(lr=1e-3, epochs=2, batch_size=4, dtype="fp32")
+    models = [trained(replace(config, seed=seed), lambda epoch: np.arange(7), True)[0] for seed in (0, 0, 1)]
+    one, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model, 20 training examples, one of them too long to keep, and 6 held-out ones."""
+    path = tmp_path_factory.mktemp("run")
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    save_model(model, path / "model", tokenizer)
+    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
+    records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
+    (path / "train.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [*records[:20], {"prompt": "a " * 300, "completion": "b"}])
+    )
+    (path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[20:26]))
+    return path
+
+
+def flags(folder, output, *more):
+    paths = {"model": "model", "data": "train.jsonl", "eval_data": "eval.jsonl"}
+    given = [x for flag, name in paths.items() for x in (f"--{flag}", str(folder / name))]
+    small = "--epochs 2 --batch_size 6 --lr 1e-2 --max_length 200 --num_checkpoints 3 --dtype fp32".split()
+    return [*given, "--output", str(output), *small, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    main(flags(folder, folder / "out"))
+    return folder / "out"
+
+
+def test_a_run_leaves_what_it_promises(finished, folder):
+    made = sorted(str(p.relative_to(finished)) for p in finished.iterdir())
+    assert made == ["confidence.jsonl", "config.json", "metrics.jsonl", "reference", "results.json", "sftmix"]
+    assert sorted(p.name for p in (finished / "reference" / "checkpoints").iterdir()) == ["step-3", "step-6", "step-8"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model"] == str(folder / "model") and config["mu"] == 0.2
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["stage"], m["step"]) for m in metrics] == [("reference", 8), ("sftmix", 8)]
+    assert {"loss", "ntp", "mix", "lr", "grad_norm", "tokens_per_second"} <= set(metrics[0])
+
+
+def test_results_hold_every_figure(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["base", "ntp", "confidence", "sftmix"]
+    names = [
+        "loss",
+        "loss_interval",
+        "examples",
+        "tokens",
+        "accuracy",
+        "accuracy_interval",
+        "seconds",
+        "peak_memory_bytes",
+    ]
+    for key in ("base", "ntp", "sftmix"):
+        assert sorted(results[key]) == sorted(names)
+        low, high = results[key]["loss_interval"]
+        assert low < results[key]["loss"] < high and results[key]["examples"] == 6
+    assert results["ntp"]["loss"] < results["base"]["loss"] and results["sftmix"]["loss"] < results["base"]["loss"]
+    assert results["base"]["seconds"] is None and results["ntp"]["seconds"] > 0
+
+
+def test_confidence_has_every_kept_example_in_file_order(finished, folder):
+    dynamics = Dynamics.load(finished / "confidence.jsonl")
+    assert dynamics.ids == [example.id for example in load_examples(folder / "train.jsonl")][:20]
+    assert dynamics.probability.shape == (3, 20) and dynamics.variance.max() > 0
+
+
+def test_the_last_checkpoint_is_the_reference(finished):
+    last, final = (
+        load_file(finished / "reference" / name)
+        for name in ("checkpoints/step-8/model.safetensors", "model.safetensors")
+    )
+    assert all(torch.equal(last[name], final[name]) for name in final)
+
+
+def test_nothing_of_a_finished_run_is_written_over(finished, folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        main(flags(folder, finished))
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and "reference: already there" in error and error.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_stages_one_by_one_equal_the_run_at_once(finished, folder):
+    output = folder / "stages"
+    for stage in STAGES:
+        main(flags(folder, output, "--stage", stage))
+    for name in ("reference", "sftmix"):
+        one, other = (load_file(path / name / "model.safetensors") for path in (finished, output))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (output / "confidence.jsonl").read_text() == (finished / "confidence.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "choice", [("--pairing", "random"), ("--confidence_by", "perplexity"), ("--mu", 0), ("--ntp_weight", 0)]
+)
+def test_the_choices_change_the_result(finished, folder, choice, tmp_path):
+    scores = ("--confidence", finished / "confidence.jsonl", "--stage", "sftmix")
+    main(flags(folder, tmp_path / "o", *scores, *choice))
+    one, other = (load_file(path / "sftmix" / "model.safetensors") for path in (finished, tmp_path / "o"))
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_without_held_out_data_the_figures_are_null(folder, tmp_path):
+    arguments = flags(folder, tmp_path / "o", "--stage", "reference")
+    at = arguments.index("--eval_data")
+    main(arguments[:at] + arguments[at + 2 :])
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["ntp"]["loss"] is None and results["ntp"]["accuracy"] is None and results["ntp"]["seconds"] > 0
+
+
+def test_truncated_dropped_and_leaked_examples_are_said(folder, tmp_path, capsys):
+    arguments = flags(folder, tmp_path / "o", "--stage", "base", "--eval_data", folder / "train.jsonl")
+    main(arguments)
+    text = capsys.readouterr().out
+    assert "20 examples" in text and "0 truncated to 200 tokens, 1 dropped" in text
+    assert "21 held-out examples are training examples too" in text
+
+
+@pytest.mark.parametrize("choice", ["reference", "sftmix"])
+def test_saved_folders_give_the_same_logits_in_transformers(finished, choice):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    model = load_model(finished / choice)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / choice, dtype=torch.float32)
+    tokens = torch.randint(0, model.config.vocab_size, (300,))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_end_where_one_does(finished, folder):
+    output = folder / "two"
+    done = run_script("train.py", *flags(folder, output), processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("reference", "sftmix"):
+        one, two = (load_file(path / name / "model.safetensors") for path in (finished, output))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
+    one, two = (Dynamics.load(path / "confidence.jsonl") for path in (finished, output))
+    assert one.ids == two.ids
+    np.testing.assert_allclose(one.probability, two.probability, rtol=1e-2)
+    one, two = (json.loads((path / "results.json").read_text()) for path in (finished, output))
+    assert one["sftmix"]["loss"] == pytest.approx(two["sftmix"]["loss"], rel=1e-3)
+    assert one["sftmix"]["examples"] == two["sftmix"]["examples"]
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+STEP_IN_PROCESSES = """
+import sys, numpy as np, torch
+from conftest import tiny_model, random_encoded
+from data import Dataset, draw_lambda
+from confidence import score_examples
+from model import processes, rank, world_size
+from train import make_step, compute_gradients
+with processes():
+    encoded = random_encoded([40, 3, 17, 8, 25])
+    for name, count, pairs in (("many", 5, 2), ("one", 1, 0)):  # one example: the second process has nothing to do
+        model = tiny_model()
+        step = make_step(Dataset(list("abcde"), encoded, 0, 0), np.arange(count), draw_lambda(pairs, 0.5, 0, 0), 1000)
+        compute_gradients(model, step, 0.7, 1.0, "fp32")
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
+        if rank() == 0:
+            np.save(f"{sys.argv[1]}/{name}-{world_size()}.npy", gradient)
+    np.save(f"{sys.argv[1]}/scores-{world_size()}-{rank()}.npy", score_examples(tiny_model(), encoded, 30))
+"""
+
+
+def test_gradients_and_scores_of_two_processes_equal_those_of_one(tmp_path):
+    """One supervised share may be empty, lengths are unequal, and no example is scored twice or left out."""
+    script = tmp_path / "step.py"
+    tests = os.path.dirname(__file__)
+    script.write_text(f"import sys; sys.path.insert(0, {tests!r})\n" + STEP_IN_PROCESSES)
+    for processes in (1, 2):
+        done = run_script(script, tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
+    for name in ("many", "one"):
+        one, two = (np.load(tmp_path / f"{name}-{processes}.npy") for processes in (1, 2))
+        assert np.abs(one).max() > 0.01
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-6)
+    scores = [np.load(tmp_path / f"scores-{name}.npy") for name in ("1-0", "2-0", "2-1")]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+    np.testing.assert_array_equal(scores[1], scores[2])
+
+
+# --- Errors as a user meets them --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--data", "none.jsonl"], "none.jsonl: not found"),
+        (["--data", "broken.jsonl"], "broken.jsonl:7: not a JSON record"),
+        (["--data", "unknown.jsonl"], "unknown.jsonl:1: unknown key 'instrution' (did you mean 'instruction'?)"),
+        (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
+        (["--model", "bare"], "model.safetensors: not found"),
+        (["--model", "none"], "config.json: not found"),
+        (["--max_length", "9999"], "--max_length 9999: the model has only 512 positions"),
+        (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
+        (["--stage", "sftmix"], "confidence.jsonl: not found; --stage confidence makes it"),
+        (["--stage", "confidence"], "no checkpoints there; --stage reference makes them"),
+        (["--confidence", "other.jsonl", "--stage", "sftmix"], "20 of 20 examples have no confidence score"),
+        (["--output", "train.jsonl"], "train.jsonl"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, message, capsys):
+    good = '{"instruction": "a", "output": "b"}\n'
+    (tmp_path / "broken.jsonl").write_text(good * 6 + '{"instruction": "a", "outp\n' + good)
+    (tmp_path / "unknown.jsonl").write_text('{"instrution": "a", "output": "b"}\n')
+    (tmp_path / "empty.jsonl").write_text(good + '{"instruction": "a", "output": ""}\n')
+    (tmp_path / "train.jsonl").write_text(good)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
+    (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
+    Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    with pytest.raises(SystemExit) as exit:
+        main(flags(folder, tmp_path / "o", *changes))
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and message in error and error.count("\n") == 1, error
+    written = {p for p in tmp_path.rglob("*") if p.is_file()} - set(before)
+    assert {p.name for p in written} <= {"config.json"}
+
+
+def test_a_process_that_fails_says_one_line_without_a_traceback(tmp_path):
+    done = run_script("train.py", "--model", tmp_path, "--data", "d.jsonl", "--output", tmp_path / "o")
+    assert done.returncode == 1 and done.stdout == ""
+    told = f"{tmp_path}/config.json: not found; a model is a folder with config.json and model.safetensors"
+    assert done.stderr == f"train.py: error: {told}\n"
+
+
+def test_an_untied_model_trains_its_head(folder, tokenizer, tmp_path):
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, tie_word_embeddings=False)
+    save_model(model, tmp_path / "m", tokenizer)
+    main(flags(folder, tmp_path / "o", "--model", tmp_path / "m", "--stage", "reference"))
+    trained_model = load_model(tmp_path / "o" / "reference")
+    assert not torch.equal(trained_model.lm_head.weight, model.lm_head.weight)
+    assert math.isfinite(float(trained_model.lm_head.weight.detach().sum()))

@@ -1,0 +1,555 @@
+"""The whole recipe: a reference run, the confidence of its checkpoints, the split, the SFTMix run, the comparison.
+
+    torchrun train.py                                                        the demo, on nothing but this repository
+    torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR  the real thing
+
+Four stages, each of which leaves its product in the output folder:
+
+    base         the model to start from: given, or pretrained on the demo's text         base/ (demo only)
+    reference    plain next-token prediction (μ = 0), with checkpoints on the way         reference/
+    confidence   how well those checkpoints predict each training example                 confidence.jsonl
+    sftmix       from the base again, L = L_NTP + μ L_Mixup between the two halves        sftmix/
+
+Every model is evaluated on the held-out data; `results.json` and the last table set them side by side.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from confidence import Dynamics, area_under_roc, score_checkpoints, split_by_confidence
+from data import (
+    IGNORE_INDEX,
+    Batch,
+    Dataset,
+    Example,
+    demo_corpus,
+    draw_lambda,
+    encode_examples,
+    epoch_order,
+    load_examples,
+    pack,
+    paired_order,
+    split_batch,
+)
+from eval import evaluate, table
+from mixup import pair_positions, sftmix_loss
+from model import (
+    CommandLine,
+    ModelConfig,
+    Transformer,
+    autocast,
+    barrier,
+    load_config,
+    load_model,
+    peak_memory_bytes,
+    processes,
+    rank,
+    save_model,
+    say,
+    sum_over_processes,
+    world_size,
+)
+from tokenizer import TEMPLATES, Tokenizer
+
+MAX_GRAD_NORM = 1.0
+PRODUCTS = {"base": "base", "reference": "reference", "confidence": "confidence.jsonl", "sftmix": "sftmix"}
+STAGES = tuple(PRODUCTS)  # in order; each leaves its product in the output folder
+
+# --- Configuration ----------------------------------------------------------------------------------------------------
+
+
+def _flag(default, help: str, choices=None, above=None, at_least=None, below=None):
+    """A field of TrainConfig: its default, what it is, and which values make sense."""
+    bounds = {"above": above, "at_least": at_least, "below": below}
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; the flags of the command line. The defaults are the paper's settings.
+
+    Raises ValueError, naming flag, value and what is allowed.
+    """
+
+    model: str | None = _flag(None, "model folder in Hugging Face layout; without it the demo runs")
+    data: str | None = _flag(None, "training examples, .jsonl or .json")
+    eval_data: str | None = _flag(None, "held-out examples to evaluate every model on")
+    output: str | None = _flag(None, "folder for everything the run makes (the demo's: runs/demo)")
+    stage: str = _flag("all", "which part of the recipe to run", choices=("all", *STAGES))
+    confidence: str | None = _flag(None, "split by the scores in this file instead of the reference run's")
+    confidence_by: str = _flag("probability", "measure to split by", choices=("probability", "perplexity"))
+    pairing: str = _flag(
+        "confidence", "mix across the halves, or (a control) at random", choices=("confidence", "random")
+    )
+    mu: float = _flag(0.2, "weight of the Mixup term", at_least=0)
+    alpha: float = _flag(0.5, "λ ~ Beta(alpha, alpha)", above=0)
+    ntp_weight: float = _flag(1.0, "weight of the next-token term in the SFTMix run", at_least=0)
+    epochs: int = _flag(3, "passes over the data", at_least=1)
+    batch_size: int = _flag(32, "examples an optimizer step, over all processes", at_least=1)
+    micro_batch_tokens: int = _flag(8192, "tokens a process computes on at once; less memory, same result", at_least=1)
+    lr: float = _flag(2e-6, "peak learning rate", above=0)
+    weight_decay: float = _flag(0.1, "AdamW's, on matrices", at_least=0)
+    warmup_ratio: float = _flag(0.1, "share of the steps that warm up", at_least=0, below=1)
+    num_checkpoints: int = _flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
+    max_length: int = _flag(1024, "tokens of an example; longer ones are truncated", at_least=1)
+    template: str = _flag("alpaca", "how a conversation is laid out", choices=tuple(TEMPLATES))
+    dtype: str = _flag("bf16", "of matrix products; weights stay float32", choices=("bf16", "fp32"))
+    seed: int = _flag(0, "of every random draw", at_least=0)
+    log_every: int = _flag(10, "steps between progress lines", at_least=1)
+
+    def __post_init__(self):
+        for flag in fields(self):
+            value, choices = getattr(self, flag.name), flag.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"--{flag.name} {value}: must be one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{flag.name} {value}: must be a finite number")
+            for name, holds in (("above", float.__gt__), ("at_least", float.__ge__), ("below", float.__lt__)):
+                bound = flag.metadata["bounds"][name]
+                if bound is not None and not holds(float(value), float(bound)):
+                    raise ValueError(f"--{flag.name} {value}: must be {name.replace('_', ' ')} {bound}")
+        if self.stage in ("all", "sftmix") and self.batch_size % 2:
+            raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
+        for one, other in (("model", "data"), ("data", "model"), ("model", "output"), ("eval_data", "model")):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                raise ValueError(f"--{one} {getattr(self, one)}: needs --{other} too (without --model the demo runs)")
+
+
+# The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
+DEMO = {"output": "runs/demo", "lr": 1e-3, "max_length": 256, "dtype": "fp32", "log_every": 50}
+DEMO_BASE = {"lr": 4e-3, "epochs": 1, "batch_size": 16, "mu": 0.0, "stage": "base"}  # of the base's pretraining
+DEMO_MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+DEMO_VOCAB_SIZE = 1024
+
+
+def parse_config(argv=None) -> TrainConfig:
+    """Read the command line; a flag or value that makes no sense ends the program with one line and exit code 2."""
+    parser = CommandLine(description=__doc__)
+    for flag in fields(TrainConfig):
+        kind = flag.type if flag.type in (int, float) else str
+        text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
+        parser.add_argument(f"--{flag.name}", type=kind, help=text.replace("%", "%%"), metavar=flag.name.upper())
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    try:
+        return TrainConfig(**({} if "model" in given else DEMO) | given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warm-up to `peak` over the first `warmup_ratio` of the steps, then half a cosine down towards 0.
+
+    >>> [round(learning_rate(step, 10, 1.0, 0.2), 3) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+
+
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on the float32 master weights, decaying matrices and sparing norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on."""
+
+    batch: Batch
+    pairs: torch.Tensor  # int64 [P, 2]: examples of the batch, confident then unconfident
+    lam: torch.Tensor  # float32 [P]
+
+
+@dataclass(frozen=True)
+class Step:
+    """This process's share of a global batch, and the counts of the whole of it that the means divide by."""
+
+    micro_batches: list[MicroBatch]
+    num_supervised: int  # over all processes
+    num_mixed: int
+    num_tokens: int
+
+
+def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_batch_tokens: int) -> Step:
+    """Deal a global batch out: `chosen` examples, of which the first 2·P are P pairs (0 with 1, 2 with 3, …), lam [P].
+
+    The two members of a pair stay together. Whoever meets nobody is trained on with NTP alone.
+    """
+    examples = [dataset.encoded[i] for i in chosen]
+    lengths = [len(tokens) for tokens, _ in examples]
+    supervised = [int((targets != IGNORE_INDEX).sum()) for _, targets in examples]
+    units = [(2 * p, 2 * p + 1) for p in range(len(lam))] + [(i,) for i in range(2 * len(lam), len(examples))]
+    bins = split_batch([sum(lengths[i] for i in unit) for unit in units], micro_batch_tokens, world_size())
+    micro_batches = []
+    for bin in filter(None, bins[rank() :: world_size()]):
+        pairs = sorted(u for u in bin if len(units[u]) == 2)  # these go first, so that pair p is examples 2p and 2p+1
+        members = [i for u in pairs for i in units[u]] + [i for u in bin if len(units[u]) == 1 for i in units[u]]
+        indices = torch.arange(2 * len(pairs)).view(-1, 2)
+        micro_batches.append(MicroBatch(pack([examples[i] for i in members]), indices, lam[pairs]))
+    num_mixed = sum(min(supervised[2 * p], supervised[2 * p + 1]) for p in range(len(lam)))
+    return Step(micro_batches, sum(supervised), num_mixed, sum(lengths))
+
+
+def compute_gradients(model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str) -> torch.Tensor:
+    """Leave in `.grad` the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
+
+    Every micro-batch's sums are divided by the **global** counts, so adding up gradients, over micro-batches here and
+    over processes below, gives the gradient of the global mean: the same for any number of either.
+    """
+    device = model.head_weight.device
+    losses = torch.zeros(3, device=device)
+    for micro_batch in step.micro_batches:
+        batch = micro_batch.batch.to(device)
+        supervised = batch.targets != IGNORE_INDEX  # [N]
+        index_c, index_u, pair = pair_positions(batch.targets, batch.cu_seqlens, micro_batch.pairs.to(device))
+        with autocast(device, dtype):
+            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[supervised]  # [S, D]
+            loss, ntp, mix = sftmix_loss(
+                hidden,
+                model.head_weight,
+                batch.targets[supervised],
+                index_c,
+                index_u,
+                micro_batch.lam.to(device)[pair],
+                mu,
+                ntp_weight,
+                step.num_supervised,
+                step.num_mixed,
+            )
+        loss.backward()
+        losses += torch.stack([loss.detach(), ntp, mix])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # this process had nothing to do, and must not keep the others waiting
+                parameter.grad = torch.zeros_like(parameter)
+            sum_over_processes(parameter.grad)
+    return losses
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: Transformer,
+    dataset: Dataset,
+    config: TrainConfig,
+    order: Callable[[int], np.ndarray],
+    mixing: bool,
+    log: Callable[[dict], None],
+    after_step: Callable[[int, int], None] = lambda step, total_steps: None,
+) -> dict:
+    """Train `model` in place: `config.epochs` passes in `order(epoch)`, by pairs of neighbours if `mixing`.
+
+    NTP is `mixing=False`: nobody meets anybody, and what is left of L is L_NTP. `log` gets a progress record every
+    `config.log_every` steps, `after_step(step, total_steps)` is called after each, counted from 1.
+    -> {"seconds", "peak_memory_bytes"}
+    """
+    optimizer = make_optimizer(model, config)
+    device = model.head_weight.device
+    steps_per_epoch = math.ceil(len(dataset.encoded) / config.batch_size)
+    total_steps = steps_per_epoch * config.epochs
+    started = logged = time.perf_counter()
+    losses, tokens = torch.zeros(3, device=device), 0  # since the last progress line
+    model.train()
+    for step in range(total_steps):
+        epoch, number = divmod(step, steps_per_epoch)
+        if number == 0:
+            examples = order(epoch)
+        chosen = examples[number * config.batch_size : (number + 1) * config.batch_size]
+        lam = draw_lambda(len(chosen) // 2 if mixing else 0, config.alpha, config.seed, step)
+        work = make_step(dataset, chosen, lam, config.micro_batch_tokens)
+
+        losses += compute_gradients(model, work, config.mu, config.ntp_weight, config.dtype)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens += work.num_tokens
+        if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
+            window = config.log_every if (step + 1) % config.log_every == 0 else (step + 1) % config.log_every
+            loss, ntp, mix = (sum_over_processes(losses) / window).tolist()  # the only wait for the device
+            now = time.perf_counter()
+            log(
+                {
+                    "step": step + 1,
+                    "total_steps": total_steps,
+                    "epoch": epoch,
+                    "loss": loss,
+                    "ntp": ntp,
+                    "mix": mix,
+                    "lr": lr,
+                    "grad_norm": float(grad_norm),
+                    "tokens_per_second": tokens / (now - logged),
+                    "seconds_left": (now - started) / (step + 1) * (total_steps - step - 1),
+                }
+            )
+            losses, tokens, logged = torch.zeros(3, device=device), 0, now
+        after_step(step + 1, total_steps)
+    model.eval()
+    return {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+# --- What a run leaves behind -----------------------------------------------------------------------------------------
+
+
+def log_step(file: Path, stage: str, record: dict) -> None:
+    """A line for `metrics.jsonl` and one for the reader."""
+    if rank() == 0:
+        with open(file, "a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps({"stage": stage, **record}) + "\n")
+    parts = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
+    left = (
+        f"{record['seconds_left'] / 60:.0f} min" if record["seconds_left"] >= 120 else f"{record['seconds_left']:.0f} s"
+    )
+    say(
+        f"{stage:>10}  step {record['step']:>{len(str(record['total_steps']))}}/{record['total_steps']}  "
+        f"loss {record['loss']:.4f}  {parts}{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+    )
+
+
+def save(model: Transformer, path: Path, tokenizer: Tokenizer) -> None:
+    """Save from process 0, and let the others go on only when it is done."""
+    if rank() == 0:
+        save_model(model, path, tokenizer)
+    barrier()
+
+
+def update_results(output: Path, name: str, entry: dict) -> None:
+    """Set one entry of `results.json`."""
+    if rank() == 0:
+        file = output / "results.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(results | {name: entry}, indent=2) + "\n")
+    barrier()
+
+
+# --- The stages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages read: the tokenizer, the training data, and the held-out examples (none without --eval_data)."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: list[Example]
+    held_out_encoded: list[tuple]
+
+
+def load_inputs(config: TrainConfig) -> Inputs:
+    """Read and encode the data, and say what became of it."""
+    positions = load_config(config.model).max_position_embeddings
+    if config.max_length > positions:
+        raise ValueError(f"--max_length {config.max_length}: the model has only {positions} positions")
+    tokenizer = Tokenizer.from_pretrained(config.model)
+    examples, dataset = load_dataset(config.data, tokenizer, config)
+    if config.eval_data is None:
+        say("no --eval_data: no model is evaluated")
+        return Inputs(tokenizer, dataset, [], [])
+    held_out, encoded = load_dataset(config.eval_data, tokenizer, config)
+    shared = len({example.id for example in examples} & {example.id for example in held_out})
+    if shared:
+        say(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
+    return Inputs(tokenizer, dataset, held_out, encoded.encoded)
+
+
+def load_dataset(path, tokenizer: Tokenizer, config: TrainConfig) -> tuple[list[Example], Dataset]:
+    """The examples of a file, as they are and encoded; truncated and dropped ones are counted and said."""
+    examples = load_examples(path)
+    dataset = encode_examples(examples, tokenizer, config.template, config.max_length)
+    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
+    supervised = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in dataset.encoded)
+    say(f"{path}: {len(dataset.ids):,} examples, {tokens:,} tokens, {supervised:,} of them supervised")
+    if dataset.truncated or dataset.dropped:
+        say(f"{path}: {dataset.truncated:,} truncated to {config.max_length} tokens, {dataset.dropped:,} dropped")
+    if not dataset.ids:
+        raise ValueError(f"{path}: no response starts within --max_length {config.max_length}")
+    return examples, dataset
+
+
+def base_stage(config: TrainConfig, log: Callable, device) -> dict:
+    """The demo's base: write the corpus, and pretrain on its clean text with the loop that trains everything else."""
+    data, corpus = Path(config.output) / "data", demo_corpus(config.seed)
+    if rank() == 0:
+        data.mkdir()
+        for split in ("base", "train", "eval", "test"):
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
+            (data / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        ids = [example.id for example in load_examples(data / "train.jsonl")]
+        (data / "wrong.json").write_text(json.dumps([i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong]))
+    barrier()
+    messages = [message for example in load_examples(data / "train.jsonl") for message in example.messages]
+    tokenizer = Tokenizer.train([message["content"] for message in messages], DEMO_VOCAB_SIZE)
+    _, dataset = load_dataset(data / "base.jsonl", tokenizer, config)
+    torch.manual_seed(config.seed)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
+    say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
+    order = partial(epoch_order, len(dataset.ids), config.seed)
+    spent = train(model, dataset, replace(config, **DEMO_BASE), order, False, log)
+    save(model, Path(config.output) / "base", tokenizer)
+    return spent
+
+
+def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
+    """NTP from the base, with checkpoints evenly spaced over the run, the last step's included."""
+    model = load_model(config.model, device=device)
+    folder = Path(config.output) / "reference"
+
+    def save_checkpoint(step: int, total_steps: int) -> None:
+        if step in {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}:
+            save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer)
+
+    order = partial(epoch_order, len(inputs.train.ids), config.seed)
+    spent = train(model, inputs.train, replace(config, mu=0.0, ntp_weight=1.0), order, False, log, save_checkpoint)
+    save(model, folder, inputs.tokenizer)
+    return measure(model, inputs, config) | spent
+
+
+def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+    """Score every training example with every checkpoint of the reference run."""
+    checkpoints = Path(config.output) / "reference" / "checkpoints"
+    folders = sorted(checkpoints.glob("step-*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    if not folders:
+        raise FileNotFoundError(f"{checkpoints}: no checkpoints there; --stage reference makes them")
+    started = time.perf_counter()
+    dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
+    if rank() == 0:
+        dynamics.save(Path(config.output) / "confidence.jsonl")
+    barrier()
+    result = {"checkpoints": len(folders), "examples": len(dynamics.ids), "seconds": time.perf_counter() - started}
+    truth = Path(config.output) / "data" / "wrong.json"
+    if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
+        wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
+        result["roc_area"] = {m: area_under_roc(-dynamics.by(m), wrong) for m in ("probability", "perplexity")}
+    return result
+
+
+def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
+    """From the base again, with Mixup between the confident and the unconfident half (or, a control, random ones)."""
+    if config.pairing == "random":
+        order = partial(
+            epoch_order, len(inputs.train.ids), config.seed
+        )  # neighbours in a random order are random pairs
+    else:
+        scores = Dynamics.load(config.confidence or Path(config.output) / "confidence.jsonl").select(inputs.train.ids)
+        confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
+        say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
+        order = partial(paired_order, confident, unconfident, config.seed)
+    model = load_model(config.model, device=device)
+    spent = train(model, inputs.train, config, order, True, log)
+    save(model, Path(config.output) / "sftmix", inputs.tokenizer)
+    return measure(model, inputs, config) | spent
+
+
+def measure(model: Transformer, inputs: Inputs, config: TrainConfig) -> dict:
+    """Evaluate a model on the held-out examples; None for every figure without them."""
+    if not inputs.held_out:
+        return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
+    return evaluate(
+        model,
+        inputs.held_out,
+        inputs.held_out_encoded,
+        inputs.tokenizer,
+        config.template,
+        config.micro_batch_tokens,
+        config.dtype,
+    )
+
+
+# --- The pipeline -----------------------------------------------------------------------------------------------------
+
+
+def run(config: TrainConfig, device) -> None:
+    """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
+    output, stages, demo = (
+        Path(config.output),
+        STAGES if config.stage == "all" else (config.stage,),
+        config.model is None,
+    )
+    for stage in stages:
+        product = output / PRODUCTS[stage]
+        if product.exists():
+            raise FileExistsError(f"{product}: already there; remove it, or choose another --output")
+    barrier()  # all have looked before process 0 writes
+    if rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def log(stage: str) -> Callable:
+        return partial(log_step, output / "metrics.jsonl", stage)
+
+    spent = {"seconds": None, "peak_memory_bytes": None}
+    if demo:
+        if "base" in stages:
+            spent = base_stage(config, log("base"), device)
+        files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
+        config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
+    inputs = load_inputs(config)
+    if rank() == 0:
+        (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+    if "base" in stages:
+        model = load_model(config.model, device=device)
+        update_results(output, "base", measure(model, inputs, config) | spent)
+    if "reference" in stages:
+        update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
+    if "confidence" in stages:
+        update_results(output, "confidence", confidence_stage(config, inputs, device))
+    if "sftmix" in stages:
+        update_results(output, "sftmix", sftmix_stage(config, inputs, log("sftmix"), device))
+    if rank() == 0:
+        report(output, demo)
+
+
+def report(output: Path, demo: bool) -> None:
+    """The last words of a run: the table, what confidence found, where everything is, and what to try next."""
+    results = json.loads((output / "results.json").read_text())
+    names = {"base": "base", "ntp": "NTP", "sftmix": "SFTMix"}
+    print("\n" + table({name: results[key] for key, name in names.items() if key in results}) + "\n")
+    for name, area in results.get("confidence", {}).get("roc_area", {}).items():
+        print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
+    made = ("data", *PRODUCTS.values(), "config.json", "metrics.jsonl", "results.json")
+    print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
+    if (output / "confidence.jsonl").exists():
+        print(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
+    if demo:
+        print("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
+
+
+def main(argv=None) -> None:
+    """Read the command line and run what it asks for."""
+    config = parse_config(argv)
+    with processes() as device:
+        run(config, device)
+
+
+if __name__ == "__main__":
+    main()
