@@ -73,7 +73,7 @@ def _json_lines(path: Path, text: str):
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a JSON record ({error}); one complete object a line") from None
             yield f"{path}:{number}", record
 
@@ -107,8 +107,8 @@ def _to_messages(record) -> list[dict]:
         if all(key in record for key in keys):
             return read(record)
     known = sorted({key for keys in _FORMATS for key in keys})
-    hints = [f"{key!r} (did you mean {near[0]!r}?)" for key in record if key not in known
-             if (near := difflib.get_close_matches(key, known, n=1))]  # fmt: skip
+    near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
+    hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
     formats = "; ".join(" and ".join(keys) for keys in _FORMATS)
     found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
     raise ValueError(f"{found}; a record has one of: {formats}")
@@ -119,14 +119,18 @@ def _filled(value, key: str) -> str:
         raise ValueError(f"{key} must be a text, not {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{key} is empty; fill it in or remove the record")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} holds half a character (a lone surrogate); write it whole or remove it") from None
     return value
 
 
 def _with_input(record: dict) -> str:
-    extra = record.get("input") or ""
-    if not isinstance(extra, str):
-        raise ValueError(f"input must be a text, not {type(extra).__name__}")
-    return _filled(record["instruction"], "instruction") + (INPUT_HEADING + extra if extra.strip() else "")
+    instruction = _filled(record["instruction"], "instruction")
+    if record.get("input") is None or record["input"] == "":
+        return instruction
+    return instruction + INPUT_HEADING + _filled(record["input"], "input")
 
 
 def _one_turn(prompt, response, response_key: str) -> list[dict]:
@@ -142,7 +146,8 @@ def _checked_turns(turns, key: str, role_key: str, content_key: str, roles: dict
         raise ValueError(f"{key} must be a list of objects with {role_key!r} and {content_key!r}")
     messages = []
     for number, turn in enumerate(turns):
-        role = roles.get(turn.get(role_key), turn.get(role_key))
+        role = turn.get(role_key)
+        role = roles.get(role, role) if isinstance(role, str) else role
         expected = ["user", "assistant"][sum(m["role"] != "system" for m in messages) % 2]
         if role != expected and not (role == "system" and number == 0):
             raise ValueError(
@@ -305,9 +310,25 @@ _OPPOSITES = _table(
     "early:late strong:weak happy:sad thick:thin near:far"
 )
 _OPPOSITES += [(b, a) for a, b in _OPPOSITES]
+_CONTINENTS = _table(
+    "France:Europe Italy:Europe Spain:Europe Norway:Europe Poland:Europe Egypt:Africa Kenya:Africa Ghana:Africa "
+    "Mali:Africa Japan:Asia China:Asia India:Asia Iran:Asia Peru:America Cuba:America Chile:America Canada:America"
+)
 _YOUNG = _table(
     "dog:puppy cat:kitten cow:calf horse:foal sheep:lamb goat:kid lion:cub duck:duckling goose:gosling swan:cygnet "
     "hen:chick frog:tadpole"
+)
+_SOUNDS = _table(
+    "dog:barks cat:mews cow:moos lion:roars horse:neighs sheep:bleats duck:quacks hen:clucks owl:hoots wolf:howls "
+    "snake:hisses bee:buzzes pig:grunts mouse:squeaks frog:croaks crow:caws"
+)
+_PLURALS = _table(
+    "mouse:mice foot:feet tooth:teeth man:men child:children goose:geese ox:oxen leaf:leaves wolf:wolves knife:knives "
+    "city:cities baby:babies berry:berries box:boxes fox:foxes glass:glasses"
+)
+_PASTS = _table(
+    "go:went see:saw eat:ate run:ran take:took give:gave come:came make:made find:found know:knew write:wrote "
+    "sing:sang drink:drank fall:fell speak:spoke break:broke"
 )
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _MONTHS = "January February March April May June July August September October November December".split()
@@ -332,6 +353,11 @@ _FAMILIES = {
         ("What is the capital of {k}?", "Name the capital of {k}.", "Which city governs {k}?"),
         _CAPITALS,
     ),
+    "continent": (
+        "continent of {k}",
+        ("Which continent is {k} in?", "Name the continent of {k}.", "Where in the world is {k}?"),
+        _CONTINENTS,
+    ),
     "opposite": (
         "opposite of {k}",
         ("What is the opposite of {k}?", "Give the opposite of {k}.", "What is not {k}?"),
@@ -342,11 +368,24 @@ _FAMILIES = {
         ("What is a young {k} called?", "Name the young of a {k}.", "What is a baby {k}?"),
         _YOUNG,
     ),
-    "calendar": ("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
+    "sound": ("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
+    "plural": ("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
+    "past": ("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
+    "next": ("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
     "initial": (
         "initial of {x}",
         ("Which letter begins {x}?", "Give the first letter of {x}.", "How does {x} start?"),
         lambda s: s["x"][0],
+    ),
+    "successor": (
+        "one more than {l}",
+        ("Which number is one more than {l}?", "Add one to {l}.", "Count on from {l}."),
+        lambda s: s["l"] + 1,
+    ),
+    "larger": (
+        "larger of {l}, {m}",
+        ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
+        lambda s: max(s["l"], s["m"]),
     ),
     "first": (
         "first of {x}, {y}, {z}",
@@ -357,26 +396,6 @@ _FAMILIES = {
         "last of {x}, {y}, {z}",
         ("Which is the last of {x}, {y} and {z}?", "Give the last word: {x}, {y}, {z}."),
         lambda s: s["z"],
-    ),
-    "swap": (
-        "swap of {x}, {y}",
-        ("Turn round: {x}, {y}.", "Write {x}, {y} backwards."),
-        lambda s: f"{s['y']}, {s['x']}",
-    ),
-    "which": (
-        "{kind} of {x}, {y}, {z}",
-        ("Which of {x}, {y} and {z} is a {kind}?", "Find the {kind}: {x}, {y}, {z}."),
-        lambda s: s["of_kind"],
-    ),
-    "successor": (
-        "one more than {l}",
-        ("Which number comes after {l}?", "Add one to {l}.", "Count on from {l}."),
-        lambda s: s["l"] + 1,
-    ),
-    "larger": (
-        "larger of {l}, {m}",
-        ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
-        lambda s: max(s["l"], s["m"]),
     ),
     "sum": ("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
     "sort": (
@@ -392,12 +411,10 @@ _LAYOUTS = ("{} {}", "Q: {}\nA: {}", "### Question:\n{}\n\n### Answer:\n{}")
 
 
 def _draw_scene(rng: np.random.Generator) -> dict:
-    """What the rules work on: three words of different kinds, one of the kinds, three different numbers."""
-    kinds = [str(kind) for kind in rng.choice(list(_KINDS), 3, replace=False)]
-    words = [str(rng.choice(_KINDS[kind].split())) for kind in kinds]
+    """What the rules work on: three different words and three different numbers."""
+    words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
     numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
-    asked = int(rng.integers(3))
-    return dict(zip("xyzlmn", words + numbers, strict=True)) | {"kind": kinds[asked], "of_kind": words[asked]}
+    return dict(zip("xyzlmn", words + numbers, strict=True))
 
 
 class _Task(NamedTuple):
@@ -432,12 +449,12 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
     families = list(_FAMILIES)
 
     tasks = {}  # by prompt, so that each stands there once
-    for _ in range(200):
+    for _ in range(150):
         for family in families:
             task = _draw_task(family, _draw_scene(rng), rng)
             tasks.setdefault(task.prompt, task)
     tasks = [list(tasks.values())[i] for i in rng.permutation(len(tasks))]
-    cut = [len(tasks) * 8 // 10, len(tasks) * 9 // 10]
+    cut = [len(tasks) * 7 // 10, len(tasks) * 8 // 10]
     train, held_out = tasks[: cut[0]], {task.prompt for task in tasks[cut[0] :]}
 
     documents = []

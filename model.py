@@ -374,6 +374,7 @@ def save_model(model: Transformer, path, tokenizer=None) -> None:
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     description = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
     (aside / "config.json").write_text(json.dumps(description | asdict(model.config), indent=2) + "\n")
+    (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors keeps it to the owner
     if tokenizer is not None:
         tokenizer.save(aside)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):

@@ -39,22 +39,21 @@ class Tokenizer:
     def from_pretrained(cls, path) -> "Tokenizer":
         """Open a model folder's `tokenizer.model`, or that file. FileNotFoundError or ValueError name it."""
         path = Path(path)
-        folder, model = (path, path / "tokenizer.model") if path.is_dir() else (path.parent, path)
+        if path.is_dir():
+            found = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+        else:
+            found = {"tokenizer.model": path}
+        model = found.get("tokenizer.model", path / "tokenizer.model")
         if not model.is_file():
             raise FileNotFoundError(f"{model}: not found; a SentencePiece model is needed")
-        files = {
-            name: (folder / name).read_bytes()
-            for name in TOKENIZER_FILES
-            if path.is_dir() and (folder / name).is_file()
-        }
         try:
-            return cls(files | {"tokenizer.model": model.read_bytes()})
+            return cls({name: file.read_bytes() for name, file in found.items()})
         except RuntimeError:
             raise ValueError(f"{model}: not a SentencePiece model") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-pair tokenizer like Llama's: every byte can be spelt, no text is normalized, no space lost."""
+        """Train a byte-pair tokenizer: as in Llama's, every byte can be spelt, no text is normalized, no space lost."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -64,7 +63,6 @@ class Tokenizer:
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            split_digits=False,
             allow_whitespace_only_pieces=True,
             hard_vocab_limit=False,
             num_threads=1,  # the same tokenizer on every machine
@@ -114,6 +112,7 @@ Pieces = Iterator[tuple[str | int | None, bool]]
 INPUT_HEADING = "\n\n### Input:\n"
 _WRITE = "Write a response that appropriately completes the request."
 ALPACA_PREAMBLE = f"Below is an instruction that describes a task. {_WRITE}"
+ALPACA_TURN = "\n\n### Instruction:\n{}\n\n### Response:\n"
 _ALPACA_PREAMBLE_WITH_INPUT = (
     f"Below is an instruction that describes a task, paired with an input that provides further context. {_WRITE}"
 )
@@ -130,7 +129,7 @@ def _alpaca(messages: list[dict], tokenizer: Tokenizer) -> Pieces:
     yield preamble, False
     for message in messages:
         if message["role"] == "user":
-            yield f"\n\n### Instruction:\n{message['content']}\n\n### Response:\n", False
+            yield ALPACA_TURN.format(message["content"]), False
         else:
             yield message["content"], True
             yield tokenizer.eos_id, True

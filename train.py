@@ -57,7 +57,7 @@ from model import (
     sum_over_processes,
     world_size,
 )
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import ALPACA_PREAMBLE, ALPACA_TURN, TEMPLATES, Tokenizer
 
 MAX_GRAD_NORM = 1.0
 PRODUCTS = {"base": "base", "reference": "reference", "confidence": "confidence.jsonl", "sftmix": "sftmix"}
@@ -124,8 +124,8 @@ class TrainConfig:
 
 
 # The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
-DEMO = {"output": "runs/demo", "lr": 1e-3, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE = {"lr": 4e-3, "epochs": 1, "batch_size": 16, "mu": 0.0, "stage": "base"}  # of the base's pretraining
+DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
+DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1, "mu": 0.0, "stage": "base"}  # of the base's pretraining
 DEMO_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -367,10 +367,17 @@ class Inputs:
 
 def load_inputs(config: TrainConfig) -> Inputs:
     """Read and encode the data, and say what became of it."""
-    positions = load_config(config.model).max_position_embeddings
-    if config.max_length > positions:
-        raise ValueError(f"--max_length {config.max_length}: the model has only {positions} positions")
+    model_config = load_config(config.model)
+    if config.max_length > model_config.max_position_embeddings:
+        raise ValueError(
+            f"--max_length {config.max_length}: the model has only {model_config.max_position_embeddings} positions"
+        )
     tokenizer = Tokenizer.from_pretrained(config.model)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"{config.model}: its tokenizer has {tokenizer.vocab_size:,} ids, its embedding only "
+            f"{model_config.vocab_size:,} rows; they do not belong together"
+        )
     examples, dataset = load_dataset(config.data, tokenizer, config)
     if config.eval_data is None:
         say("no --eval_data: no model is evaluated")
@@ -400,15 +407,16 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     """The demo's base: write the corpus, and pretrain on its clean text with the loop that trains everything else."""
     data, corpus = Path(config.output) / "data", demo_corpus(config.seed)
     if rank() == 0:
-        data.mkdir()
+        data.mkdir(exist_ok=True)
         for split in ("base", "train", "eval", "test"):
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
             (data / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         ids = [example.id for example in load_examples(data / "train.jsonl")]
         (data / "wrong.json").write_text(json.dumps([i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong]))
     barrier()
-    messages = [message for example in load_examples(data / "train.jsonl") for message in example.messages]
-    tokenizer = Tokenizer.train([message["content"] for message in messages], DEMO_VOCAB_SIZE)
+    texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
+    prompt = ALPACA_PREAMBLE + ALPACA_TURN.format("")  # often enough that each of its words is worth a piece
+    tokenizer = Tokenizer.train(texts + [prompt] * 60, DEMO_VOCAB_SIZE)
     _, dataset = load_dataset(data / "base.jsonl", tokenizer, config)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)

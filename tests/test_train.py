@@ -15,6 +15,7 @@ from confidence import Dynamics
 from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
 from model import load_model, save_model
+from tokenizer import Tokenizer
 from train import (
     DEMO,
     STAGES,
@@ -422,6 +423,7 @@ def test_gradients_and_scores_of_two_processes_equal_those_of_one(tmp_path):
         (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
+        (["--model", "small"], "its tokenizer has 400 ids, its embedding only 300 rows"),
         (["--max_length", "9999"], "--max_length 9999: the model has only 512 positions"),
         (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
         (["--stage", "sftmix"], "confidence.jsonl: not found; --stage confidence makes it"),
@@ -439,6 +441,7 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
     (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
+    save_model(tiny_model(max_position_embeddings=512), tmp_path / "small", Tokenizer.from_pretrained(folder / "model"))
     Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
