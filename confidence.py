@@ -197,7 +197,7 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
         axes.scatter(dynamics.variance[half], dynamics.confidence[half], size, colour, alpha=0.35, lw=0, label=label)
     cut = np.median(dynamics.confidence)
     axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
-    axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)", ylim=(0, 1))
+    axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)")
     axes.set_title(f"Data map over {len(dynamics.probability)} checkpoints")
     axes.spines[["top", "right"]].set_visible(False)
     for handle in axes.legend(loc="best", frameon=False).legend_handles:

@@ -396,7 +396,12 @@ class CommandLine(argparse.ArgumentParser):
             word = message.split()[2].split("=")[0]
             near = difflib.get_close_matches(word, self._option_string_actions, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if _speaks_for_its_machine() else None)
+
+
+def _speaks_for_its_machine() -> bool:
+    """Whether this is the one process on its machine that reports what all of them find wrong."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 @contextlib.contextmanager
@@ -405,8 +410,8 @@ def processes():
 
     A ValueError or OSError inside is something the user can mend: it becomes one line on stderr and exit code 1.
     """
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -414,7 +419,7 @@ def processes():
     try:
         yield device
     except (ValueError, OSError) as error:
-        if local_rank == 0:  # each machine says it once
+        if _speaks_for_its_machine():
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:

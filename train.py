@@ -143,8 +143,9 @@ def parse_config(argv=None) -> TrainConfig:
     parser = CommandLine(description=__doc__)
     for flag in fields(TrainConfig):
         kind = flag.type if flag.type in (int, float) else str
+        values = "{" + ",".join(flag.metadata["choices"]) + "}" if flag.metadata["choices"] else flag.name.upper()
         text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
-        parser.add_argument(f"--{flag.name}", type=kind, help=text.replace("%", "%%"), metavar=flag.name.upper())
+        parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return TrainConfig(**({} if "model" in given else DEMO) | given)
