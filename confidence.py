@@ -25,7 +25,18 @@ import numpy as np
 import torch
 
 from data import IGNORE_INDEX, Dataset, encode_examples, load_examples, pack, split_batch
-from model import CommandLine, Transformer, autocast, load_model, processes, rank, say, sum_over_processes, world_size
+from model import (
+    CommandLine,
+    Transformer,
+    autocast,
+    load_config,
+    load_model,
+    processes,
+    rank,
+    say,
+    sum_over_processes,
+    world_size,
+)
 from tokenizer import TEMPLATES, Tokenizer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
@@ -46,14 +57,12 @@ def score_examples(
     batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens)
     for examples in filter(None, batches[rank() :: world_size()]):
         batch = pack([encoded[i] for i in examples]).to(device)
-        supervised = batch.targets != IGNORE_INDEX  # [tokens of the row]
+        supervised = batch.targets != IGNORE_INDEX
         with autocast(device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
             log_p = model.gold_log_probs(hidden[supervised], batch.targets[supervised]).double()  # [S]
-        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())[
-            supervised
-        ]  # [S]
-        sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
+        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())
+        sums.index_add_(1, owner[supervised], torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
     probability, log_probability, count = sum_over_processes(sums).cpu().numpy()
     return probability / count, np.exp(-log_probability / count)
 
@@ -187,7 +196,7 @@ def require_matplotlib():
 
 
 def plot_data_map(dynamics: Dynamics, path) -> None:
-    """Draw the data map: every example at its variance and confidence, and the line where the split cuts."""
+    """Draw the data map: every example at its variance and confidence, and the line where a split by these cuts."""
     plt = require_matplotlib()
     confident, unconfident = (half.numpy() for half in split_by_confidence(dynamics.confidence))
     figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
@@ -206,6 +215,46 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
     plt.close(figure)
 
 
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of a model folder; ValueError where the model's embedding has too few rows for its ids."""
+    config, tokenizer = load_config(path), Tokenizer.from_pretrained(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids, the embedding only {config.vocab_size:,} rows; "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def usable_length(path, max_length: int | None) -> int:
+    """`max_length`, checked against the positions of the model in `path`; None: as many as it has, at most 1024."""
+    positions = load_config(path).max_position_embeddings
+    if max_length is not None and max_length > positions:
+        raise ValueError(f"--max_length {max_length}: {path} has only {positions} positions")
+    return max_length or min(1024, positions)
+
+
+def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, file=None) -> Dataset:
+    """Read and encode a data file, and say on `file` what became of it; ValueError where nothing is left."""
+    dataset = encode_examples(load_examples(path), tokenizer, template, max_length)
+    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
+    supervised = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in dataset.encoded)
+    say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
+    if dataset.truncated or dataset.dropped:
+        say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)
+    if not dataset.encoded:
+        raise ValueError(f"{path}: no response starts within --max_length {max_length}")
+    return dataset
+
+
+def add_data_flags(parser: CommandLine) -> None:
+    """The flags of the tools that read a data file; their defaults are those of training."""
+    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--max_length", type=parser.positive)
+    parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+
+
 def main(argv=None) -> None:
     """Score the examples of a file with the checkpoints of a run, or draw the data map of scores already made."""
     parser = CommandLine(description="How confidently a run's checkpoints predict each example of a file.")
@@ -214,12 +263,9 @@ def main(argv=None) -> None:
     parser.add_argument("--output", metavar="FILE", help="where the scores go, one JSON line an example")
     parser.add_argument("--scores", metavar="FILE", help="instead of these three: scores made before, to be drawn")
     parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
-    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
-    parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
+    add_data_flags(parser)
     args = parser.parse_args(argv)
-    if args.scores is None and None in (args.checkpoints, args.data, args.output):
+    if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
     with processes() as device:
         if args.plot:
@@ -227,16 +273,16 @@ def main(argv=None) -> None:
         if args.scores:
             dynamics = Dynamics.load(args.scores)
         else:
-            tokenizer = Tokenizer.from_pretrained(args.checkpoints[0])
-            dataset = encode_examples(load_examples(args.data), tokenizer, args.template, args.max_length)
+            model = args.checkpoints[0]
+            tokenizer, max_length = load_tokenizer(model), usable_length(model, args.max_length)
+            dataset = load_dataset(args.data, tokenizer, args.template, max_length, sys.stderr)
             dynamics = score_checkpoints(
                 args.checkpoints, dataset, args.micro_batch_tokens, args.dtype, device, sys.stderr
             )
-        if rank() == 0:
-            if args.output:
+            if rank() == 0:
                 dynamics.save(args.output)
-            if args.plot:
-                plot_data_map(dynamics, args.plot)
+        if args.plot and rank() == 0:
+            plot_data_map(dynamics, args.plot)
 
 
 if __name__ == "__main__":

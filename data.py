@@ -9,7 +9,6 @@ Letters: N tokens in the packed row, B examples in it.
 import difflib
 import hashlib
 import heapq
-import itertools
 import json
 import math
 from collections import Counter
@@ -81,8 +80,8 @@ def _json_lines(path: Path, text: str):
 def _json_list(path: Path, text: str):
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"{path}: a list of records is expected, not {type(records).__name__}")
     for number, record in enumerate(records, start=1):
@@ -128,9 +127,10 @@ def _filled(value, key: str) -> str:
 
 def _with_input(record: dict) -> str:
     instruction = _filled(record["instruction"], "instruction")
-    if record.get("input") is None or record["input"] == "":
+    extra = record.get("input")
+    if extra is None or (isinstance(extra, str) and not extra.strip()):
         return instruction
-    return instruction + INPUT_HEADING + _filled(record["input"], "input")
+    return instruction + INPUT_HEADING + _filled(extra, "input")
 
 
 def _one_turn(prompt, response, response_key: str) -> list[dict]:
@@ -175,18 +175,27 @@ def encode_example(example: Example, tokenizer: Tokenizer, template: str, max_le
     return ids[:-1], targets[1:]
 
 
-class Dataset(NamedTuple):
-    """Encoded examples that have something to learn, with their ids, and the count of those that lost something."""
+@dataclass(frozen=True)
+class Dataset:
+    """Examples that have something to learn, as they are and encoded, and the count of those that lost something."""
 
-    ids: list[str]
+    examples: list[Example]
     encoded: list[tuple[torch.Tensor, torch.Tensor]]  # (tokens, targets), int32, see encode_example
-    truncated: int  # longer than max_length; their first max_length positions are here
-    dropped: int  # not here: nothing supervised within max_length
+    truncated: int = 0  # longer than max_length; their first max_length positions are here
+    dropped: int = 0  # not here: nothing supervised within max_length
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def ids(self) -> list[str]:
+        """The examples' ids, in order."""
+        return [example.id for example in self.examples]
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
     """Encode all examples, leaving out (and counting) those whose response starts beyond `max_length`."""
-    ids, encoded, truncated, dropped = [], [], 0, 0
+    kept, encoded, truncated, dropped = [], [], 0, 0
     for example in examples:
         # One token more than allowed tells a truncated example from one that just fits.
         tokens, targets = (
@@ -196,11 +205,11 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template:
         tokens, targets = tokens[:max_length], targets[:max_length]
         if bool((targets != IGNORE_INDEX).any()):
             truncated += too_long
-            ids.append(example.id)
+            kept.append(example)
             encoded.append((tokens, targets))
         else:
             dropped += 1
-    return Dataset(ids, encoded, truncated, dropped)
+    return Dataset(kept, encoded, truncated, dropped)
 
 
 # --- The packed row ---------------------------------------------------------------------------------------------------
@@ -418,7 +427,6 @@ def _draw_scene(rng: np.random.Generator) -> dict:
 
 
 class _Task(NamedTuple):
-    family: str
     note: str
     prompt: str
     answer: str
@@ -428,15 +436,15 @@ def _draw_task(family: str, scene: dict, rng: np.random.Generator) -> _Task:
     note, asks, rule = _FAMILIES[family]
     ask = asks[rng.integers(len(asks))]
     if callable(rule):
-        return _Task(family, note.format(**scene), ask.format(**scene), str(rule(scene)))
+        return _Task(note.format(**scene), ask.format(**scene), str(rule(scene)))
     key, answer = rule[rng.integers(len(rule))]
-    return _Task(family, note.format(k=key), ask.format(k=key), answer)
+    return _Task(note.format(k=key), ask.format(k=key), answer)
 
 
 class DemoCorpus(NamedTuple):
     """The demo's data, as records that `load_examples` reads once written. All prompts of the last three differ."""
 
-    base: list[dict]  # {"text"}: clean notes and answered questions, none of `eval` or `test`, to pretrain on
+    base: list[dict]  # {"text"}: clean notes, and answered questions that are not in `eval` or `test`, to pretrain on
     train: list[dict]  # Alpaca records, some of them wrong
     eval: list[dict]  # clean, to choose settings by
     test: list[dict]  # clean, to report
@@ -470,9 +478,8 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
     wrong = rng.random(len(train)) < wrong_share
     answers = [task.answer for task in train]
     for i in np.flatnonzero(wrong):  # as when records get mixed up: somebody else's answer
-        answers[i] = next(
-            a for a in (train[rng.integers(len(train))].answer for _ in itertools.count()) if a != answers[i]
-        )
+        while answers[i] == train[i].answer:
+            answers[i] = train[rng.integers(len(train))].answer
 
     def records(tasks: list[_Task], answers: list[str]) -> list[dict]:
         return [

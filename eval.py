@@ -7,12 +7,13 @@ Letters: B sequences generated together, N examples, D hidden size, V vocabulary
 
 import json
 import math
+import sys
 
 import numpy as np
 import torch
 
-from confidence import score_examples
-from data import IGNORE_INDEX, Example, encode_examples, load_examples
+from confidence import add_data_flags, load_dataset, load_tokenizer, score_examples, usable_length
+from data import IGNORE_INDEX, Dataset, Example
 from model import (
     CommandLine,
     KVCache,
@@ -25,7 +26,7 @@ from model import (
     sum_over_processes,
     world_size,
 )
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import Tokenizer
 
 Z_95 = 1.959964  # of a normal distribution, 95 % lies within ± this many standard deviations
 
@@ -42,10 +43,10 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
     _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
     count = np.array([int((targets != IGNORE_INDEX).sum()) for _, targets in encoded])  # [N] tokens of each example
     total = count * np.log(perplexity)  # [N] nats of each example
-    loss = total.sum() / count.sum()
-    n = len(count)
-    error = math.sqrt(((total - loss * count) ** 2).sum() * n / max(n - 1, 1)) / count.sum()
-    interval = [float(loss - Z_95 * error), float(loss + Z_95 * error)]
+    loss, n, interval = total.sum() / count.sum(), len(count), None
+    if n > 1:  # one example says nothing about the spread
+        error = math.sqrt(((total - loss * count) ** 2).sum() * n / (n - 1)) / count.sum()
+        interval = [float(loss - Z_95 * error), float(loss + Z_95 * error)]
     return {"loss": float(loss), "loss_interval": interval, "examples": n, "tokens": int(count.sum())}
 
 
@@ -61,7 +62,7 @@ def generate(
     dtype: str = "fp32",
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt greedily until one of `stop_ids` (not returned) or `max_new_tokens`. -> new ids of each"""
+    """Continue each prompt greedily, up to and with one of `stop_ids`, or `max_new_tokens`. -> the new ids of each"""
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     results: list[list[int]] = [[] for _ in prompts]
@@ -79,12 +80,12 @@ def generate(
             hidden = model(tokens, positions, cu_seqlens, cache)[ends - 1]  # [B, D]
             for step in range(max_new_tokens):
                 new = model.logits(hidden).argmax(-1)  # [B]
-                running &= ~torch.isin(new, stop)
-                if not running.any():
-                    break
                 for i, token, on in zip(chosen, new.tolist(), running.tolist(), strict=True):
                     if on:
                         results[i].append(token)
+                running &= ~torch.isin(new, stop)
+                if not running.any():
+                    break
                 if step + 1 < max_new_tokens:
                     hidden = model(new, lengths + step, cache=cache)
     return results
@@ -95,16 +96,21 @@ def exact_match(
 ) -> dict:
     """The share of examples whose last assistant turn is generated word for word: {"accuracy", "accuracy_interval"}.
 
-    Greedy, from the same prompt ids that training uses; surrounding white space does not count. Under `torchrun` the
-    processes share the examples out.
+    Greedy, from the same prompt ids that training uses, and the answer must end by itself; surrounding white space does
+    not count. Under `torchrun` the processes share the examples out. ValueError for a plain text, which has no prompt.
     """
+    if any(example.messages[-1]["role"] != "assistant" for example in examples):
+        raise ValueError("exact match asks for prompts with responses, and there are plain texts among the examples")
+    expected = [example.messages[-1]["content"].strip() for example in examples]
+    longest = max(len(tokenizer.encode(text)) for text in expected)
     mine = range(rank(), len(examples), world_size())
     prompts = [tokenizer.apply_template(examples[i].messages[:-1], template)[0] for i in mine]
-    expected = [examples[i].messages[-1]["content"].strip() for i in mine]
-    longest = max((len(tokenizer.encode(text)) for text in expected), default=0)
-    stop_ids = [i for i in (tokenizer.eos_id,) if i is not None]
-    answers = generate(model, prompts, longest + 4, stop_ids, dtype)  # whoever writes on after that is wrong anyway
-    right = sum(tokenizer.decode(ids).strip() == text for ids, text in zip(answers, expected, strict=True))
+    # A few tokens of grace, since a text may be spelt in more pieces than its encoding has.
+    answers = generate(model, prompts, longest + 4, [tokenizer.eos_id] if tokenizer.eos_id is not None else [], dtype)
+    right = sum(
+        ids[-1] == tokenizer.eos_id and tokenizer.decode(ids).strip() == expected[i]
+        for i, ids in zip(mine, answers, strict=True)
+    )
     total = sum_over_processes(torch.tensor(float(right), device=model.head_weight.device))
     return {"accuracy": float(total) / len(examples), "accuracy_interval": wilson_interval(int(total), len(examples))}
 
@@ -127,19 +133,15 @@ MATCH_TOKENS = 32  # exact match is asked of short answers: every held-out respo
 
 
 def evaluate(
-    model: Transformer,
-    examples: list[Example],
-    encoded: list[tuple],
-    tokenizer: Tokenizer,
-    template: str,
-    micro_batch_tokens: int,
-    dtype: str,
+    model: Transformer, held_out: Dataset, tokenizer: Tokenizer, template: str, micro_batch_tokens: int, dtype: str
 ) -> dict:
-    """Held-out loss and, where all responses are short, exact match (else None)."""
-    result = held_out_loss(model, encoded, micro_batch_tokens, dtype) | {"accuracy": None, "accuracy_interval": None}
-    if max(int((targets != IGNORE_INDEX).sum()) for _, targets in encoded) <= MATCH_TOKENS:
-        result |= exact_match(model, examples, tokenizer, template, dtype)
-    return result
+    """Held-out loss and, where all responses are whole and short, exact match (else None)."""
+    result = held_out_loss(model, held_out.encoded, micro_batch_tokens, dtype)
+    longest = max(int((targets != IGNORE_INDEX).sum()) for _, targets in held_out.encoded)
+    plain = any(example.messages[-1]["role"] == "text" for example in held_out.examples)
+    if held_out.truncated or plain or longest > MATCH_TOKENS:
+        return result | {"accuracy": None, "accuracy_interval": None}
+    return result | exact_match(model, held_out.examples, tokenizer, template, dtype)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -148,7 +150,7 @@ def table(results: dict[str, dict]) -> str:
     def cell(entry: dict, name: str, form: str) -> str:
         if entry.get(name) is None:
             return "–"
-        low, high = entry[f"{name}_interval"]
+        low, high = entry[f"{name}_interval"] or (-math.inf, math.inf)
         return f"{entry[name]:{form}} [{low:{form}}, {high:{form}}]"
 
     lines = [f"{'':8}{'held-out loss [95 %]':>26}{'exact match [95 %]':>26}{'training':>11}"]
@@ -164,26 +166,19 @@ def main(argv=None) -> None:
     parser.add_argument("measure", choices=("perplexity", "match"))
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
     parser.add_argument("--data", required=True, metavar="FILE", help="the examples, .jsonl or .json")
-    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
-    parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
+    add_data_flags(parser)
     args = parser.parse_args(argv)
     with processes() as device:
-        tokenizer = Tokenizer.from_pretrained(args.model)
+        tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
+        dataset = load_dataset(args.data, tokenizer, args.template, max_length, sys.stderr)
         model = load_model(args.model, device=device)
-        examples = load_examples(args.data)
         if args.measure == "perplexity":
-            dataset = encode_examples(examples, tokenizer, args.template, args.max_length)
             result = held_out_loss(model, dataset.encoded, args.micro_batch_tokens, args.dtype)
-            result |= {
-                "perplexity": math.exp(result["loss"]),
-                "truncated": dataset.truncated,
-                "dropped": dataset.dropped,
-            }
+            result["perplexity"] = math.exp(result["loss"])
         else:
-            result = exact_match(model, examples, tokenizer, args.template, args.dtype) | {"examples": len(examples)}
-        say(json.dumps(result))
+            result = exact_match(model, dataset.examples, tokenizer, args.template, args.dtype)
+            result["examples"] = len(dataset)
+        say(json.dumps(result | {"truncated": dataset.truncated, "dropped": dataset.dropped}))
 
 
 if __name__ == "__main__":

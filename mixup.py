@@ -13,8 +13,8 @@ Read `mixup` and `sftmix_loss_literal` for what is computed, `pair_positions` fo
 how to get the same value and the same gradients at the price of L_NTP alone. Tensors in, tensors out: this file
 imports nothing but torch and can be taken into any trainer.
 
-Letters: N tokens in the packed row, B examples in it, S supervised positions, P pairs, M mixed positions, D hidden
-size, V vocabulary.
+Letters: N tokens in the packed row (N^c and N^u: supervised tokens of the two examples of a pair), B examples in the
+row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabulary, R rows of a chunk.
 """
 
 import torch
@@ -120,7 +120,8 @@ def sftmix_loss(
     return loss, ntp_sum / num_supervised, mix_sum / num_mixed
 
 
-CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, whatever S and V are
+CHUNK_ELEMENTS = 2**23  # logits of a chunk, 32 MB in float32: a few such buffers live at once, whatever S is
+MIN_CHUNK_ROWS = 256  # fewer, and a chunk spends its time on reading W and writing W's gradient
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -144,7 +145,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
         with torch.autocast(device_type, enabled=False):
             W = weight.to(product_dtype)
-            for rows, m in _chunks(seen, index_c, index_u, max(2, CHUNK_ELEMENTS // len(weight))):
+            for rows, m in _chunks(seen, index_c, index_u, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // len(weight))):
                 # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
                 k = len(m)
                 z, y, own, lam_m = hidden[rows].to(product_dtype), targets[rows], share[rows], lam[m]

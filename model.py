@@ -35,6 +35,7 @@ _SUPPORTED = {
     "attention_bias": False,
     "mlp_bias": False,
     "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
     "sliding_window": None,
     "quantization_config": None,
 }
@@ -42,7 +43,7 @@ _SUPPORTED = {
 
 def _refuse_unsupported(values: dict) -> None:
     for name, supported in _SUPPORTED.items():
-        if values.get(name, supported) != supported:
+        if values.get(name) not in (None, supported):
             raise ValueError(f"{name}: {values[name]!r} is not supported, only {supported!r}")
 
 
@@ -111,12 +112,13 @@ class ModelConfig:
 
         Raises ValueError, naming key and value, for an architecture `Transformer` does not compute.
         """
-        rope = values.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type: {rope['rope_type']!r} is not supported, only 'default'")
-        values = {**values, **{key: rope[key] for key in ("rope_theta",) if key in rope}}
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default'")
+        values = {**values, **rope, "rope_scaling": None}
         _refuse_unsupported(values)
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        return cls(**{field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None})
 
 
 # --- The transformer --------------------------------------------------------------------------------------------------
@@ -330,15 +332,18 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
     config = load_config(path)
     file = Path(path) / "model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; the folder has a configuration but no weights")
+        in_shards = (Path(path) / "model.safetensors.index.json").exists()
+        why = "weights in shards are not read" if in_shards else "the folder has a configuration but no weights"
+        raise FileNotFoundError(f"{file}: not found; {why}")
     with torch.device("meta"):  # shapes without memory: every tensor is then taken from the file
         model = Transformer(config)
     expected = model.state_dict()
     try:
         with safe_open(file, framework="pt", device=str(device)) as weights:
-            names = set(weights.keys())
+            # Angles are computed, not read; and some writers store a tied head a second time.
+            names = {name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
             if config.tie_word_embeddings:
-                names.discard("lm_head.weight")  # some writers store the tied head a second time
+                names.discard("lm_head.weight")
             if names != expected.keys():
                 raise ValueError(
                     f"missing weights: {sorted(expected.keys() - names) or 'none'}; "
@@ -390,6 +395,13 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, **named):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **named)
+
+    @staticmethod
+    def positive(text: str) -> int:
+        """The type of a flag that counts something."""
+        if not (text.isdecimal() and int(text) > 0):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+        return int(text)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -457,7 +469,7 @@ def say(text: str, file=None) -> None:
 
 
 def peak_memory_bytes(device) -> int:
-    """The most memory this process has held so far: on the GPU if it has one, else resident in main memory."""
+    """The most memory this process has held: on a GPU since the last reset, in main memory since it started."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

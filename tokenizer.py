@@ -84,8 +84,8 @@ class Tokenizer:
         return (self._continue if continues else self._start).encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; special tokens have none."""
-        return self._start.decode(ids)
+        """The text of ids; special tokens, and rows of an embedding that is larger than the tokenizer, have none."""
+        return self._start.decode([i for i in ids if i < self.vocab_size])
 
     def apply_template(self, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, and for each whether it is supervised: assistant turns and the end token closing each.
@@ -96,7 +96,7 @@ class Tokenizer:
         ids, supervised = [], []
         for piece, learn in (_text if messages[0]["role"] == "text" else TEMPLATES[template])(messages, self):
             if isinstance(piece, str):
-                new = self.encode(piece, continues=any(i != self.bos_id for i in ids[-1:]))
+                new = self.encode(piece, continues=bool(ids) and ids[-1] != self.bos_id)
             else:
                 new = [] if piece is None else [piece]
             ids += new
@@ -108,7 +108,9 @@ class Tokenizer:
 
 Pieces = Iterator[tuple[str | int | None, bool]]
 
-# The prompt of Stanford Alpaca (Taori et al. 2023). A user turn that carries an input has it under this heading.
+# The prompt of Stanford Alpaca (Taori et al. 2023), with a new line after its last heading: no piece of a tokenizer
+# joins what stands on both sides of it, so prompt and response have the same ids together and apart.
+# A user turn that carries an input has it under this heading.
 INPUT_HEADING = "\n\n### Input:\n"
 _WRITE = "Write a response that appropriately completes the request."
 ALPACA_PREAMBLE = f"Below is an instruction that describes a task. {_WRITE}"

@@ -24,15 +24,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from confidence import Dynamics, area_under_roc, score_checkpoints, split_by_confidence
+from confidence import (
+    Dynamics,
+    area_under_roc,
+    load_dataset,
+    load_tokenizer,
+    score_checkpoints,
+    split_by_confidence,
+    usable_length,
+)
 from data import (
     IGNORE_INDEX,
     Batch,
     Dataset,
-    Example,
     demo_corpus,
     draw_lambda,
-    encode_examples,
     epoch_order,
     load_examples,
     pack,
@@ -47,7 +53,6 @@ from model import (
     Transformer,
     autocast,
     barrier,
-    load_config,
     load_model,
     peak_memory_bytes,
     processes,
@@ -99,7 +104,7 @@ class TrainConfig:
     weight_decay: float = _flag(0.1, "AdamW's, on matrices", at_least=0)
     warmup_ratio: float = _flag(0.1, "share of the steps that warm up", at_least=0, below=1)
     num_checkpoints: int = _flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
-    max_length: int = _flag(1024, "tokens of an example; longer ones are truncated", at_least=1)
+    max_length: int | None = _flag(None, "cut longer examples (default: the model's, at most 1024)", at_least=1)
     template: str = _flag("alpaca", "how a conversation is laid out", choices=tuple(TEMPLATES))
     dtype: str = _flag("bf16", "of matrix products; weights stay float32", choices=("bf16", "fp32"))
     seed: int = _flag(0, "of every random draw", at_least=0)
@@ -114,7 +119,7 @@ class TrainConfig:
                 raise ValueError(f"--{flag.name} {value}: must be a finite number")
             for name, holds in (("above", float.__gt__), ("at_least", float.__ge__), ("below", float.__lt__)):
                 bound = flag.metadata["bounds"][name]
-                if bound is not None and not holds(float(value), float(bound)):
+                if None not in (bound, value) and not holds(float(value), float(bound)):
                     raise ValueError(f"--{flag.name} {value}: must be {name.replace('_', ' ')} {bound}")
         if self.stage in ("all", "sftmix") and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
@@ -125,7 +130,7 @@ class TrainConfig:
 
 # The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
 DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1, "mu": 0.0, "stage": "base"}  # of the base's pretraining
+DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1, "stage": "base"}  # of the base's pretraining
 DEMO_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -142,7 +147,7 @@ def parse_config(argv=None) -> TrainConfig:
     """Read the command line; a flag or value that makes no sense ends the program with one line and exit code 2."""
     parser = CommandLine(description=__doc__)
     for flag in fields(TrainConfig):
-        kind = flag.type if flag.type in (int, float) else str
+        kind = {int: int, int | None: int, float: float}.get(flag.type, str)
         values = "{" + ",".join(flag.metadata["choices"]) + "}" if flag.metadata["choices"] else flag.name.upper()
         text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
         parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
@@ -208,9 +213,9 @@ def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_bat
     units = [(2 * p, 2 * p + 1) for p in range(len(lam))] + [(i,) for i in range(2 * len(lam), len(examples))]
     bins = split_batch([sum(lengths[i] for i in unit) for unit in units], micro_batch_tokens, world_size())
     micro_batches = []
-    for bin in filter(None, bins[rank() :: world_size()]):
-        pairs = sorted(u for u in bin if len(units[u]) == 2)  # these go first, so that pair p is examples 2p and 2p+1
-        members = [i for u in pairs for i in units[u]] + [i for u in bin if len(units[u]) == 1 for i in units[u]]
+    for mine in filter(None, bins[rank() :: world_size()]):
+        pairs = [u for u in mine if len(units[u]) == 2]  # these go first, so that pair p is examples 2p and 2p+1
+        members = [i for u in pairs for i in units[u]] + [i for u in mine if len(units[u]) == 1 for i in units[u]]
         indices = torch.arange(2 * len(pairs)).view(-1, 2)
         micro_batches.append(MicroBatch(pack([examples[i] for i in members]), indices, lam[pairs]))
     num_mixed = sum(min(supervised[2 * p], supervised[2 * p + 1]) for p in range(len(lam)))
@@ -261,32 +266,36 @@ def train(
     dataset: Dataset,
     config: TrainConfig,
     order: Callable[[int], np.ndarray],
-    mixing: bool,
     log: Callable[[dict], None],
+    *,
+    mixing: bool,
     after_step: Callable[[int, int], None] = lambda step, total_steps: None,
 ) -> dict:
-    """Train `model` in place: `config.epochs` passes in `order(epoch)`, by pairs of neighbours if `mixing`.
+    """Train `model` in place: `config.epochs` passes in `order(epoch)`; if `mixing`, by pairs of neighbours in it.
 
-    NTP is `mixing=False`: nobody meets anybody, and what is left of L is L_NTP. `log` gets a progress record every
-    `config.log_every` steps, `after_step(step, total_steps)` is called after each, counted from 1.
-    -> {"seconds", "peak_memory_bytes"}
+    Without `mixing` it is NTP: μ = 0, nobody meets anybody, and what is left of L is L_NTP. `log` gets a progress
+    record every `config.log_every` steps, `after_step(step, total_steps)` is called after each, counted from 1.
+    -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
     """
     optimizer = make_optimizer(model, config)
+    mu, ntp_weight = (config.mu, config.ntp_weight) if mixing else (0.0, 1.0)
     device = model.head_weight.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     steps_per_epoch = math.ceil(len(dataset.encoded) / config.batch_size)
     total_steps = steps_per_epoch * config.epochs
-    started = logged = time.perf_counter()
-    losses, tokens = torch.zeros(3, device=device), 0  # since the last progress line
+    started = logged = time.perf_counter()  # both are put forward by the time after_step takes
+    losses, tokens, steps = torch.zeros(3, device=device), 0, 0  # since the last progress line
     model.train()
     for step in range(total_steps):
-        epoch, number = divmod(step, steps_per_epoch)
-        if number == 0:
-            examples = order(epoch)
-        chosen = examples[number * config.batch_size : (number + 1) * config.batch_size]
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        if step_of_epoch == 0:
+            indices = order(epoch)
+        chosen = indices[step_of_epoch * config.batch_size : (step_of_epoch + 1) * config.batch_size]
         lam = draw_lambda(len(chosen) // 2 if mixing else 0, config.alpha, config.seed, step)
         work = make_step(dataset, chosen, lam, config.micro_batch_tokens)
 
-        losses += compute_gradients(model, work, config.mu, config.ntp_weight, config.dtype)
+        losses += compute_gradients(model, work, mu, ntp_weight, config.dtype)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
@@ -294,10 +303,9 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        tokens += work.num_tokens
+        tokens, steps = tokens + work.num_tokens, steps + 1
         if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
-            window = config.log_every if (step + 1) % config.log_every == 0 else (step + 1) % config.log_every
-            loss, ntp, mix = (sum_over_processes(losses) / window).tolist()  # the only wait for the device
+            loss, ntp, mix = (sum_over_processes(losses) / steps).tolist()
             now = time.perf_counter()
             log(
                 {
@@ -313,8 +321,11 @@ def train(
                     "seconds_left": (now - started) / (step + 1) * (total_steps - step - 1),
                 }
             )
-            losses, tokens, logged = torch.zeros(3, device=device), 0, now
+            losses, tokens, steps, logged = torch.zeros(3, device=device), 0, 0, now
+        paused = time.perf_counter()
         after_step(step + 1, total_steps)
+        pause = time.perf_counter() - paused
+        started, logged = started + pause, logged + pause
     model.eval()
     return {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes(device)}
 
@@ -358,50 +369,26 @@ def update_results(output: Path, name: str, entry: dict) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages read: the tokenizer, the training data, and the held-out examples (none without --eval_data)."""
+    """What the stages read."""
 
     tokenizer: Tokenizer
     train: Dataset
-    held_out: list[Example]
-    held_out_encoded: list[tuple]
+    held_out: Dataset | None  # None without --eval_data: no model is evaluated then
 
 
 def load_inputs(config: TrainConfig) -> Inputs:
-    """Read and encode the data, and say what became of it."""
-    model_config = load_config(config.model)
-    if config.max_length > model_config.max_position_embeddings:
-        raise ValueError(
-            f"--max_length {config.max_length}: the model has only {model_config.max_position_embeddings} positions"
-        )
-    tokenizer = Tokenizer.from_pretrained(config.model)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise ValueError(
-            f"{config.model}: its tokenizer has {tokenizer.vocab_size:,} ids, its embedding only "
-            f"{model_config.vocab_size:,} rows; they do not belong together"
-        )
-    examples, dataset = load_dataset(config.data, tokenizer, config)
+    """Read and encode the data, and find what is wrong with it before anything is trained."""
+    tokenizer = load_tokenizer(config.model)
+    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length)
+    if config.confidence is not None:
+        Dynamics.load(config.confidence).select(dataset.ids)
     if config.eval_data is None:
         say("no --eval_data: no model is evaluated")
-        return Inputs(tokenizer, dataset, [], [])
-    held_out, encoded = load_dataset(config.eval_data, tokenizer, config)
-    shared = len({example.id for example in examples} & {example.id for example in held_out})
-    if shared:
+        return Inputs(tokenizer, dataset, None)
+    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length)
+    if shared := len(set(dataset.ids) & set(held_out.ids)):
         say(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
-    return Inputs(tokenizer, dataset, held_out, encoded.encoded)
-
-
-def load_dataset(path, tokenizer: Tokenizer, config: TrainConfig) -> tuple[list[Example], Dataset]:
-    """The examples of a file, as they are and encoded; truncated and dropped ones are counted and said."""
-    examples = load_examples(path)
-    dataset = encode_examples(examples, tokenizer, config.template, config.max_length)
-    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
-    supervised = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in dataset.encoded)
-    say(f"{path}: {len(dataset.ids):,} examples, {tokens:,} tokens, {supervised:,} of them supervised")
-    if dataset.truncated or dataset.dropped:
-        say(f"{path}: {dataset.truncated:,} truncated to {config.max_length} tokens, {dataset.dropped:,} dropped")
-    if not dataset.ids:
-        raise ValueError(f"{path}: no response starts within --max_length {config.max_length}")
-    return examples, dataset
+    return Inputs(tokenizer, dataset, held_out)
 
 
 def base_stage(config: TrainConfig, log: Callable, device) -> dict:
@@ -418,12 +405,12 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
     prompt = ALPACA_PREAMBLE + ALPACA_TURN.format("")  # often enough that each of its words is worth a piece
     tokenizer = Tokenizer.train(texts + [prompt] * 60, DEMO_VOCAB_SIZE)
-    _, dataset = load_dataset(data / "base.jsonl", tokenizer, config)
+    dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
     say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
-    order = partial(epoch_order, len(dataset.ids), config.seed)
-    spent = train(model, dataset, replace(config, **DEMO_BASE), order, False, log)
+    order = partial(epoch_order, len(dataset), config.seed)
+    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log, mixing=False)
     save(model, Path(config.output) / "base", tokenizer)
     return spent
 
@@ -437,24 +424,25 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
         if step in {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}:
             save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer)
 
-    order = partial(epoch_order, len(inputs.train.ids), config.seed)
-    spent = train(model, inputs.train, replace(config, mu=0.0, ntp_weight=1.0), order, False, log, save_checkpoint)
+    order = partial(epoch_order, len(inputs.train), config.seed)
+    spent = train(model, inputs.train, config, order, log, mixing=False, after_step=save_checkpoint)
     save(model, folder, inputs.tokenizer)
     return measure(model, inputs, config) | spent
 
 
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
-    checkpoints = Path(config.output) / "reference" / "checkpoints"
-    folders = sorted(checkpoints.glob("step-*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step-")))
-    if not folders:
-        raise FileNotFoundError(f"{checkpoints}: no checkpoints there; --stage reference makes them")
+    reference = Path(config.output) / "reference"
+    if not (reference / "config.json").exists():
+        raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
+    checkpoints = (reference / "checkpoints").glob("step-*")
+    folders = sorted(checkpoints, key=lambda folder: int(folder.name.removeprefix("step-")))
     started = time.perf_counter()
     dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
     if rank() == 0:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
-    result = {"checkpoints": len(folders), "examples": len(dynamics.ids), "seconds": time.perf_counter() - started}
+    result = {"checkpoints": len(folders), "examples": len(inputs.train), "seconds": time.perf_counter() - started}
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -465,33 +453,23 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
     """From the base again, with Mixup between the confident and the unconfident half (or, a control, random ones)."""
     if config.pairing == "random":
-        order = partial(
-            epoch_order, len(inputs.train.ids), config.seed
-        )  # neighbours in a random order are random pairs
+        order = partial(epoch_order, len(inputs.train), config.seed)  # neighbours in a random order are random pairs
     else:
         scores = Dynamics.load(config.confidence or Path(config.output) / "confidence.jsonl").select(inputs.train.ids)
         confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
         say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
         order = partial(paired_order, confident, unconfident, config.seed)
     model = load_model(config.model, device=device)
-    spent = train(model, inputs.train, config, order, True, log)
+    spent = train(model, inputs.train, config, order, log, mixing=True)
     save(model, Path(config.output) / "sftmix", inputs.tokenizer)
     return measure(model, inputs, config) | spent
 
 
 def measure(model: Transformer, inputs: Inputs, config: TrainConfig) -> dict:
-    """Evaluate a model on the held-out examples; None for every figure without them."""
-    if not inputs.held_out:
+    """Evaluate a model on the held-out examples; without them, every figure is None."""
+    if inputs.held_out is None:
         return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
-    return evaluate(
-        model,
-        inputs.held_out,
-        inputs.held_out_encoded,
-        inputs.tokenizer,
-        config.template,
-        config.micro_batch_tokens,
-        config.dtype,
-    )
+    return evaluate(model, inputs.held_out, inputs.tokenizer, config.template, config.micro_batch_tokens, config.dtype)
 
 
 # --- The pipeline -----------------------------------------------------------------------------------------------------
@@ -499,15 +477,16 @@ def measure(model: Transformer, inputs: Inputs, config: TrainConfig) -> dict:
 
 def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
-    output, stages, demo = (
-        Path(config.output),
-        STAGES if config.stage == "all" else (config.stage,),
-        config.model is None,
-    )
+    output, demo = Path(config.output), config.model is None
+    stages = STAGES if config.stage == "all" else (config.stage,)
     for stage in stages:
         product = output / PRODUCTS[stage]
         if product.exists():
             raise FileExistsError(f"{product}: already there; remove it, or choose another --output")
+    if demo and config.max_length > DEMO_MODEL["max_position_embeddings"]:
+        raise ValueError(
+            f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
+        )
     barrier()  # all have looked before process 0 writes
     if rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -521,13 +500,13 @@ def run(config: TrainConfig, device) -> None:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
+    config = replace(config, max_length=usable_length(config.model, config.max_length))
     inputs = load_inputs(config)
     if rank() == 0:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     if "base" in stages:
-        model = load_model(config.model, device=device)
-        update_results(output, "base", measure(model, inputs, config) | spent)
+        update_results(output, "base", measure(load_model(config.model, device=device), inputs, config) | spent)
     if "reference" in stages:
         update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:

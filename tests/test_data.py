@@ -54,6 +54,13 @@ def test_text_and_input(tmp_path):
     assert with_input.messages[0]["content"] == "Sum.\n\n### Input:\nIt."
 
 
+def test_a_blank_input_is_none(tmp_path):
+    (example,) = load_examples(
+        write_lines(tmp_path / "d.jsonl", {"instruction": "Why?", "input": " ", "output": "So."})
+    )
+    assert example.messages == TURN
+
+
 def test_multi_turn_with_system(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, *TURN, *TURN]
     (example,) = load_examples(write_lines(tmp_path / "d.jsonl", {"messages": messages}))
@@ -123,6 +130,9 @@ def test_files_that_are_no_data(tmp_path):
         load_examples(tmp_path / "d.json")
     (tmp_path / "d.json").write_text('[{"text": "a"}, {"text": ""}]')
     with pytest.raises(ValueError, match=r"d.json: record 2: text is empty"):
+        load_examples(tmp_path / "d.json")
+    (tmp_path / "d.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"d.json:1: not valid JSON"):
         load_examples(tmp_path / "d.json")
     (tmp_path / "d.json").write_text('{"text": "a"}')
     with pytest.raises(ValueError, match=r"d.json: a list of records is expected, not dict"):

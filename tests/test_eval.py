@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import random_encoded, tiny_model
 
-from data import IGNORE_INDEX, Example
-from eval import exact_match, generate, held_out_loss, main, table, wilson_interval
+from data import IGNORE_INDEX, Example, encode_example, encode_examples
+from eval import evaluate, exact_match, generate, held_out_loss, main, table, wilson_interval
 from model import save_model
 
 
@@ -65,30 +65,62 @@ def test_generation_is_greedy_and_independent_of_the_batch():
     for batch_size in (1, 3, 64):
         assert generate(model, prompts, 12, batch_size=batch_size) == expected
     stop = expected[0][5]
-    assert generate(model, prompts, 12, [stop])[0] == expected[0][: expected[0].index(stop)]
+    assert generate(model, prompts, 12, [stop])[0] == expected[0][: expected[0].index(stop) + 1]
     assert generate(model, prompts, 0) == [[], [], [], []] and generate(model, [], 5) == []
 
 
-def test_exact_match_counts_what_the_model_says(tokenizer):
-    """A model is asked what it says, then marked against that: right for its own words, wrong for others."""
-    model = tiny_model(vocab_size=tokenizer.vocab_size, initializer_range=0.5)
-    turn = [{"role": "user", "content": "the dog"}]
-    prompt, _ = tokenizer.apply_template(turn, "alpaca")
-    said = tokenizer.decode(generate(model, [prompt], 6)[0]).strip()
-    own = Example("own", [*turn, {"role": "assistant", "content": said}])
-    other = Example("other", [*turn, {"role": "assistant", "content": said + " not"}])
-    model_that_stops = generate(model, [prompt], 6)
-    assert len(model_that_stops[0]) == 6
-    # The random model never ends by itself; teach the check to end where its own answer does.
-    tokenizer_eos, end = tokenizer.eos_id, generate(model, [prompt], 7)[0][6]
-    if end not in model_that_stops[0]:
-        tokenizer.eos_id = end
-        try:
-            result = exact_match(model, [own, other, other], tokenizer, "alpaca")
-        finally:
-            tokenizer.eos_id = tokenizer_eos
-        assert result["accuracy"] == pytest.approx(1 / 3)
-        assert result["accuracy_interval"] == wilson_interval(1, 3)
+def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatch):
+    """Five answers to a prompt whose response is "the dog": right; right but for a space; unended; longer; wrong."""
+    the_dog, end = tokenizer.encode("the dog", continues=True), [tokenizer.eos_id]
+    answers = [the_dog + end, tokenizer.encode(" the dog") + end, the_dog, the_dog + the_dog + end, end]
+    example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
+    asked = []
+
+    def generate(model, prompts, max_new_tokens, stop_ids, dtype):
+        asked.append((prompts, max_new_tokens, stop_ids))
+        return answers
+
+    monkeypatch.setattr("eval.generate", generate)
+    result = exact_match(tiny_model(), [example] * 5, tokenizer, "alpaca")
+    assert result == {"accuracy": 0.4, "accuracy_interval": wilson_interval(2, 5)}
+    ((prompts, max_new_tokens, stop_ids),) = asked
+    trained_on, _ = encode_example(example, tokenizer, "alpaca", 1000)
+    assert prompts == [trained_on[: len(prompts[0])]] * 5 and tokenizer.decode(prompts[0]).endswith("### Response:\n")
+    assert max_new_tokens > len(the_dog) and stop_ids == end
+
+
+def test_exact_match_of_plain_text_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="plain texts among the examples"):
+        exact_match(tiny_model(), [Example("x", [{"role": "text", "content": "a"}])], tokenizer, "alpaca")
+
+
+@pytest.mark.parametrize(
+    "examples, max_length, applies",
+    [
+        ([("who?", "the dog")], 300, True),
+        ([("who?", "the dog"), ("who?", "the dog " * 40)], 300, False),  # too long to be asked for word for word
+        ([("who?", "the dog is a dog")], -2, False),  # cut short
+        ([(None, "the dog")], 300, False),  # plain text
+    ],
+)
+def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, applies):
+    messages = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        if prompt
+        else [{"role": "text", "content": response}]
+        for prompt, response in examples
+    ]
+    examples = [Example(str(i), turns) for i, turns in enumerate(messages)]
+    if max_length < 0:
+        max_length += len(encode_example(examples[0], tokenizer, "alpaca", 1000)[0])
+    held_out = encode_examples(examples, tokenizer, "alpaca", max_length)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    result = evaluate(model, held_out, tokenizer, "alpaca", 1000, "fp32")
+    assert (result["accuracy"] is not None) == applies and result["loss"] > 0
+
+
+def test_one_example_has_no_interval():
+    assert held_out_loss(tiny_model(), random_encoded([9]))["loss_interval"] is None
 
 
 def test_table_sets_models_side_by_side():

@@ -105,10 +105,11 @@ def test_fast_equals_literal(mu, ntp_weight):
     assert_equal_to_literal(case(), mu, ntp_weight)
 
 
-@pytest.mark.parametrize("elements", [1, 22, 44, 77, 10**6])
+@pytest.mark.parametrize("rows", [2, 3, 4, 7, 10**6])
 @pytest.mark.parametrize("repeats", [False, True])
-def test_fast_equals_literal_for_any_chunk(monkeypatch, elements, repeats):
-    monkeypatch.setattr(mixup_module, "CHUNK_ELEMENTS", elements)
+def test_fast_equals_literal_for_any_chunk(monkeypatch, rows, repeats):
+    monkeypatch.setattr(mixup_module, "CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(mixup_module, "MIN_CHUNK_ROWS", rows)
     assert_equal_to_literal(case(repeats=repeats), 0.7)
 
 

@@ -178,6 +178,13 @@ def test_both_spellings_of_rope_theta():
         ModelConfig.from_dict({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}})
 
 
+@pytest.mark.parametrize("value", [{"rope_type": "default"}, {"type": "default"}, None])
+def test_spellings_of_nothing_special_are_accepted(value):
+    assert ModelConfig.from_dict({"rope_scaling": value, "attention_bias": None}) == ModelConfig()
+    with pytest.raises(ValueError, match=r"partial_rotary_factor: 0.5"):
+        ModelConfig.from_dict({"rope_parameters": {"partial_rotary_factor": 0.5}})
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +228,23 @@ def test_missing_and_left_over_weights_are_both_listed(tmp_path):
     with pytest.raises(
         ValueError, match=r"missing weights: \['model.norm.weight'\].*left over: \['model.extra.weight'\]"
     ):
+        load_model(tmp_path / "m")
+
+
+def test_stored_angles_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path):
+    model = tiny_model()
+    save_model(model, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    extra = {"lm_head.weight": torch.zeros(300, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file(load_file(file) | extra, file)
+    assert torch.equal(load_model(tmp_path / "m").head_weight, model.head_weight)
+
+
+def test_weights_in_shards_are_said(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00001.safetensors")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="weights in shards are not read"):
         load_model(tmp_path / "m")
 
 

@@ -90,6 +90,11 @@ def test_plain_text_is_supervised_as_a_whole(tokenizer):
     assert supervised == [False] + [True] * (len(ids) - 1)
 
 
+def test_ids_beyond_the_tokenizer_have_no_text(tokenizer):
+    """An embedding may have more rows than the tokenizer has pieces, and a model may pick one of them."""
+    assert tokenizer.decode([*tokenizer.encode("the dog"), tokenizer.vocab_size + 5]) == "the dog"
+
+
 def test_training_is_deterministic():
     texts = ["the dog and the fox", "one two three"] * 10
     assert Tokenizer.train(texts, 300).files == Tokenizer.train(texts, 300).files

@@ -12,7 +12,7 @@ from conftest import random_encoded, run_script, tiny_model
 from safetensors.torch import load_file
 
 from confidence import Dynamics
-from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
+from data import Dataset, Example, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
 from model import load_model, save_model
 from tokenizer import Tokenizer
@@ -83,6 +83,13 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys):
     assert exit.value.code == 2 and message in error and error.count("\n") == 1 and error.endswith("\n")
 
 
+def test_the_demos_length_is_checked_before_anything_is_made(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--max_length", "512", "--output", str(tmp_path / "o")])
+    assert "--max_length 512: the demo's model has 256 positions" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as exit:
         parse_config(["--help"])
@@ -114,7 +121,7 @@ def test_matrices_decay_and_norms_do_not():
 
 
 def dataset_of(lengths, seed=0):
-    return Dataset([str(i) for i in range(len(lengths))], random_encoded(lengths, seed=seed), 0, 0)
+    return Dataset([Example(str(i), []) for i in range(len(lengths))], random_encoded(lengths, seed=seed))
 
 
 def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
@@ -169,7 +176,7 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
     model, dataset = tiny_model(), dataset_of([20] * 4)
     before = [p.clone() for p in model.parameters()]
     config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, dtype="bf16", warmup_ratio=0.0)
-    train(model, dataset, config, lambda epoch: np.arange(4), False, lambda record: None)
+    train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None, mixing=False)
     for old, new in zip(before, model.parameters(), strict=True):
         assert new.dtype == torch.float32 and not torch.equal(old, new)
         assert (old.detach().to(torch.bfloat16) != new.detach().to(torch.bfloat16)).float().mean() < 0.5
@@ -180,7 +187,7 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
 
 def trained(config, order, mixing, dataset=None):
     model, records = tiny_model(), []
-    train(model, dataset or dataset_of([12, 30, 7, 22, 9, 15, 28]), config, order, mixing, records.append)
+    train(model, dataset or dataset_of([12, 30, 7, 22, 9, 15, 28]), config, order, records.append, mixing=mixing)
     return model, records
 
 
@@ -341,7 +348,7 @@ def test_truncated_dropped_and_leaked_examples_are_said(folder, tmp_path, capsys
     main(arguments)
     text = capsys.readouterr().out
     assert "20 examples" in text and "0 truncated to 200 tokens, 1 dropped" in text
-    assert "21 held-out examples are training examples too" in text
+    assert "20 held-out examples are training examples too" in text
 
 
 @pytest.mark.parametrize("choice", ["reference", "sftmix"])
@@ -377,7 +384,7 @@ def test_two_processes_end_where_one_does(finished, folder):
 STEP_IN_PROCESSES = """
 import sys, numpy as np, torch
 from conftest import tiny_model, random_encoded
-from data import Dataset, draw_lambda
+from data import Dataset, Example, draw_lambda
 from confidence import score_examples
 from model import processes, rank, world_size
 from train import make_step, compute_gradients
@@ -385,7 +392,7 @@ with processes():
     encoded = random_encoded([40, 3, 17, 8, 25])
     for name, count, pairs in (("many", 5, 2), ("one", 1, 0)):  # one example: the second process has nothing to do
         model = tiny_model()
-        step = make_step(Dataset(list("abcde"), encoded, 0, 0), np.arange(count), draw_lambda(pairs, 0.5, 0, 0), 1000)
+        step = make_step(Dataset([], encoded), np.arange(count), draw_lambda(pairs, 0.5, 0, 0), 1000)
         compute_gradients(model, step, 0.7, 1.0, "fp32")
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
         if rank() == 0:
@@ -423,11 +430,12 @@ def test_gradients_and_scores_of_two_processes_equal_those_of_one(tmp_path):
         (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
-        (["--model", "small"], "its tokenizer has 400 ids, its embedding only 300 rows"),
-        (["--max_length", "9999"], "--max_length 9999: the model has only 512 positions"),
+        (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
+        (["--max_length", "9999"], "has only 512 positions"),
         (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
         (["--stage", "sftmix"], "confidence.jsonl: not found; --stage confidence makes it"),
-        (["--stage", "confidence"], "no checkpoints there; --stage reference makes them"),
+        (["--confidence", "none.jsonl"], "none.jsonl: not found"),
+        (["--stage", "confidence"], "no finished reference run there; --stage reference makes one"),
         (["--confidence", "other.jsonl", "--stage", "sftmix"], "20 of 20 examples have no confidence score"),
         (["--output", "train.jsonl"], "train.jsonl"),
     ],
