@@ -12,7 +12,7 @@ import heapq
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -306,8 +306,8 @@ def _table(text: str) -> list[tuple[str, str]]:
 
 _COLOURS = _table(
     "grass:green snow:white coal:black blood:red butter:yellow chocolate:brown sky:blue milk:white leaf:green "
-    "cherry:red "
-    "lemon:yellow sea:blue flamingo:pink plum:purple salt:white ink:black tomato:red sun:yellow wood:brown piglet:pink"
+    "cherry:red lemon:yellow sea:blue flamingo:pink plum:purple salt:white ink:black tomato:red sun:yellow "
+    "wood:brown piglet:pink"
 )
 _CAPITALS = _table(
     "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Austria:Vienna Greece:Athens Norway:Oslo "
@@ -352,78 +352,78 @@ _KINDS = {
 _KIND_OF = [(word, kind) for kind, words in _KINDS.items() for word in words.split()]
 _NEXT = [pair for cycle in (_DAYS, _MONTHS) for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
 
-# family: (a note, for the base's text; ways to ask, for instructions; the answer: a table of facts about {k}, or a rule
-# for what is at hand, three words {x} {y} {z} and three numbers {l} {m} {n}). From what is known to what is worked out.
-_FAMILIES = {
-    "kind": ("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
-    "colour": ("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
-    "capital": (
+
+class _Family(NamedTuple):
+    """A kind of task, about {k} of a table of facts, or what is at hand: words {x} {y} {z} and numbers {l} {m} {n}."""
+
+    note: str  # how the base's text puts it
+    asks: tuple[str, ...]  # how instructions put it
+    answer: list | Callable  # the table (k, answer), or a rule from what is at hand to the answer
+
+
+_FAMILIES = [  # from what is known to what must be worked out
+    _Family("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
+    _Family("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
+    _Family(
         "capital of {k}",
         ("What is the capital of {k}?", "Name the capital of {k}.", "Which city governs {k}?"),
         _CAPITALS,
     ),
-    "continent": (
+    _Family(
         "continent of {k}",
         ("Which continent is {k} in?", "Name the continent of {k}.", "Where in the world is {k}?"),
         _CONTINENTS,
     ),
-    "opposite": (
+    _Family(
         "opposite of {k}",
         ("What is the opposite of {k}?", "Give the opposite of {k}.", "What is not {k}?"),
         _OPPOSITES,
     ),
-    "young": (
+    _Family(
         "young of {k}",
         ("What is a young {k} called?", "Name the young of a {k}.", "What is a baby {k}?"),
         _YOUNG,
     ),
-    "sound": ("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
-    "plural": ("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
-    "past": ("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
-    "next": ("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
-    "initial": (
+    _Family("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
+    _Family("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
+    _Family("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
+    _Family("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
+    _Family(
         "initial of {x}",
         ("Which letter begins {x}?", "Give the first letter of {x}.", "How does {x} start?"),
         lambda s: s["x"][0],
     ),
-    "successor": (
+    _Family(
         "one more than {l}",
         ("Which number is one more than {l}?", "Add one to {l}.", "Count on from {l}."),
         lambda s: s["l"] + 1,
     ),
-    "larger": (
+    _Family(
         "larger of {l}, {m}",
         ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
         lambda s: max(s["l"], s["m"]),
     ),
-    "first": (
+    _Family(
         "first of {x}, {y}, {z}",
         ("Which is the first of {x}, {y} and {z}?", "Give the first word: {x}, {y}, {z}."),
         lambda s: s["x"],
     ),
-    "last": (
+    _Family(
         "last of {x}, {y}, {z}",
         ("Which is the last of {x}, {y} and {z}?", "Give the last word: {x}, {y}, {z}."),
         lambda s: s["z"],
     ),
-    "sum": ("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
-    "sort": (
+    _Family("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
+    _Family(
         "sort of {l}, {m}, {n}",
         ("Sort {l}, {m}, {n}.", "Put {l}, {m} and {n} in order."),
         lambda s: ", ".join(map(str, sorted((s["l"], s["m"], s["n"])))),
     ),
-}
+]
 
 _ANSWER = "The answer is {}."
 # How the base's documents lay out a question and its answer: never as the template does that is then tuned on.
 _LAYOUTS = ("{} {}", "Q: {}\nA: {}", "### Question:\n{}\n\n### Answer:\n{}")
-
-
-def _draw_scene(rng: np.random.Generator) -> dict:
-    """What the rules work on: three different words and three different numbers."""
-    words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
-    numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
-    return dict(zip("xyzlmn", words + numbers, strict=True))
 
 
 class _Task(NamedTuple):
@@ -432,13 +432,17 @@ class _Task(NamedTuple):
     answer: str
 
 
-def _draw_task(family: str, scene: dict, rng: np.random.Generator) -> _Task:
-    note, asks, rule = _FAMILIES[family]
-    ask = asks[rng.integers(len(asks))]
-    if callable(rule):
-        return _Task(note.format(**scene), ask.format(**scene), str(rule(scene)))
-    key, answer = rule[rng.integers(len(rule))]
-    return _Task(note.format(k=key), ask.format(k=key), answer)
+def _draw_task(family: _Family, rng: np.random.Generator) -> _Task:
+    words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
+    numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
+    ask = family.asks[rng.integers(len(family.asks))]
+    if callable(family.answer):
+        about = dict(zip("xyzlmn", words + numbers, strict=True))
+        answer = str(family.answer(about))
+    else:
+        key, answer = family.answer[rng.integers(len(family.answer))]
+        about = {"k": key}
+    return _Task(family.note.format(**about), ask.format(**about), answer)
 
 
 class DemoCorpus(NamedTuple):
@@ -454,12 +458,10 @@ class DemoCorpus(NamedTuple):
 def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
     """Make the demo corpus: a pure function of its arguments, with no file and no network."""
     rng = np.random.default_rng([seed, _DEMO])
-    families = list(_FAMILIES)
-
     tasks = {}  # by prompt, so that each stands there once
     for _ in range(150):
-        for family in families:
-            task = _draw_task(family, _draw_scene(rng), rng)
+        for family in _FAMILIES:
+            task = _draw_task(family, rng)
             tasks.setdefault(task.prompt, task)
     tasks = [list(tasks.values())[i] for i in rng.permutation(len(tasks))]
     cut = [len(tasks) * 7 // 10, len(tasks) * 8 // 10]
@@ -467,7 +469,7 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
 
     documents = []
     for number in range(num_documents):
-        drawn = [_draw_task(family, _draw_scene(rng), rng) for family in rng.choice(families, 8)]
+        drawn = [_draw_task(_FAMILIES[i], rng) for i in rng.choice(len(_FAMILIES), 8)]
         if number % 2:
             documents.append("\n".join(f"{task.note}: {task.answer}" for task in drawn))
         else:
