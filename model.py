@@ -26,6 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+# A CPU's bf16 kernels are made anew for each length of row, and no two packed rows are equally long; kept by the
+# thousand, as is the default, they fill gigabytes. A few are enough for what does repeat: the steps of generation.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
 # What this file computes; a config.json that asks for anything else would load and then be silently wrong.
