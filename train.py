@@ -479,6 +479,8 @@ def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
     output, demo = Path(config.output), config.model is None
     stages = STAGES if config.stage == "all" else (config.stage,)
+    if config.confidence is not None:  # the scores are there already
+        stages = tuple(stage for stage in stages if stage != "confidence")
     for stage in stages:
         product = output / PRODUCTS[stage]
         if product.exists():

@@ -335,6 +335,13 @@ def test_the_choices_change_the_result(finished, folder, choice, tmp_path):
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_given_scores_take_the_place_of_the_confidence_stage(finished, folder, tmp_path):
+    main(flags(folder, tmp_path / "o", "--confidence", finished / "confidence.jsonl"))
+    assert not (tmp_path / "o" / "confidence.jsonl").exists()
+    one, other = (load_file(path / "sftmix" / "model.safetensors") for path in (finished, tmp_path / "o"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_without_held_out_data_the_figures_are_null(folder, tmp_path):
     arguments = flags(folder, tmp_path / "o", "--stage", "reference")
     at = arguments.index("--eval_data")
