@@ -63,7 +63,11 @@ def score_examples(
             log_p = model.gold_log_probs(hidden[supervised], batch.targets[supervised]).double()  # [S]
         owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())
         sums.index_add_(1, owner[supervised], torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
-    probability, log_probability, count = sum_over_processes(sums).cpu().numpy()
+    if not sum_over_processes(sums).isfinite().all():
+        raise ValueError(
+            "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
+        )
+    probability, log_probability, count = sums.cpu().numpy()
     return probability / count, np.exp(-log_probability / count)
 
 
@@ -130,10 +134,12 @@ class Dynamics:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             try:
                 row = json.loads(line)
+                if not isinstance(row["id"], str):
+                    raise TypeError("id is not a text")
                 ids.append(row["id"])
                 probability.append([float(p) for p in row["probabilities"]])
                 perplexity.append([float(p) for p in row["perplexities"]])
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a line of confidence scores ({error!r})") from None
             scores = probability[-1] + perplexity[-1]
             if not scores or len(scores) != 2 * len(probability[0]) or not all(map(math.isfinite, scores)):
@@ -163,7 +169,12 @@ def split_by_confidence(scores) -> tuple[torch.Tensor, torch.Tensor]:
     >>> [half.tolist() for half in split_by_confidence([0.1, 0.9, 0.5, 0.9, 0.2])]
     [[1, 3], [2, 4, 0]]
     """
-    order = torch.argsort(torch.as_tensor(scores, dtype=torch.float64), descending=True, stable=True)
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    if scores.dim() != 1 or scores.isnan().any():
+        raise ValueError(
+            f"one number an example is expected, not scores of shape {list(scores.shape)} or not-a-numbers"
+        )
+    order = torch.argsort(scores, descending=True, stable=True)
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
@@ -268,8 +279,13 @@ def main(argv=None) -> None:
     if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
     with processes() as device:
-        if args.plot:
-            require_matplotlib()  # before hours of scoring
+        if args.plot:  # whatever can be wrong is found before hours of scoring
+            require_matplotlib()
+        if args.output and Path(args.output).exists():
+            raise FileExistsError(f"{args.output}: already there; remove it or choose another name")
+        for file in filter(None, (args.output, args.plot)):
+            if not Path(file).absolute().parent.is_dir():
+                raise FileNotFoundError(f"{file}: its folder does not exist")
         if args.scores:
             dynamics = Dynamics.load(args.scores)
         else:

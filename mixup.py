@@ -103,7 +103,7 @@ def sftmix_loss(
     index_u int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and
     num_mixed are the denominators of the two means, S and M where left out; under gradient accumulation and data
     parallelism give the counts of the **global** batch, so that the parts add up to its mean, not to a mean of means.
-    -> (loss, ntp, mix): loss carries gradients, ntp and mix are detached means.
+    -> (loss, ntp, mix): loss carries gradients to hidden and weight, none to lam; ntp and mix are detached means.
 
     Three facts make it cheap:
       1. Cross-entropy is linear in its target, so no one-hot row is needed: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u).
@@ -113,9 +113,11 @@ def sftmix_loss(
          through in chunks, each leaving its gradients behind, and the logits [S, V] never exist at once.
     """
     num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
-    lam = torch.as_tensor(lam, device=hidden.device).expand(len(index_c))
+    if len(index_c) != len(index_u):
+        raise ValueError(f"index_c and index_u must pair up, but are {len(index_c)} and {len(index_u)} long")
+    lam = torch.as_tensor(lam, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     loss, ntp_sum, mix_sum = _ChunkedLoss.apply(
-        hidden, weight, targets, index_c, index_u, lam, ntp_weight / num_supervised, mu / num_mixed
+        hidden, weight, targets, index_c, index_u, lam.expand(len(index_c)), ntp_weight / num_supervised, mu / num_mixed
     )
     return loss, ntp_sum / num_supervised, mix_sum / num_mixed
 
@@ -141,7 +143,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # A row that k mixed positions use comes by k times; each time it brings 1/k of its own −log p.
         seen = torch.bincount(torch.cat([index_c, index_u]), minlength=len(hidden))  # [S]
         share = 1 / seen.clamp(min=1).to(sum_dtype)  # [S]
-        lam = lam.to(sum_dtype)[:, None]  # [M, 1]
+        lam = lam[:, None]  # [M, 1]
 
         with torch.autocast(device_type, enabled=False):
             W = weight.to(product_dtype)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import math
 import os
 import resource
 import shutil
@@ -88,6 +89,12 @@ class ModelConfig:
         _refuse_unsupported(asdict(self))
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r} is not a positive number")
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"tie_word_embeddings: {self.tie_word_embeddings!r} is neither true nor false")
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
             self._check_positive_integer(name)
         if self.head_dim is None:
@@ -108,8 +115,8 @@ class ModelConfig:
 
     def _check_positive_integer(self, name: str) -> None:
         value = getattr(self, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}: {value!r} is not a positive integer")
+        if type(value) is not int or not 0 < value < 2**24:
+            raise ValueError(f"{name}: {value!r} is not a positive integer below {2**24:,}")
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
@@ -118,6 +125,8 @@ class ModelConfig:
         Raises ValueError, naming key and value, for an architecture `Transformer` does not compute.
         """
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling: {rope!r} is not supported")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default'")
@@ -324,8 +333,11 @@ def load_config(path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
     try:
-        return ModelConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"an object with keys is expected, not {type(values).__name__}")
+        return ModelConfig.from_dict(values)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 

@@ -115,6 +115,8 @@ class TrainConfig:
             value, choices = getattr(self, flag.name), flag.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{flag.name} {value}: must be one of {', '.join(choices)}")
+            if value == "":
+                raise ValueError(f"--{flag.name}: must not be empty")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{flag.name} {value}: must be a finite number")
             for name, holds in (("above", float.__gt__), ("at_least", float.__ge__), ("below", float.__lt__)):
@@ -123,6 +125,8 @@ class TrainConfig:
                     raise ValueError(f"--{flag.name} {value}: must be {name.replace('_', ' ')} {bound}")
         if self.stage in ("all", "sftmix") and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
+        if self.stage == "confidence" and self.confidence is not None:
+            raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
         for one, other in (("model", "data"), ("data", "model"), ("model", "output"), ("eval_data", "model")):
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(f"--{one} {getattr(self, one)}: needs --{other} too (without --model the demo runs)")
@@ -306,6 +310,10 @@ def train(
         tokens, steps = tokens + work.num_tokens, steps + 1
         if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
             loss, ntp, mix = (sum_over_processes(losses) / steps).tolist()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise ValueError(
+                    f"step {step + 1}: the run has diverged (loss {loss}); try a lower --lr than {config.lr}"
+                )
             now = time.perf_counter()
             log(
                 {
@@ -435,15 +443,17 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     reference = Path(config.output) / "reference"
     if not (reference / "config.json").exists():
         raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
-    checkpoints = (reference / "checkpoints").glob("step-*")
-    folders = sorted(checkpoints, key=lambda folder: int(folder.name.removeprefix("step-")))
+    folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
+    if not folders:
+        raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
+    folders.sort(key=lambda folder: int(folder.name.removeprefix("step-")))
     started = time.perf_counter()
     dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
     if rank() == 0:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
     result = {"checkpoints": len(folders), "examples": len(inputs.train), "seconds": time.perf_counter() - started}
-    truth = Path(config.output) / "data" / "wrong.json"
+    truth = Path(config.data).with_name("wrong.json")
     if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
         result["roc_area"] = {m: area_under_roc(-dynamics.by(m), wrong) for m in ("probability", "perplexity")}
@@ -481,6 +491,8 @@ def run(config: TrainConfig, device) -> None:
     stages = STAGES if config.stage == "all" else (config.stage,)
     if config.confidence is not None:  # the scores are there already
         stages = tuple(stage for stage in stages if stage != "confidence")
+    if not demo and output.resolve() == Path(config.model).resolve():
+        raise ValueError(f"--output {output}: is the model's own folder; choose another")
     for stage in stages:
         product = output / PRODUCTS[stage]
         if product.exists():

@@ -118,6 +118,20 @@ def test_split_cuts_at_the_median_and_breaks_ties_by_order():
     assert [len(half) for half in split_by_confidence([1.0])] == [0, 1]
 
 
+@pytest.mark.parametrize("scores", [[[0.1, 0.2], [0.3, 0.4]], [float("nan"), 0.1]])
+def test_scores_that_cannot_be_split_are_refused(scores):
+    with pytest.raises(ValueError, match="one number an example is expected"):
+        split_by_confidence(scores)
+
+
+def test_a_model_of_no_numbers_is_not_scored():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite numbers"):
+        score_examples(model, random_encoded([5]))
+
+
 def test_area_under_roc_equals_counting_pairs():
     rng = np.random.default_rng(0)
     scores, positive = rng.integers(0, 10, 60), rng.random(60) < 0.4
@@ -156,6 +170,14 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     dynamics = Dynamics.load(output)
     assert dynamics.probability.shape == (2, 2) and (dynamics.variance == 0).all()
     assert "mean gold-token probability" in capsys.readouterr().err
+    for changes, message in (
+        (["--output", data], "already there"),
+        (["--plot", "/none/x.png"], "its folder does not exist"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--checkpoints", folder, "--data", data, "--output", output + ".new", *changes])
+        assert message in capsys.readouterr().err
+    assert "the dog" in (tmp_path / "d.jsonl").read_text()
 
 
 def test_the_command_line_says_what_is_missing(capsys):

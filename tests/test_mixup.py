@@ -167,6 +167,18 @@ def test_upstream_gradient_scales():
     torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
 
 
+@pytest.mark.parametrize("lam", [0.3, torch.tensor(0.3, dtype=torch.float64)])
+def test_one_number_may_stand_for_every_lambda(lam):
+    hidden, weight, targets, index_c, index_u, _ = case()
+    assert_equal_to_literal((hidden, weight, targets, index_c, index_u, lam), 0.5)
+
+
+def test_halves_that_do_not_pair_up_are_refused():
+    hidden, weight, targets, index_c, index_u, lam = case()
+    with pytest.raises(ValueError, match="index_c and index_u must pair up, but are 8 and 7 long"):
+        sftmix_loss(hidden, weight, targets, index_c, index_u[1:], lam, 0.5)
+
+
 def test_nothing_supervised_is_a_zero_that_can_be_backpropagated():
     hidden, weight, *rest = case(S=0, M=0)
     loss, ntp, mix = sftmix_loss(hidden, weight, *rest, 0.2)

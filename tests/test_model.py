@@ -157,6 +157,10 @@ def test_gradients_do_not_depend_on_autocast_to_a_few_percent():
         ({"head_dim": 7}, "head_dim: 7"),
         ({"vocab_size": 0}, "vocab_size: 0"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers: 2.5"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers: 1000"),
+        ({"rope_theta": "10000"}, "rope_theta: '10000'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps: -1.0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false'"),
     ],
 )
 def test_unsupported_configurations_are_named(change, message):

@@ -74,6 +74,8 @@ def test_flags_override_the_demos_settings():
         (["--model", "m", "--data", "d"], "--model m: needs --output too"),
         (["--data", "d"], "--data d: needs --model too"),
         (["--eval_data", "d"], "--eval_data d: needs --model too"),
+        (["--output", ""], "--output: must not be empty"),
+        (["--stage", "confidence", "--confidence", "c"], "--confidence c: leaves nothing to do for --stage confidence"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys):
@@ -220,6 +222,12 @@ def test_training_lowers_the_loss_and_logs_means_over_the_window():
         1
     ]
     assert records[0]["ntp"] == pytest.approx(np.mean([record["ntp"] for record in every[:3]]), rel=1e-5)
+
+
+def test_a_diverged_run_ends_with_what_to_do():
+    config = TrainConfig(lr=1e38, epochs=3, batch_size=4, dtype="fp32", log_every=1)
+    with pytest.raises(ValueError, match=r"step 2: the run has diverged \(loss nan\); try a lower --lr than 1e\+38"):
+        trained(config, lambda epoch: np.arange(7), mixing=False)
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -473,6 +481,14 @@ def test_a_process_that_fails_says_one_line_without_a_traceback(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     told = f"{tmp_path}/config.json: not found; a model is a folder with config.json and model.safetensors"
     assert done.stderr == f"train.py: error: {told}\n"
+
+
+def test_a_model_is_never_its_own_output(folder, capsys):
+    before = (folder / "model" / "config.json").read_text()
+    with pytest.raises(SystemExit):
+        main(flags(folder, folder / "model"))
+    assert "is the model's own folder" in capsys.readouterr().err
+    assert (folder / "model" / "config.json").read_text() == before
 
 
 def test_an_untied_model_trains_its_head(folder, tokenizer, tmp_path):
