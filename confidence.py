@@ -279,13 +279,14 @@ def main(argv=None) -> None:
     if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
     with processes() as device:
-        if args.plot:  # whatever can be wrong is found before hours of scoring
-            require_matplotlib()
+        # Whatever can be wrong is found before hours of scoring.
         if args.output and Path(args.output).exists():
             raise FileExistsError(f"{args.output}: already there; remove it or choose another name")
         for file in filter(None, (args.output, args.plot)):
             if not Path(file).absolute().parent.is_dir():
                 raise FileNotFoundError(f"{file}: its folder does not exist")
+        if args.plot:
+            require_matplotlib()
         if args.scores:
             dynamics = Dynamics.load(args.scores)
         else:
