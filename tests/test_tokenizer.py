@@ -122,6 +122,6 @@ def test_ids_equal_those_of_transformers(tokenizer, tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models with protobuf")
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
+    for text in [text.lstrip(" ") for text in TEXTS]:  # before a space, transformers leaves SentencePiece's own one out
         assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
     assert theirs.encode("the dog") == [tokenizer.bos_id, *tokenizer.encode("the dog")]
