@@ -68,6 +68,7 @@ def score_examples(
             "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
         )
     probability, log_probability, count = sums.cpu().numpy()
+    # p_c(i) = (1/N) Σ_n p_c(y_n), and the perplexity exp(−(1/N) Σ_n log p_c(y_n))
     return probability / count, np.exp(-log_probability / count)
 
 
@@ -113,7 +114,8 @@ class Dynamics:
 
     def by(self, measure: str) -> np.ndarray:
         """The score to split by, higher for more confident: `probability`, or the paper's `perplexity`. -> [N]"""
-        return {"probability": self.confidence, "perplexity": -self.mean_perplexity}[measure]
+        paper = -self.mean_perplexity  # Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))
+        return {"probability": self.confidence, "perplexity": paper}[measure]
 
     def save(self, path) -> None:
         """Write one JSON object a line and example."""

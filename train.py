@@ -240,7 +240,7 @@ def compute_gradients(model: Transformer, step: Step, mu: float, ntp_weight: flo
         index_c, index_u, pair = pair_positions(batch.targets, batch.cu_seqlens, micro_batch.pairs.to(device))
         with autocast(device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[supervised]  # [S, D]
-            loss, ntp, mix = sftmix_loss(
+            loss, ntp, mix = sftmix_loss(  # L = L_NTP + μ L_Mixup
                 hidden,
                 model.head_weight,
                 batch.targets[supervised],
