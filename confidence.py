@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, Dataset, encode_examples, load_examples, pack, split_batch
+from data import IGNORE_INDEX, Dataset, encode_examples, load_examples, num_supervised, pack, split_batch
 from model import (
     CommandLine,
     Transformer,
@@ -251,7 +251,7 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, fil
     """Read and encode a data file, and say on `file` what became of it; ValueError where nothing is left."""
     dataset = encode_examples(load_examples(path), tokenizer, template, max_length)
     tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
-    supervised = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in dataset.encoded)
+    supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
     say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.truncated or dataset.dropped:
         say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)

@@ -175,6 +175,11 @@ def encode_example(example: Example, tokenizer: Tokenizer, template: str, max_le
     return ids[:-1], targets[1:]
 
 
+def num_supervised(targets: torch.Tensor) -> int:
+    """How many positions of an encoded example are learnt: the N of the paper."""
+    return int((targets != IGNORE_INDEX).sum())
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Examples that have something to learn, as they are and encoded, and the count of those that lost something."""
@@ -203,7 +208,7 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template:
         )
         too_long = len(tokens) > max_length
         tokens, targets = tokens[:max_length], targets[:max_length]
-        if bool((targets != IGNORE_INDEX).any()):
+        if num_supervised(targets):
             truncated += too_long
             kept.append(example)
             encoded.append((tokens, targets))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from confidence import add_data_flags, load_dataset, load_tokenizer, score_examples, usable_length
-from data import IGNORE_INDEX, Dataset, Example
+from data import Dataset, Example, num_supervised, pack
 from model import (
     CommandLine,
     KVCache,
@@ -41,7 +41,7 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
     ratio of sums with examples as the independent units (delta method), since tokens of one example are not.
     """
     _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
-    count = np.array([int((targets != IGNORE_INDEX).sum()) for _, targets in encoded])  # [N] tokens of each example
+    count = np.array([num_supervised(targets) for _, targets in encoded])  # [N] tokens of each example
     total = count * np.log(perplexity)  # [N] nats of each example
     loss, n, interval = total.sum() / count.sum(), len(count), None
     if n > 1:  # one example says nothing about the spread
@@ -69,15 +69,13 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of a batch are about equally long
     for start in range(0, len(prompts), batch_size):
         chosen = by_length[start : start + batch_size]
-        lengths = torch.tensor([len(prompts[i]) for i in chosen], device=device)  # [B]
+        batch = pack([(prompts[i], prompts[i]) for i in chosen]).to(device)  # nothing is predicted: any targets do
+        ends = batch.cu_seqlens[1:].long()  # [B]
+        lengths = batch.cu_seqlens.diff().long()  # [B]
         cache = KVCache(model.config, len(chosen), int(lengths.max()) + max_new_tokens, model.head_weight.dtype, device)
-        tokens = torch.tensor([token for i in chosen for token in prompts[i]], device=device)  # [N], packed
-        ends = lengths.cumsum(0)
-        positions = torch.arange(len(tokens), device=device) - torch.repeat_interleave(ends - lengths, lengths)
-        cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
         running = torch.ones(len(chosen), dtype=torch.bool, device=device)
         with autocast(device, dtype):
-            hidden = model(tokens, positions, cu_seqlens, cache)[ends - 1]  # [B, D]
+            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, cache)[ends - 1]  # [B, D]
             for step in range(max_new_tokens):
                 new = model.logits(hidden).argmax(-1)  # [B]
                 for i, token, on in zip(chosen, new.tolist(), running.tolist(), strict=True):
@@ -137,7 +135,7 @@ def evaluate(
 ) -> dict:
     """Held-out loss and, where all responses are whole and short, exact match (else None)."""
     result = held_out_loss(model, held_out.encoded, micro_batch_tokens, dtype)
-    longest = max(int((targets != IGNORE_INDEX).sum()) for _, targets in held_out.encoded)
+    longest = max(num_supervised(targets) for _, targets in held_out.encoded)
     plain = any(example.messages[-1]["role"] == "text" for example in held_out.examples)
     if held_out.truncated or plain or longest > MATCH_TOKENS:
         return result | {"accuracy": None, "accuracy_interval": None}

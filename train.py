@@ -41,6 +41,7 @@ from data import (
     draw_lambda,
     epoch_order,
     load_examples,
+    num_supervised,
     pack,
     paired_order,
     split_batch,
@@ -213,7 +214,7 @@ def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_bat
     """
     examples = [dataset.encoded[i] for i in chosen]
     lengths = [len(tokens) for tokens, _ in examples]
-    supervised = [int((targets != IGNORE_INDEX).sum()) for _, targets in examples]
+    supervised = [num_supervised(targets) for _, targets in examples]
     units = [(2 * p, 2 * p + 1) for p in range(len(lam))] + [(i,) for i in range(2 * len(lam), len(examples))]
     bins = split_batch([sum(lengths[i] for i in unit) for unit in units], micro_batch_tokens, world_size())
     micro_batches = []
