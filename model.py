@@ -4,6 +4,9 @@ A batch is one **packed** row: the examples laid end to end, with no padding. `c
 ends, `positions` where each token stands in its own example, and attention never crosses a boundary. Parameters carry
 the names Hugging Face gives them, so that opening a folder is reading tensors, not translating them.
 
+In order: the configuration and the families it tells apart, the transformer, LoRA, sharding over processes, the folders
+a model is read from and written to, and at the end what runs around a model: the command line, processes, devices.
+
 Letters: N tokens in the packed row, B examples in it, S supervised tokens, V vocabulary, D hidden size, L layers,
 H query heads, K key/value heads (each shared by H/K query heads), d size of a head.
 """
@@ -17,8 +20,11 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +32,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 # A CPU's bf16 kernels are made anew for each length of row, and no two packed rows are equally long; kept by the
 # thousand, as is the default, they fill gigabytes. A few are enough for what does repeat: the steps of generation.
@@ -34,23 +42,52 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
-# What this file computes; a config.json that asks for anything else would load and then be silently wrong.
-_SUPPORTED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-    "quantization_config": None,
+
+class Family(NamedTuple):
+    """How the models of one `model_type` differ from Llama."""
+
+    architecture: str  # the class of `transformers` that opens their folders
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False  # each head of q and k is normed before it turns
+    unit_norm: bool = False  # norms multiply by 1 + w
+    scaled_embeddings: bool = False  # by √D
+    defaults: dict = {}  # of keys that a config.json may leave out  # noqa: RUF012
+
+
+_NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=_NO_ENDS),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"head_dim": 128, **_NO_ENDS}),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        hidden_act="gelu_pytorch_tanh",
+        unit_norm=True,
+        scaled_embeddings=True,
+        defaults={"head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1},
+    ),
 }
 
+# What no family here has; a config.json that asks for anything else would load and then be silently wrong.
+_SUPPORTED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "use_bidirectional_attention": False,
+    "num_experts": None,
+    "num_local_experts": None,
+    "quantization_config": None,
+}
+_LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-def _refuse_unsupported(values: dict) -> None:
-    for name, supported in _SUPPORTED.items():
-        if values.get(name) not in (None, supported):
-            raise ValueError(f"{name}: {values[name]!r} is not supported, only {supported!r}")
+
+def _refuse_unsupported(values: dict, supported: dict) -> None:
+    for name, value in supported.items():
+        if values.get(name) not in (None, value):
+            raise ValueError(f"{name}: {values[name]!r} is not supported, only {value!r}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +103,7 @@ class ModelConfig:
     ValueError: hidden_act: 'gelu' is not supported, only 'silu'
     """
 
+    model_type: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -76,23 +114,34 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # Llama 3's, see `rotary_frequencies`
+    sliding_window: int | None = None  # attention reaches no further back, so no example may be longer
     tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    attention_bias: bool = False
+    hidden_act: str | None = None  # None: the family's
+    attention_bias: bool = False  # other than Qwen2's, which is the family's
     mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
 
     def __post_init__(self):
-        _refuse_unsupported(asdict(self))
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type: {self.model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        if self.hidden_act is None:
+            object.__setattr__(self, "hidden_act", self.family.hidden_act)
+        _refuse_unsupported(asdict(self), {"hidden_act": self.family.hidden_act, **_SUPPORTED})
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: {value!r} is not a positive number")
+            _check_positive(name, getattr(self, name))
+        if self.rope_scaling is not None:
+            if self.rope_scaling.get("rope_type") != "llama3":
+                raise ValueError(f"rope_scaling: {self.rope_scaling!r} is not supported, only rope_type 'llama3'")
+            for name in _LLAMA3_SCALING:
+                _check_positive(f"rope_scaling: {name}", self.rope_scaling.get(name))
+            if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+                raise ValueError(f"rope_scaling: {self.rope_scaling!r}: low_freq_factor must be below high_freq_factor")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings: {self.tie_word_embeddings!r} is neither true nor false")
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
@@ -105,6 +154,8 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim", "max_position_embeddings"):
             self._check_positive_integer(name)
+        if self.sliding_window is not None:
+            self._check_positive_integer("sliding_window")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
@@ -118,46 +169,116 @@ class ModelConfig:
         if type(value) is not int or not 0 < value < 2**24:
             raise ValueError(f"{name}: {value!r} is not a positive integer below {2**24:,}")
 
+    @property
+    def family(self) -> Family:
+        """What sets the models of this `model_type` apart."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def max_length(self) -> int:
+        """How long an example may be: as many tokens as there are positions, or as the attention window is wide."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
         """Read the dictionary of a `config.json`, old (`rope_theta`) or new (`rope_parameters`) in its spelling.
 
         Raises ValueError, naming key and value, for an architecture `Transformer` does not compute.
         """
+        model_type = values.get("model_type", "llama")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise ValueError(f"model_type: {model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        _refuse_unsupported(values, _SUPPORTED)
+        values = {
+            **FAMILIES[model_type].defaults,
+            **{k: v for k, v in values.items() if v is not None or k.endswith("_token_id")},
+        }
+
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling: {rope!r} is not supported")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default'")
-        values = {**values, **rope, "rope_scaling": None}
-        _refuse_unsupported(values)
-        return cls(**{field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None})
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
+        _refuse_unsupported(rope, _SUPPORTED)
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        values["rope_scaling"] = None
+        if rope_type == "llama3":
+            values["rope_scaling"] = {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
+
+        # Mistral's window always counts, Qwen's where it is switched on, and that of others is not one.
+        if not values.get("use_sliding_window", model_type == "mistral"):
+            values["sliding_window"] = None
+        known = ["full_attention"] + ["sliding_attention"] * (values.get("sliding_window") is not None)
+        layer_types = values.get("layer_types", known)
+        if not isinstance(layer_types, list) or any(kind not in known for kind in layer_types):
+            raise ValueError(f"layer_types: {layer_types!r} is not supported, only {' and '.join(known)}")
+
+        if model_type == "gemma":  # the first files said "gelu" and meant its approximation by tanh, as later ones say
+            act = values.get("hidden_activation", values.get("hidden_act"))
+            values["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu" else act
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    def to_dict(self) -> dict:
+        """The dictionary of a `config.json`."""
+        values = {"architectures": [self.family.architecture], **asdict(self)}
+        if self.model_type.startswith("qwen"):
+            values["use_sliding_window"] = self.sliding_window is not None
+        return values
+
+
+def _check_positive(name: str, value) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: {value!r} is not a positive number")
 
 
 # --- The transformer --------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · w, in float32 whatever the dtype of x (Zhang & Sennrich 2019). [.., D] -> [.., D]"""
+    """x / sqrt(mean(x²) + ε) · w, in float32 whatever the dtype of x (Zhang & Sennrich 2019). [.., D] -> [.., D]
 
-    def __init__(self, size: int, eps: float):
+    A `unit` norm (Gemma's) stores w − 1.
+    """
+
+    def __init__(self, size: int, eps: float, unit: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if unit else torch.ones(size))
+        self.eps, self.unit = eps, unit
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = 1 + self.weight.float() if self.unit else self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
-def rotary_angles(positions, head_dim: int, theta: float):
-    """Cosine and sine of the angle by which each pair of a head turns (Su et al. 2021): [N] -> two of [N, 1, d].
+def make_norm(config: ModelConfig, size: int) -> RMSNorm:
+    """A norm over `size` elements, of the family's kind."""
+    return RMSNorm(size, config.rms_norm_eps, config.family.unit_norm)
 
-    Pair i turns by position · θ^(−2i/d). The **half-split** layout of Hugging Face pairs element i with i + d/2, so the
-    d/2 angles are laid out twice.
+
+def rotary_frequencies(config: ModelConfig, device=None):
+    """By how much each pair of a head turns per position, θ^(−2i/d): float32 [d/2].
+
+    Llama 3 stretches a model trained on `original_max_position_embeddings` positions: pairs that turn less than
+    `low_freq_factor` times over those are slowed down by `factor`, pairs that turn more than `high_freq_factor` times
+    are left alone, and what is between goes over smoothly.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[:, None].float() * frequency  # [N, d/2], float32: bf16 cannot tell position 257 from 258
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-i / config.head_dim)
+    if config.rope_scaling is None:
+        return frequency
+    factor, low, high, original = (config.rope_scaling[name] for name in _LLAMA3_SCALING)
+    turns = original * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down, 1: left alone
+    return kept * frequency + (1 - kept) * frequency / factor
+
+
+def rotary_angles(positions, frequencies):
+    """Cosine and sine of the angle by which each pair of a head turns (Su et al. 2021): [N], [d/2] -> two of [N, 1, d].
+
+    The **half-split** layout of Hugging Face pairs element i with i + d/2, so the d/2 angles are laid out twice.
+    """
+    angle = positions[:, None].float() * frequencies  # [N, d/2], float32: bf16 cannot tell position 257 from 258
     angle = torch.cat([angle, angle], dim=-1)[:, None]  # [N, 1, d]
     return angle.cos(), angle.sin()
 
@@ -190,6 +311,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
+        if config.sliding_window is not None and max_length > config.sliding_window:
+            raise ValueError(f"{max_length} tokens are more than sliding_window {config.sliding_window} allows")
         shape = (config.num_hidden_layers, 2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # [L, key or value, B, T, K, d]
         self.batch_size = batch_size
@@ -209,22 +332,28 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. x [N, D] -> [N, D]"""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions. x [N, D] -> [N, D]"""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        bias = config.family.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.family.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim)
+            self.k_norm = make_norm(config, config.head_dim)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, positions, lengths, cache):
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [N, H, d]
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [N, K, d]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, K, d]
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q), cos, sin)  # [N, H, d]
+        k = rotate(self.k_norm(k), cos, sin)  # [N, K, d], as v
         if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
@@ -236,17 +365,21 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2).to(x.dtype))
 
 
+_ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x)). x [N, D] -> [N, D]"""
+    """A gated linear unit (Shazeer 2020): down(act(gate(x)) · up(x)). x [N, D] -> [N, D]"""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = _ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -254,9 +387,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = make_norm(config, config.hidden_size)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
     def forward(self, x, *context):
@@ -269,22 +402,28 @@ class Transformer(nn.Module):
 
     It stops before `lm_head` because that is where Mixup happens: `mixup.py` takes the hidden states and
     `head_weight`, and never needs the logits of a whole row at once.
+
+    Set `activation_checkpointing` to keep only each block's input for the backward pass and compute the rest again:
+    a third more work for a fraction of the memory (Chen et al. 2016).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+                "norm": make_norm(config, config.hidden_size),
             }
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     @property
@@ -292,11 +431,16 @@ class Transformer(nn.Module):
         """W of `logits = W z`, [V, D]: the embedding itself where the two are tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def forward(self, tokens, positions=None, cu_seqlens=None, cache: KVCache | None = None):
+    def forward(
+        self, tokens, positions=None, cu_seqlens=None, cache: KVCache | None = None, head: Callable | None = None
+    ):
         """Hidden states after the final norm, as they enter `lm_head`.
 
         tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then where each example ends) -> [N, D].
         Both may be left out for a single sequence; with a filled `cache`, each token continues its own sequence.
+
+        With `head`, what that makes of the hidden states is returned in their place. Whatever needs `head_weight` goes
+        there: of a model sharded over processes, a weight is whole only while its part of the model is at work.
         """
         if positions is None:
             positions = torch.arange(len(tokens), device=tokens.device)
@@ -304,11 +448,22 @@ class Transformer(nn.Module):
             lengths = cu_seqlens.diff().tolist()
         else:
             lengths = [len(tokens)] if cache is None else [1] * len(tokens)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        window = self.config.sliding_window
+        if window is not None and max(lengths) > window:
+            raise ValueError(f"an example of {max(lengths)} tokens is longer than sliding_window {window}")
+        cos, sin = rotary_angles(positions, rotary_frequencies(self.config, tokens.device))
         x = self.model.embed_tokens(tokens)  # [N, D]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # products are in bf16 then; what they are added to stays precise, however weights are kept
+        if self.config.family.scaled_embeddings:
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin, positions, lengths, cache)
-        return self.model.norm(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, positions, lengths, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, positions, lengths, cache)
+        hidden = self.model.norm(x)
+        return hidden if head is None else head(hidden)
 
     def logits(self, hidden):
         """W z: scores of the next token. [.., D] -> [.., V]"""
@@ -324,7 +479,115 @@ class Transformer(nn.Module):
         return torch.cat(scores) if scores else hidden.new_zeros(0, dtype=torch.float32)
 
 
-# --- Checkpoints in Hugging Face layout -------------------------------------------------------------------------------
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """W x + (α/r) B A x: a frozen linear layer and what is learnt beside it (Hu et al. 2021). [.., in] -> [.., out]
+
+    A [r, in] begins random and B [out, r] at zero, so that training starts from the layer as it was.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias  # under the names they had
+        out_features, in_features = linear.weight.shape
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_lora(model: Transformer, rank: int, alpha: float) -> None:
+    """Freeze `model` and put an adapter, yet without values, beside every linear layer of its blocks."""
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, LoRALinear(linear, rank, alpha))
+
+
+@torch.no_grad()
+def reset_lora(model: Transformer, seed: int) -> None:
+    """A ~ U(−1/√in, 1/√in) and B = 0, the same for any number of processes."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            bound = 1 / math.sqrt(module.lora_A.shape[1])
+            values = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+            own_rows(module.lora_A).copy_(values[slice(*row_range(module.lora_A))])
+            own_rows(module.lora_B).zero_()
+
+
+# --- One model over several processes ---------------------------------------------------------------------------------
+
+
+def shard(model: Transformer, dtype: str, device) -> None:
+    """Split every weight by rows over all processes, and with it its gradient and its optimizer state (FSDP2).
+
+    A block's weights are gathered, in bf16 if `dtype` says so, just before it computes, and dropped after; gradients
+    are summed in float32, each process keeping those of its own rows. What the whole model needs, `lm_head` above all,
+    is gathered once a pass. All processes must therefore compute at the same time, whatever they compute on.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait for
+
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if dtype == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # angles are of float32
+    )
+    embedding = [] if model.config.tie_word_embeddings else [model.model.embed_tokens]
+    for unit in (*model.model.layers, *embedding, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        # Losses are divided by global counts, so gradients add up. The default, an average, is silently a sum under
+        # gloo (pytorch#162338); a sum that is asked for is a sum everywhere.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(parameter) -> bool:
+    """Whether a parameter is one that `shard` has split."""
+    return hasattr(parameter, "to_local")
+
+
+def row_range(parameter) -> tuple[int, int]:
+    """The rows of a parameter that this process holds: from, up to."""
+    rows = len(parameter)
+    if not is_sharded(parameter):
+        return 0, rows
+    size = math.ceil(rows / world_size())  # as torch.chunk cuts
+    return min(rank() * size, rows), min((rank() + 1) * size, rows)
+
+
+def own_rows(parameter):
+    """Those rows, as a plain tensor that shares the parameter's memory."""
+    return parameter.to_local() if is_sharded(parameter) else parameter
+
+
+def whole(parameter):
+    """All rows of a parameter; of a sharded one, a copy that all processes must ask for together."""
+    return parameter.full_tensor() if is_sharded(parameter) else parameter
+
+
+# --- Folders in Hugging Face layout -----------------------------------------------------------------------------------
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; FileNotFoundError or ValueError name the file and what is wrong with it."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: an object with keys is expected, not {type(values).__name__}")
+    return values
 
 
 def load_config(path) -> ModelConfig:
@@ -333,12 +596,9 @@ def load_config(path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-        if not isinstance(values, dict):
-            raise ValueError(f"an object with keys is expected, not {type(values).__name__}")
-        return ModelConfig.from_dict(values)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        return ModelConfig.from_dict(read_json(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}".replace(f"{file}: {file}: ", f"{file}: ")) from None
 
 
 def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
@@ -346,62 +606,180 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
 
     Raises FileNotFoundError or ValueError with the file's name; for weights, with the missing and the left-over names.
     """
-    config = load_config(path)
-    file = Path(path) / "model.safetensors"
-    if not file.is_file():
-        in_shards = (Path(path) / "model.safetensors.index.json").exists()
-        why = "weights in shards are not read" if in_shards else "the folder has a configuration but no weights"
-        raise FileNotFoundError(f"{file}: not found; {why}")
-    with torch.device("meta"):  # shapes without memory: every tensor is then taken from the file
-        model = Transformer(config)
-    expected = model.state_dict()
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as weights:
-            # Angles are computed, not read; and some writers store a tied head a second time.
-            names = {name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
-            if config.tie_word_embeddings:
-                names.discard("lm_head.weight")
-            if names != expected.keys():
-                raise ValueError(
-                    f"missing weights: {sorted(expected.keys() - names) or 'none'}; "
-                    f"weights left over: {sorted(names - expected.keys()) or 'none'}"
-                )
-            state = {name: weights.get_tensor(name).to(dtype) for name in expected}
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{file}: {name} has shape {list(tensor.shape)}, "
-                f"where config.json calls for {list(expected[name].shape)}"
-            )
-    model.load_state_dict(state, assign=True)
+    model = empty_model(path, dtype)
+    read_weights(model, path, device)
     return model
 
 
-def save_model(model: Transformer, path, tokenizer=None) -> None:
+def empty_model(path, dtype=torch.float32) -> Transformer:
+    """The model of a folder without its weights: shapes that take no memory, to be sharded or given adapters first."""
+    config = load_config(path)
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+@torch.no_grad()
+def read_weights(model: Transformer, path, device) -> None:
+    """Give an `empty_model` its memory and its weights, each process reading the rows it holds and no others.
+
+    Nothing is allocated before all names and shapes are known to be right.
+    """
+    wanted = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+    found: dict[str, Path] = {}
+    for file in _weight_files(Path(path)):
+        with _opened(file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                shape = weights.get_slice(name).get_shape()
+                if name in wanted and shape != list(wanted[name].shape):
+                    raise ValueError(
+                        f"{file}: {name} has shape {shape}, where config.json calls for {list(wanted[name].shape)}"
+                    )
+                found[name] = file
+    # Angles are computed, not read; and some writers store a tied head a second time.
+    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    names = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - ignored
+    if names != wanted.keys():
+        raise ValueError(
+            f"{path}: missing weights: {sorted(wanted.keys() - names) or 'none'}; "
+            f"weights left over: {sorted(names - wanted.keys()) or 'none'}"
+        )
+    model.to_empty(device=device)
+    wanted = dict(model.named_parameters())
+    for file in sorted(set(found.values())):
+        with _opened(file) as weights:
+            for name in (name for name in names if found[name] == file):
+                first, end = row_range(wanted[name])
+                if first < end:
+                    own_rows(wanted[name]).copy_(weights.get_slice(name)[first:end])
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder: the one, or the shards that its index names."""
+    file, index = path / "model.safetensors", path / INDEX_FILE
+    if file.is_file():
+        return [file]
+    if not index.is_file():
+        others = sorted(other.name for other in path.glob("*.bin")) + sorted(other.name for other in path.glob("*.pth"))
+        why = f"{others[0]} is not read, only safetensors" if others else "there is a configuration but no weights"
+        raise FileNotFoundError(f"{file}: not found; {why}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must name a file for each weight")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{index}: {name!r} is not a file of this folder")
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name}: not found, but {INDEX_FILE} says that weights are there")
+    return [path / name for name in sorted(set(weight_map.values()))]
+
+
+@contextlib.contextmanager
+def _opened(file: Path):
+    """A safetensors file, whose errors say which it is."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def stored_dtype(path) -> torch.dtype:
+    """The dtype in which the weights of a folder are kept (of its first weight, where they differ)."""
+    with _opened(_weight_files(Path(path))[0]) as weights:
+        return next(weights.get_slice(name)[:1].dtype for name in weights.keys())  # noqa: SIM118
+
+
+def save_model(model: Transformer, path, tokenizer=None, dtype=None, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits.
 
-    With a `tokenizer`, its files go along. Files are written aside and moved in when all are there, config.json last: a
+    Weights are kept in `dtype` (None: as they are), adapters merged into them, in files of at most `max_shard_bytes`.
+    With a `tokenizer`, its files go along. Of a sharded model all processes must take part; process 0 writes, and never
+    holds more than a file of it at once. Files are written aside and moved in when all are there, config.json last: a
     folder that has one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
     """
-    path = Path(path)
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps
     if (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # what a forward pass has gathered is a rounded copy
+    modules = dict(model.named_modules())
+    shapes = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+    shards: list[list[str]] = [[]]
+    size = total_size = 0
+    for name, parameter in shapes.items():
+        num_bytes = parameter.numel() * (dtype or parameter.dtype).itemsize
+        if size and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total_size = size + num_bytes, total_size + num_bytes
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+
     aside = path / "partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    description = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
-    (aside / "config.json").write_text(json.dumps(description | asdict(model.config), indent=2) + "\n")
-    (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors keeps it to the owner
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    for file, names in zip(files, shards, strict=True):
+        weights = {}
+        for name in names:
+            tensor = _merged(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+            if rank() == 0:
+                weights[name] = tensor.detach().to("cpu", dtype or shapes[name].dtype).contiguous()
+        if rank() == 0:
+            save_file(weights, aside / file, metadata={"format": "pt"})
+    if rank() != 0:
+        return
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(aside / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    stored = dtype or next(iter(shapes.values())).dtype
+    write_json(aside / "config.json", model.config.to_dict() | {"torch_dtype": str(stored).removeprefix("torch.")})
+    for file in files:
+        (aside / file).chmod((aside / "config.json").stat().st_mode)  # safetensors keeps them to their owner
     if tokenizer is not None:
         tokenizer.save(aside)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(path / file.name)
     aside.rmdir()
+
+
+@torch.no_grad()
+def _merged(module: nn.Module, name: str):
+    """A module's parameter as it is saved: of a layer with an adapter, W + (α/r) B A."""
+    tensor = whole(getattr(module, name))
+    if isinstance(module, LoRALinear) and name == "weight":
+        return tensor + module.scale * (whole(module.lora_B) @ whole(module.lora_A))
+    return tensor
+
+
+def save_adapter(model: Transformer, path, base) -> None:
+    """Write the adapters of a model as a folder that `peft` opens over the model folder `base`.
+
+    Of a sharded model all processes must take part.
+    """
+    weights, layers = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            layers.add(name.rpartition(".")[2])
+            rank_of_adapter, alpha = len(module.lora_A), module.scale * len(module.lora_A)
+            for part in ("lora_A", "lora_B"):
+                weights[f"base_model.model.{name}.{part}.weight"] = whole(getattr(module, part)).detach().cpu()
+    if rank() != 0:
+        return
+    path = Path(path)
+    path.mkdir(parents=True)
+    save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    description = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    description |= {"r": rank_of_adapter, "lora_alpha": alpha, "target_modules": sorted(layers), "bias": "none"}
+    write_json(path / "adapter_config.json", description | {"lora_dropout": 0.0, "inference_mode": True})
+    (path / "adapter_model.safetensors").chmod((path / "adapter_config.json").stat().st_mode)
+
+
+def write_json(file: Path, values) -> None:
+    """Write a JSON file for people to read too."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 # --- Where a model runs: command line, processes, devices -------------------------------------------------------------

@@ -18,9 +18,19 @@ from model import (
     load_model,
     packed_attention,
     rotary_angles,
+    rotary_frequencies,
     rotate,
     save_model,
+    stored_dtype,
 )
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 
 
 def packed(lengths):
@@ -79,7 +89,8 @@ def test_packed_attention_equals_softmax_written_out():
 
 def test_rotation_by_hand():
     """Head of size 4, θ = 100: pair 0 turns by the position, pair 1 by a tenth of it; pairs are (0, 2) and (1, 3)."""
-    cos, sin = rotary_angles(torch.tensor([3]), head_dim=4, theta=100.0)
+    frequencies = rotary_frequencies(ModelConfig(head_dim=4, rope_theta=100.0))
+    cos, sin = rotary_angles(torch.tensor([3]), frequencies)
     x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
     expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
     torch.testing.assert_close(rotate(x, cos, sin)[0, 0], torch.tensor(expected))
@@ -89,7 +100,7 @@ def test_rotation_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 16)
     products = []
     for shift in (0, 50):
-        cos, sin = rotary_angles(torch.tensor([shift, shift + 3]), 16, 10000.0)
+        cos, sin = rotary_angles(torch.tensor([shift, shift + 3]), rotary_frequencies(ModelConfig(head_dim=16)))
         products.append((rotate(q, cos[1:], sin[1:]) * rotate(k, cos[:1], sin[:1])).sum())
     torch.testing.assert_close(products[0], products[1], rtol=1e-4, atol=1e-4)
 
@@ -151,7 +162,12 @@ def test_gradients_do_not_depend_on_autocast_to_a_few_percent():
     [
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"attention_bias": True}, "attention_bias: True"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: "),
+        ({"model_type": "mamba"}, "model_type: 'mamba'"),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act: 'silu'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: .*'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor: None"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, "low_freq_factor must be below"),
+        ({"sliding_window": 0}, "sliding_window: 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3"),
         ({"num_attention_heads": 5}, "hidden_size: 32"),
         ({"head_dim": 7}, "head_dim: 7"),
@@ -168,18 +184,65 @@ def test_unsupported_configurations_are_named(change, message):
         ModelConfig(**{"hidden_size": 32, "num_attention_heads": 4, **change})
 
 
-@pytest.mark.parametrize("key, value", [("model_type", "mamba"), ("quantization_config", {"bits": 4})])
-def test_unsupported_files_are_named(key, value):
-    with pytest.raises(ValueError, match=f"{key}: "):
-        ModelConfig.from_dict({"hidden_size": 32, "num_attention_heads": 4, key: value})
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "mamba"}, "model_type: 'mamba'"),
+        ({"model_type": ["llama"]}, "model_type: "),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}"),
+        ({"num_local_experts": 8}, "num_local_experts: 8"),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic'"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"], "sliding_window": 64}, "sliding_attention"),
+    ],
+)
+def test_unsupported_files_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict({"hidden_size": 32, "num_attention_heads": 4, **values})
+
+
+def test_a_window_counts_where_the_family_uses_it():
+    def window(**values):
+        return ModelConfig.from_dict({"sliding_window": 64, **values}).sliding_window
+
+    assert window(model_type="mistral") == 64
+    assert window(model_type="qwen2", use_sliding_window=True, layer_types=["sliding_attention"]) == 64
+    assert window(model_type="qwen2", use_sliding_window=False) is None
+    assert window(model_type="llama") is None
+    assert ModelConfig(sliding_window=64, max_position_embeddings=128).max_length == 64
+
+
+@torch.no_grad()
+def test_an_example_longer_than_the_window_is_refused():
+    model = tiny_model(model_type="mistral", sliding_window=16)
+    tokens, positions, cu_seqlens = packed([16, 5])
+    assert model(tokens, positions, cu_seqlens).shape == (21, 32)
+    with pytest.raises(ValueError, match="17 tokens is longer than sliding_window 16"):
+        model(torch.arange(17))
+    with pytest.raises(ValueError, match="17 tokens are more than sliding_window 16"):
+        KVCache(model.config, 1, 17, torch.float32, "cpu")
+
+
+def test_llama3_scaling_by_hand():
+    """Over 64 positions: pairs that turn more than 4 times are left alone, less than once slowed down by 8."""
+    config = ModelConfig(
+        head_dim=8, rope_theta=1e4, rope_scaling={**LLAMA3_SCALING, "original_max_position_embeddings": 64}
+    )
+    plain = rotary_frequencies(ModelConfig(head_dim=8, rope_theta=1e4))  # 1, 0.1, 0.01, 0.001
+    turns = 64 * 0.1 / (2 * math.pi)  # 1.0186, between 1 and 4
+    kept = (turns - 1) / 3
+    between = 0.1 * (kept + (1 - kept) / 8)
+    torch.testing.assert_close(rotary_frequencies(config), torch.tensor([1.0, between, 0.01 / 8, 0.001 / 8]))
+    assert torch.equal(plain[:1], rotary_frequencies(config)[:1])
 
 
 def test_both_spellings_of_rope_theta():
     old = ModelConfig.from_dict({"rope_theta": 500.0})
     new = ModelConfig.from_dict({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
     assert old == new and new.rope_theta == 500.0
-    with pytest.raises(ValueError, match="rope_type: 'llama3'"):
-        ModelConfig.from_dict({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}})
+    with pytest.raises(ValueError, match="rope_type: 'yarn'"):
+        ModelConfig.from_dict({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}})
 
 
 @pytest.mark.parametrize("value", [{"rope_type": "default"}, {"type": "default"}, None])
@@ -244,12 +307,83 @@ def test_stored_angles_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path
     assert torch.equal(load_model(tmp_path / "m").head_weight, model.head_weight)
 
 
-def test_weights_in_shards_are_said(tmp_path):
+def test_shards_and_one_file_hold_the_same(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    save_model(model, tmp_path / "one")
+    save_model(model, tmp_path / "many", max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert not (tmp_path / "many" / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    for shard in shards:
+        weights = load_file(tmp_path / "many" / shard)
+        assert len(weights) == 1 or sum(4 * w.numel() for w in weights.values()) <= 20_000
+    one, many = load_model(tmp_path / "one"), load_model(tmp_path / "many")
+    for (name, a), (other, b) in zip(one.named_parameters(), many.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    save_model(tiny_model(), tmp_path / "m", max_shard_bytes=20_000)
+    return tmp_path / "m"
+
+
+def change_index(folder, change):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+def test_a_missing_shard_is_named(shards):
+    (shards / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00005.safetensors: not found"):
+        load_model(shards)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "deep/model.safetensors", "..", "."])
+def test_an_index_that_points_outside_its_folder_is_refused(shards, name):
+    change_index(shards, lambda weight_map: weight_map.update({"model.norm.weight": name}))
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: .* is not a file of this folder"):
+        load_model(shards)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"])
+def test_a_damaged_index_is_named(shards, text):
+    (shards / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: "):
+        load_model(shards)
+
+
+def test_a_shard_cut_short_is_named(shards):
+    file = shards / "model-00003-of-00005.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model-00003-of-00005.safetensors: not a whole safetensors file"):
+        load_model(shards)
+
+
+def test_weights_of_another_kind_are_said(tmp_path):
     save_model(tiny_model(), tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00001.safetensors")
-    (tmp_path / "m" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="weights in shards are not read"):
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin is not read, only safetensors"):
         load_model(tmp_path / "m")
+
+
+def test_a_compiled_model_is_saved_under_plain_names(tmp_path):
+    model = tiny_model()
+    save_model(torch.compile(model, backend="eager"), tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m").head_weight, model.head_weight)
+
+
+def test_saved_in_the_dtype_asked_for(tmp_path):
+    model = tiny_model()
+    save_model(model, tmp_path / "m", dtype=torch.bfloat16)
+    assert stored_dtype(tmp_path / "m") == torch.bfloat16
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert torch.equal(load_model(tmp_path / "m").head_weight, model.head_weight.bfloat16().float())
+    assert model.head_weight.dtype == torch.float32
 
 
 def test_wrong_shape_is_named(tmp_path):
@@ -296,50 +430,6 @@ def test_a_bf16_model_runs_without_autocast():
     half = model.to(torch.bfloat16)
     actual = half.logits(half(tokens)).float().log_softmax(-1)
     assert (expected - actual).abs().mean() < 0.1
-
-
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"num_key_value_heads": 1, "tie_word_embeddings": False},
-        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "rope_theta": 5e5},
-    ],
-)
-def test_logits_equal_those_of_transformers(tmp_path, changes):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    model = tiny_model(max_position_embeddings=2048, **changes)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    save_model(model, tmp_path / "m")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    tokens = torch.randint(0, 300, (2048,))
-    torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
-
-
-@torch.no_grad()
-def test_a_folder_written_by_transformers_opens(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=1234.0,
-    )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "m")
-    model = load_model(tmp_path / "m")
-    assert model.config.rope_theta == 1234.0
-    tokens = torch.randint(0, 300, (100,))
-    torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
