@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, Dataset, encode_examples, load_examples, num_supervised, pack, split_batch
+from data import IGNORE_INDEX, Batch, Dataset, encode_examples, load_examples, num_supervised, pack, split_batch
 from model import (
     CommandLine,
     Transformer,
     autocast,
     load_config,
-    load_model,
+    open_model,
     processes,
     rank,
     say,
@@ -49,20 +49,20 @@ def score_examples(
     """How well one checkpoint predicts each example: -> (probability [N], perplexity [N]), float64, in the order given.
 
     probability is p_c(i) = (1/N) Σ_n p(y_n), perplexity exp(−(1/N) Σ_n log p(y_n)), over the N supervised tokens of i.
-    Under `torchrun` the processes share the examples out: each is scored exactly once, and all get all scores.
+    Under `torchrun` the processes share the examples out, each computing as many rows as the others: every example is
+    scored exactly once, and all get all scores.
     """
     device = model.head_weight.device
     # Σ p, Σ log p and Σ 1 = N of each example
     sums = torch.zeros(3, len(encoded), dtype=torch.float64, device=device)
-    batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens)
-    for examples in filter(None, batches[rank() :: world_size()]):
+    batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens, world_size())
+    for examples in batches[rank() :: world_size()]:
         batch = pack([encoded[i] for i in examples]).to(device)
         supervised = batch.targets != IGNORE_INDEX
-        with autocast(device, dtype):
-            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
-            log_p = model.gold_log_probs(hidden[supervised], batch.targets[supervised]).double()  # [S]
-        owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())
-        sums.index_add_(1, owner[supervised], torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
+        log_p = gold_log_probs(model, batch, supervised, dtype).double()  # [S]
+        if examples:
+            owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())
+            sums.index_add_(1, owner[supervised], torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
     if not sum_over_processes(sums).isfinite().all():
         raise ValueError(
             "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
@@ -72,11 +72,23 @@ def score_examples(
     return probability / count, np.exp(-log_probability / count)
 
 
+def gold_log_probs(model: Transformer, batch: Batch, supervised, dtype: str):
+    """log p(y_n) at the supervised positions [N] of a packed row: -> float32 [S]"""
+    with autocast(batch.tokens.device, dtype):
+        return model(
+            batch.tokens,
+            batch.positions,
+            batch.cu_seqlens,
+            head=lambda hidden: model.gold_log_probs(hidden[supervised], batch.targets[supervised]),
+        )
+
+
 def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype: str, device, file=None) -> "Dynamics":
     """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each."""
     scores = []
     for folder in folders:
-        scores.append(score_examples(load_model(folder, device=device), dataset.encoded, micro_batch_tokens, dtype))
+        model = open_model(folder, dtype, device)
+        scores.append(score_examples(model, dataset.encoded, micro_batch_tokens, dtype))
         say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 

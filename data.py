@@ -235,12 +235,15 @@ class Batch:
 
 
 def pack(encoded: Sequence[tuple]) -> Batch:
-    """Lay encoded examples end to end.
+    """Lay encoded examples end to end; where there are none, a single token that predicts nothing.
+
+    Such a row keeps a process with no work left in step with the others, which a sharded model asks of it.
 
     >>> batch = pack([([5, 6, 7], [-100, 7, 2]), ([8, 9], [9, 2])])
     >>> batch.tokens.tolist(), batch.positions.tolist(), batch.cu_seqlens.tolist()
     ([5, 6, 7, 8, 9], [0, 1, 2, 0, 1], [0, 3, 5])
     """
+    encoded = encoded or [([0], [IGNORE_INDEX])]
     lengths = torch.tensor([len(tokens) for tokens, _ in encoded])
     ends = lengths.cumsum(0)  # [B]
     tokens, targets = (torch.cat([torch.as_tensor(x) for x in column]).long() for column in zip(*encoded, strict=True))

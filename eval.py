@@ -19,7 +19,7 @@ from model import (
     KVCache,
     Transformer,
     autocast,
-    load_model,
+    open_model,
     processes,
     rank,
     say,
@@ -62,31 +62,41 @@ def generate(
     dtype: str = "fp32",
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt greedily, up to and with one of `stop_ids`, or `max_new_tokens`. -> the new ids of each"""
+    """Continue each prompt greedily, up to and with one of `stop_ids`, or `max_new_tokens`. -> the new ids of each
+
+    Under `torchrun` the processes share the prompts out, each taking as many steps as the others, and all get all ids.
+    """
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    results: list[list[int]] = [[] for _ in prompts]
+    results = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)  # 1 + id, and 0 after the end
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of a batch are about equally long
-    for start in range(0, len(prompts), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = pack([(prompts[i], prompts[i]) for i in chosen]).to(device)  # nothing is predicted: any targets do
-        ends = batch.cu_seqlens[1:].long()  # [B]
+    mine = by_length[rank() :: world_size()]
+    for start in range(0, math.ceil(len(prompts) / world_size()), batch_size):
+        chosen = torch.tensor(mine[start : start + batch_size], dtype=torch.int64, device=device)
+        batch = pack([(prompts[i], prompts[i]) for i in chosen.tolist()]).to(device)  # any targets
         lengths = batch.cu_seqlens.diff().long()  # [B]
-        cache = KVCache(model.config, len(chosen), int(lengths.max()) + max_new_tokens, model.head_weight.dtype, device)
-        running = torch.ones(len(chosen), dtype=torch.bool, device=device)
-        with autocast(device, dtype):
-            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, cache)[ends - 1]  # [B, D]
-            for step in range(max_new_tokens):
-                new = model.logits(hidden).argmax(-1)  # [B]
-                for i, token, on in zip(chosen, new.tolist(), running.tolist(), strict=True):
-                    if on:
-                        results[i].append(token)
-                running &= ~torch.isin(new, stop)
-                if not running.any():
-                    break
-                if step + 1 < max_new_tokens:
-                    hidden = model(new, lengths + step, cache=cache)
-    return results
+        cache = KVCache(
+            model.config, len(lengths), int(lengths.max()) + max_new_tokens, model.head_weight.dtype, device
+        )
+        running = torch.full((len(lengths),), len(chosen) > 0, device=device)  # [B]; a row that idles has ended already
+        tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
+        for step in range(max_new_tokens):
+            new = next_tokens(model, tokens, positions, cu_seqlens, cache, dtype)
+            if len(chosen):
+                results[chosen, step] = (new + 1) * running
+            running &= ~torch.isin(new, stop)
+            if not sum_over_processes(running.sum()):
+                break
+            tokens, positions, cu_seqlens = new, lengths + step, None
+    sum_over_processes(results)
+    return [[token - 1 for token in row if token] for row in results.tolist()]
+
+
+def next_tokens(model: Transformer, tokens, positions, cu_seqlens, cache: KVCache, dtype: str):
+    """The likeliest token after each of B sequences: prompts packed by `cu_seqlens`, or their newest tokens. -> [B]"""
+    last = slice(None) if cu_seqlens is None else cu_seqlens[1:].long() - 1
+    with autocast(tokens.device, dtype):
+        return model(tokens, positions, cu_seqlens, cache, head=lambda hidden: model.logits(hidden[last]).argmax(-1))
 
 
 def exact_match(
@@ -95,22 +105,20 @@ def exact_match(
     """The share of examples whose last assistant turn is generated word for word: {"accuracy", "accuracy_interval"}.
 
     Greedy, from the same prompt ids that training uses, and the answer must end by itself; surrounding white space does
-    not count. Under `torchrun` the processes share the examples out. ValueError for a plain text, which has no prompt.
+    not count. ValueError for a plain text, which has no prompt.
     """
     if any(example.messages[-1]["role"] != "assistant" for example in examples):
         raise ValueError("exact match asks for prompts with responses, and there are plain texts among the examples")
     expected = [example.messages[-1]["content"].strip() for example in examples]
     longest = max(len(tokenizer.encode(text)) for text in expected)
-    mine = range(rank(), len(examples), world_size())
-    prompts = [tokenizer.apply_template(examples[i].messages[:-1], template)[0] for i in mine]
+    prompts = [tokenizer.apply_template(example.messages[:-1], template)[0] for example in examples]
     # A few tokens of grace, since a text may be spelt in more pieces than its encoding has.
     answers = generate(model, prompts, longest + 4, [tokenizer.eos_id] if tokenizer.eos_id is not None else [], dtype)
     right = sum(
-        ids[-1] == tokenizer.eos_id and tokenizer.decode(ids).strip() == expected[i]
-        for i, ids in zip(mine, answers, strict=True)
+        ids[-1] == tokenizer.eos_id and tokenizer.decode(ids).strip() == text
+        for ids, text in zip(answers, expected, strict=True)
     )
-    total = sum_over_processes(torch.tensor(float(right), device=model.head_weight.device))
-    return {"accuracy": float(total) / len(examples), "accuracy_interval": wilson_interval(int(total), len(examples))}
+    return {"accuracy": right / len(examples), "accuracy_interval": wilson_interval(right, len(examples))}
 
 
 def wilson_interval(successes: int, trials: int) -> list[float]:
@@ -169,7 +177,7 @@ def main(argv=None) -> None:
     with processes() as device:
         tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
         dataset = load_dataset(args.data, tokenizer, args.template, max_length, sys.stderr)
-        model = load_model(args.model, device=device)
+        model = open_model(args.model, args.dtype, device)
         if args.measure == "perplexity":
             result = held_out_loss(model, dataset.encoded, args.micro_batch_tokens, args.dtype)
             result["perplexity"] = math.exp(result["loss"])

@@ -611,6 +611,22 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
     return model
 
 
+def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alpha: float = 16, seed: int = 0):
+    """The model of a folder, to be computed with in `dtype`; where there are several processes, sharded over them.
+
+    Its weights are float32, since bf16 would swallow small updates. With adapters of `lora_rank`, drawn from `seed`,
+    nothing else is trained, and where products are in bf16 the frozen weights stay as the folder keeps them.
+    """
+    model = empty_model(path, stored_dtype(path) if lora_rank and dtype == "bf16" else torch.float32)
+    if lora_rank:
+        add_lora(model, lora_rank, lora_alpha)
+    if world_size() > 1:
+        shard(model, dtype, device)
+    read_weights(model, path, device)
+    reset_lora(model, seed)
+    return model.eval()
+
+
 def empty_model(path, dtype=torch.float32) -> Transformer:
     """The model of a folder without its weights: shapes that take no memory, to be sharded or given adapters first."""
     config = load_config(path)
@@ -868,6 +884,9 @@ def peak_memory_bytes(device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def autocast(device, dtype: str):

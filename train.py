@@ -49,18 +49,22 @@ from data import (
 from eval import evaluate, table
 from mixup import pair_positions, sftmix_loss
 from model import (
+    DTYPES,
     CommandLine,
     ModelConfig,
     Transformer,
     autocast,
     barrier,
-    load_model,
+    open_model,
     peak_memory_bytes,
     processes,
     rank,
+    save_adapter,
     save_model,
     say,
+    shard,
     sum_over_processes,
+    whole,
     world_size,
 )
 from tokenizer import ALPACA_PREAMBLE, ALPACA_TURN, TEMPLATES, Tokenizer
@@ -108,6 +112,10 @@ class TrainConfig:
     max_length: int | None = _flag(None, "cut longer examples (default: the model's, at most 1024)", at_least=1)
     template: str = _flag("alpaca", "how a conversation is laid out", choices=tuple(TEMPLATES))
     dtype: str = _flag("bf16", "of matrix products; weights stay float32", choices=("bf16", "fp32"))
+    save_dtype: str = _flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
+    lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
+    lora_alpha: float = _flag(16.0, "an adapter's share is scaled by lora_alpha / lora_rank", above=0)
+    activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory")
     seed: int = _flag(0, "of every random draw", at_least=0)
     log_every: int = _flag(10, "steps between progress lines", at_least=1)
 
@@ -155,7 +163,10 @@ def parse_config(argv=None) -> TrainConfig:
         kind = {int: int, int | None: int, float: float}.get(flag.type, str)
         values = "{" + ",".join(flag.metadata["choices"]) + "}" if flag.metadata["choices"] else flag.name.upper()
         text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
-        parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
+        if flag.type is bool:
+            parser.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.metadata["help"])
+        else:
+            parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return TrainConfig(**({} if "model" in given else DEMO) | given)
@@ -218,7 +229,7 @@ def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_bat
     units = [(2 * p, 2 * p + 1) for p in range(len(lam))] + [(i,) for i in range(2 * len(lam), len(examples))]
     bins = split_batch([sum(lengths[i] for i in unit) for unit in units], micro_batch_tokens, world_size())
     micro_batches = []
-    for mine in filter(None, bins[rank() :: world_size()]):
+    for mine in bins[rank() :: world_size()]:  # as many for every process, some perhaps empty
         pairs = [u for u in mine if len(units[u]) == 2]  # these go first, so that pair p is examples 2p and 2p+1
         members = [i for u in pairs for i in units[u]] + [i for u in mine if len(units[u]) == 1 for i in units[u]]
         indices = torch.arange(2 * len(pairs)).view(-1, 2)
@@ -231,36 +242,39 @@ def compute_gradients(model: Transformer, step: Step, mu: float, ntp_weight: flo
     """Leave in `.grad` the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
     Every micro-batch's sums are divided by the **global** counts, so adding up gradients, over micro-batches here and
-    over processes below, gives the gradient of the global mean: the same for any number of either.
+    over processes in `model.shard`, gives the gradient of the global mean: the same for any number of either.
     """
-    device = model.head_weight.device
-    losses = torch.zeros(3, device=device)
+    losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in step.micro_batches:
-        batch = micro_batch.batch.to(device)
-        supervised = batch.targets != IGNORE_INDEX  # [N]
-        index_c, index_u, pair = pair_positions(batch.targets, batch.cu_seqlens, micro_batch.pairs.to(device))
-        with autocast(device, dtype):
-            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[supervised]  # [S, D]
-            loss, ntp, mix = sftmix_loss(  # L = L_NTP + μ L_Mixup
-                hidden,
-                model.head_weight,
-                batch.targets[supervised],
-                index_c,
-                index_u,
-                micro_batch.lam.to(device)[pair],
-                mu,
-                ntp_weight,
-                step.num_supervised,
-                step.num_mixed,
-            )
+        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:  # this process had nothing to do, and must not keep the others waiting
-                parameter.grad = torch.zeros_like(parameter)
-            sum_over_processes(parameter.grad)
     return losses
+
+
+def compute_loss(model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str):
+    """A micro-batch's part of L = L_NTP + μ L_Mixup: -> (loss, ntp, mix), of which the first carries gradients."""
+    device = model.head_weight.device
+    batch = micro_batch.batch.to(device)
+    supervised = batch.targets != IGNORE_INDEX  # [N]
+    index_c, index_u, pair = pair_positions(batch.targets, batch.cu_seqlens, micro_batch.pairs.to(device))
+
+    def loss_of(hidden):
+        return sftmix_loss(
+            hidden[supervised],  # [S, D]
+            model.head_weight,
+            batch.targets[supervised],
+            index_c,
+            index_u,
+            micro_batch.lam.to(device)[pair],
+            mu,
+            ntp_weight,
+            step.num_supervised,
+            step.num_mixed,
+        )
+
+    with autocast(device, dtype):
+        return model(batch.tokens, batch.positions, batch.cu_seqlens, head=loss_of)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -301,7 +315,7 @@ def train(
         work = make_step(dataset, chosen, lam, config.micro_batch_tokens)
 
         losses += compute_gradients(model, work, mu, ntp_weight, config.dtype)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
         lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -357,11 +371,24 @@ def log_step(file: Path, stage: str, record: dict) -> None:
     )
 
 
-def save(model: Transformer, path: Path, tokenizer: Tokenizer) -> None:
-    """Save from process 0, and let the others go on only when it is done."""
-    if rank() == 0:
-        save_model(model, path, tokenizer)
+def save(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    """Save a model, all processes together, and go on only when it is there."""
+    save_model(model, path, tokenizer, DTYPES[config.save_dtype])
     barrier()
+
+
+def save_finished(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    """Save the product of a stage; what LoRA has learnt is merged into it, and beside it an adapter to the base."""
+    if config.lora_rank:
+        save_adapter(model, path / "adapter", config.model)
+    save(model, path, tokenizer, config)
+
+
+def model_to_train(config: TrainConfig, device) -> Transformer:
+    """The model that a stage begins from."""
+    model = open_model(config.model, config.dtype, device, config.lora_rank, config.lora_alpha, config.seed)
+    model.activation_checkpointing = config.activation_checkpointing
+    return model
 
 
 def update_results(output: Path, name: str, entry: dict) -> None:
@@ -417,25 +444,27 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
+    if world_size() > 1:
+        shard(model, config.dtype, device)
     say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
     order = partial(epoch_order, len(dataset), config.seed)
     spent = train(model, dataset, replace(config, **DEMO_BASE), order, log, mixing=False)
-    save(model, Path(config.output) / "base", tokenizer)
+    save(model, Path(config.output) / "base", tokenizer, config)
     return spent
 
 
 def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
     """NTP from the base, with checkpoints evenly spaced over the run, the last step's included."""
-    model = load_model(config.model, device=device)
+    model = model_to_train(config, device)
     folder = Path(config.output) / "reference"
 
     def save_checkpoint(step: int, total_steps: int) -> None:
         if step in {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}:
-            save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer)
+            save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
 
     order = partial(epoch_order, len(inputs.train), config.seed)
     spent = train(model, inputs.train, config, order, log, mixing=False, after_step=save_checkpoint)
-    save(model, folder, inputs.tokenizer)
+    save_finished(model, folder, inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
 
@@ -470,9 +499,9 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
         confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
         say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
         order = partial(paired_order, confident, unconfident, config.seed)
-    model = load_model(config.model, device=device)
+    model = model_to_train(config, device)
     spent = train(model, inputs.train, config, order, log, mixing=True)
-    save(model, Path(config.output) / "sftmix", inputs.tokenizer)
+    save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
 
@@ -521,7 +550,7 @@ def run(config: TrainConfig, device) -> None:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     if "base" in stages:
-        update_results(output, "base", measure(load_model(config.model, device=device), inputs, config) | spent)
+        update_results(output, "base", measure(open_model(config.model, config.dtype, device), inputs, config) | spent)
     if "reference" in stages:
         update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:

@@ -1,0 +1,156 @@
+"""One model over several processes: the same updates, scores and answers as in one, at a fraction of the memory.
+
+Each number of processes runs `in_processes` once; the tests then compare what it left behind.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_encoded, run_script, tiny_model
+
+from confidence import score_examples
+from data import Dataset, draw_lambda
+from eval import generate
+from model import load_model, open_model, own_rows, processes, rank, save_model, whole, world_size
+from train import TrainConfig, compute_gradients, make_optimizer, make_step
+
+LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
+MODELS = {
+    "tied": {},
+    "untied": {
+        "tie_word_embeddings": False,
+        "model_type": "qwen2",
+        "vocab_size": 301,
+    },  # an odd number of rows
+}
+CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
+    "full": (1000, None, False),
+    "accumulated": (70, None, False),
+    "lora": (1000, 4, False),
+    "lora, accumulated": (70, 4, False),
+    "recomputed": (70, None, True),
+}
+
+
+def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool):
+    """Two optimizer steps: -> what they changed, the last gradients, the bytes of weights and optimizer state here."""
+    model = open_model(folder, "fp32", "cpu", lora_rank).train()
+    model.activation_checkpointing = recompute
+    config = TrainConfig(lr=1e-3)
+    optimizer = make_optimizer(model, config)
+    dataset = Dataset([], random_encoded(LENGTHS))
+    before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    for number, chosen in enumerate((np.arange(7), np.arange(2))):  # of the second, some processes get nothing
+        optimizer.zero_grad()
+        step = make_step(dataset, chosen, draw_lambda(len(chosen) // 2, 0.5, 0, number), micro_batch_tokens)
+        compute_gradients(model, step, 0.7, 1.0, "fp32")
+        optimizer.step()
+    changed = {name: whole(p).detach() - before[name] for name, p in model.named_parameters()}
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    state = [value for values in optimizer.state.values() for value in values.values() if value.numel() > 1]
+    kept = sum(own_rows(t).numel() * t.element_size() for t in [*model.parameters(), *state])
+    return changed, gradients, kept
+
+
+def in_processes(folder: Path) -> None:
+    """What every number of processes does; process 0 writes it down."""
+    results, kept = {}, {}
+    with processes():
+        for model_name in MODELS:
+            for case, settings in CASES.items():
+                *results[f"{model_name}, {case}"], kept[f"{model_name}, {case}"] = update(
+                    folder / model_name, *settings
+                )
+            model = open_model(folder / model_name, "fp32", "cpu")
+            encoded = random_encoded(LENGTHS)
+            results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
+            prompts = [tokens.tolist() for tokens, _ in encoded]
+            results[f"{model_name}, answers"] = generate(model, prompts, 12, stop_ids=range(0, 300, 7), batch_size=3)
+            save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
+        if world_size() == 4:
+            opened = open_model(folder / "tied-saved-by-2", "fp32", "cpu")
+            results["opened"] = {name: whole(p) for name, p in opened.named_parameters()}
+        if rank() == 0:
+            torch.save(results, folder / f"results-{world_size()}.pt")
+            (folder / f"kept-{world_size()}.json").write_text(json.dumps(kept))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    for name, changes in MODELS.items():
+        model = tiny_model(**changes)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)  # biases too
+        save_model(model, folder / name)
+    in_processes(folder)
+    for number in (2, 4):
+        done = run_script(__file__, folder, processes=number, timeout=200)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(params=(2, 4))
+def several(request):
+    return request.param
+
+
+def both(folder, several, name):
+    return (torch.load(folder / f"results-{number}.pt")[name] for number in (1, several))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS)
+def test_updates_equal_those_of_one_process(folder, several, model, case):
+    for one, many in zip(*both(folder, several, f"{model}, {case}"), strict=True):  # updates, then gradients
+        assert one.keys() == many.keys()
+        trained = [name for name in one if ".lora_" in name or "lora" not in case]
+        assert all(one[name].abs().max() > 0 for name in trained)
+        assert all(one[name].abs().max() == 0 for name in one if name not in trained)
+        one, many = (torch.cat([of[name].flatten() for name in trained]) for of in (one, many))
+        assert (one - many).norm() <= 1e-5 * one.norm()
+
+
+def test_recomputed_activations_give_the_same_gradients(folder):
+    results = torch.load(folder / "results-1.pt")
+    for one, again in zip(results["tied, accumulated"], results["tied, recomputed"], strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], again[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
+    one, many = both(folder, several, f"{model}, scores")
+    torch.testing.assert_close(one, many, rtol=1e-5, atol=0)
+    one, many = both(folder, several, f"{model}, answers")
+    assert one == many
+    assert len({len(answer) for answer in one}) > 2  # some stop early, at their own time
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, several, model):
+    one, many = (json.loads((folder / f"kept-{number}.json").read_text()) for number in (1, several))
+    assert many[f"{model}, full"] == pytest.approx(one[f"{model}, full"] / several, rel=0.02)
+    assert one[f"{model}, lora"] < 0.7 * one[f"{model}, full"]  # adapters alone have optimizer state
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_several_save_opens_in_one(folder, several, model):
+    saved = folder / f"{model}-saved-by-{several}"
+    assert (saved / "model.safetensors.index.json").exists()
+    original, again = load_model(folder / model), load_model(saved)
+    assert all(map(torch.equal, original.parameters(), again.parameters()))
+
+
+def test_what_two_save_opens_in_four(folder):
+    opened = torch.load(folder / "results-4.pt")["opened"]
+    for name, parameter in load_model(folder / "tied").named_parameters():
+        assert torch.equal(opened[name], parameter)
+
+
+if __name__ == "__main__":
+    in_processes(Path(sys.argv[1]))
