@@ -253,10 +253,11 @@ def load_tokenizer(path) -> Tokenizer:
 
 def usable_length(path, max_length: int | None) -> int:
     """`max_length`, checked against the positions of the model in `path`; None: as many as it has, at most 1024."""
-    positions = load_config(path).max_position_embeddings
-    if max_length is not None and max_length > positions:
-        raise ValueError(f"--max_length {max_length}: {path} has only {positions} positions")
-    return max_length or min(1024, positions)
+    config = load_config(path)
+    if max_length is not None and max_length > config.max_length:
+        limit = "positions" if config.max_length == config.max_position_embeddings else "tokens in its sliding_window"
+        raise ValueError(f"--max_length {max_length}: {path} has only {config.max_length} {limit}")
+    return max_length or min(1024, config.max_length)
 
 
 def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, file=None) -> Dataset:
@@ -274,7 +275,7 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, fil
 
 def add_data_flags(parser: CommandLine) -> None:
     """The flags of the tools that read a data file; their defaults are those of training."""
-    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--template", choices=TEMPLATES, help="(default: the model folder's, else alpaca)")
     parser.add_argument("--max_length", type=parser.positive)
     parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -306,7 +307,8 @@ def main(argv=None) -> None:
         else:
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), usable_length(model, args.max_length)
-            dataset = load_dataset(args.data, tokenizer, args.template, max_length, sys.stderr)
+            template = tokenizer.choose_template(args.template)
+            dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
             dynamics = score_checkpoints(
                 args.checkpoints, dataset, args.micro_batch_tokens, args.dtype, device, sys.stderr
             )

@@ -112,10 +112,11 @@ def exact_match(
     expected = [example.messages[-1]["content"].strip() for example in examples]
     longest = max(len(tokenizer.encode(text)) for text in expected)
     prompts = [tokenizer.apply_template(example.messages[:-1], template)[0] for example in examples]
+    stop_ids = tokenizer.stop_ids(template)
     # A few tokens of grace, since a text may be spelt in more pieces than its encoding has.
-    answers = generate(model, prompts, longest + 4, [tokenizer.eos_id] if tokenizer.eos_id is not None else [], dtype)
+    answers = generate(model, prompts, longest + 4, stop_ids, dtype)
     right = sum(
-        ids[-1] == tokenizer.eos_id and tokenizer.decode(ids).strip() == text
+        ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
         for ids, text in zip(answers, expected, strict=True)
     )
     return {"accuracy": right / len(examples), "accuracy_interval": wilson_interval(right, len(examples))}
@@ -176,13 +177,14 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with processes() as device:
         tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
-        dataset = load_dataset(args.data, tokenizer, args.template, max_length, sys.stderr)
+        template = tokenizer.choose_template(args.template)
+        dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
         model = open_model(args.model, args.dtype, device)
         if args.measure == "perplexity":
             result = held_out_loss(model, dataset.encoded, args.micro_batch_tokens, args.dtype)
             result["perplexity"] = math.exp(result["loss"])
         else:
-            result = exact_match(model, dataset.examples, tokenizer, args.template, args.dtype)
+            result = exact_match(model, dataset.examples, tokenizer, template, args.dtype)
             result["examples"] = len(dataset)
         say(json.dumps(result | {"truncated": dataset.truncated, "dropped": dataset.dropped}))
 

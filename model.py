@@ -705,13 +705,15 @@ def stored_dtype(path) -> torch.dtype:
         return next(weights.get_slice(name)[:1].dtype for name in weights.keys())  # noqa: SIM118
 
 
-def save_model(model: Transformer, path, tokenizer=None, dtype=None, max_shard_bytes: int = 5 * 10**9) -> None:
+def save_model(
+    model: Transformer, path, files: dict[str, bytes] | None = None, dtype=None, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits.
 
-    Weights are kept in `dtype` (None: as they are), adapters merged into them, in files of at most `max_shard_bytes`.
-    With a `tokenizer`, its files go along. Of a sharded model all processes must take part; process 0 writes, and never
-    holds more than a file of it at once. Files are written aside and moved in when all are there, config.json last: a
-    folder that has one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
+    Weights are kept in `dtype` (None: as they are), adapters merged into them, in shards of at most `max_shard_bytes`.
+    The `files`, by name, go along. Of a sharded model all processes must take part; process 0 writes, and never holds
+    more of it than one shard. All is written aside and moved in when it is there, config.json last: a folder that has
+    one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
     """
     path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps
     if (path / "config.json").exists():
@@ -719,53 +721,66 @@ def save_model(model: Transformer, path, tokenizer=None, dtype=None, max_shard_b
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # what a forward pass has gathered is a rounded copy
-    modules = dict(model.named_modules())
-    shapes = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    shards: list[list[str]] = [[]]
-    size = total_size = 0
-    for name, parameter in shapes.items():
-        num_bytes = parameter.numel() * (dtype or parameter.dtype).itemsize
-        if size and size + num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total_size = size + num_bytes, total_size + num_bytes
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    files = files if len(files) > 1 else ["model.safetensors"]
-
     aside = path / "partial"
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    for file, names in zip(files, shards, strict=True):
+
+    sizes = {
+        name: parameter.numel() * (dtype or parameter.dtype).itemsize
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    shards = _fill(sizes, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weights = {}
         for name in names:
-            tensor = _merged(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+            tensor = _merged(model, name)
             if rank() == 0:
-                weights[name] = tensor.detach().to("cpu", dtype or shapes[name].dtype).contiguous()
+                weights[name] = tensor.detach().to("cpu", dtype or model.get_parameter(name).dtype).contiguous()
         if rank() == 0:
             save_file(weights, aside / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
     if rank() != 0:
         return
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(aside / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    stored = dtype or next(iter(shapes.values())).dtype
-    write_json(aside / "config.json", model.config.to_dict() | {"torch_dtype": str(stored).removeprefix("torch.")})
-    for file in files:
+
+    if len(shards) > 1:
+        write_json(aside / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_json(aside / "config.json", model.config.to_dict() | {"torch_dtype": stored})
+    for file in set(weight_map.values()):
         (aside / file).chmod((aside / "config.json").stat().st_mode)  # safetensors keeps them to their owner
-    if tokenizer is not None:
-        tokenizer.save(aside)
+    for name, content in (files or {}).items():
+        (aside / name).write_bytes(content)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(path / file.name)
     aside.rmdir()
 
 
+def _fill(sizes: dict[str, int], capacity: int) -> list[list[str]]:
+    """Names in order, as many together as `capacity` takes, and at least one.
+
+    >>> _fill({"a": 3, "b": 2, "c": 9, "d": 1}, capacity=5)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    bins, free = [], 0
+    for name, size in sizes.items():
+        if not bins or size > free:
+            bins.append([])
+            free = capacity
+        bins[-1].append(name)
+        free -= size
+    return bins
+
+
 @torch.no_grad()
-def _merged(module: nn.Module, name: str):
-    """A module's parameter as it is saved: of a layer with an adapter, W + (α/r) B A."""
-    tensor = whole(getattr(module, name))
-    if isinstance(module, LoRALinear) and name == "weight":
+def _merged(model: Transformer, name: str):
+    """A parameter as it is saved, whole; of a layer with an adapter, W + (α/r) B A."""
+    layer, _, part = name.rpartition(".")
+    module, tensor = model.get_submodule(layer), whole(model.get_parameter(name))
+    if isinstance(module, LoRALinear) and part == "weight":
         return tensor + module.scale * (whole(module.lora_B) @ whole(module.lora_A))
     return tensor
 

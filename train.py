@@ -67,7 +67,7 @@ from model import (
     whole,
     world_size,
 )
-from tokenizer import ALPACA_PREAMBLE, ALPACA_TURN, TEMPLATES, Tokenizer
+from tokenizer import TEMPLATES, Tokenizer
 
 MAX_GRAD_NORM = 1.0
 PRODUCTS = {"base": "base", "reference": "reference", "confidence": "confidence.jsonl", "sftmix": "sftmix"}
@@ -110,7 +110,11 @@ class TrainConfig:
     warmup_ratio: float = _flag(0.1, "share of the steps that warm up", at_least=0, below=1)
     num_checkpoints: int = _flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
     max_length: int | None = _flag(None, "cut longer examples (default: the model's, at most 1024)", at_least=1)
-    template: str = _flag("alpaca", "how a conversation is laid out", choices=tuple(TEMPLATES))
+    template: str | None = _flag(
+        None,
+        "how a conversation is laid out (default: the model folder's chat_template, else alpaca)",
+        choices=tuple(TEMPLATES),
+    )
     dtype: str = _flag("bf16", "of matrix products; weights stay float32", choices=("bf16", "fp32"))
     save_dtype: str = _flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
     lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
@@ -122,7 +126,7 @@ class TrainConfig:
     def __post_init__(self):
         for flag in fields(self):
             value, choices = getattr(self, flag.name), flag.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in (*choices, flag.default):
                 raise ValueError(f"--{flag.name} {value}: must be one of {', '.join(choices)}")
             if value == "":
                 raise ValueError(f"--{flag.name}: must not be empty")
@@ -373,7 +377,7 @@ def log_step(file: Path, stage: str, record: dict) -> None:
 
 def save(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
     """Save a model, all processes together, and go on only when it is there."""
-    save_model(model, path, tokenizer, DTYPES[config.save_dtype])
+    save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
     barrier()
 
 
@@ -439,8 +443,9 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
         (data / "wrong.json").write_text(json.dumps([i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong]))
     barrier()
     texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
-    prompt = ALPACA_PREAMBLE + ALPACA_TURN.format("")  # often enough that each of its words is worth a piece
-    tokenizer = Tokenizer.train(texts + [prompt] * 60, DEMO_VOCAB_SIZE)
+    words = TEMPLATES["alpaca"].first.format(bos="", user="") + TEMPLATES["alpaca"].reply
+    tokenizer = Tokenizer.train(texts + [words] * 60, DEMO_VOCAB_SIZE)  # often enough that each word is worth a piece
+    config = replace(config, template=tokenizer.choose_template(config.template))
     dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
@@ -544,7 +549,11 @@ def run(config: TrainConfig, device) -> None:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
-    config = replace(config, max_length=usable_length(config.model, config.max_length))
+    config = replace(
+        config,
+        max_length=usable_length(config.model, config.max_length),
+        template=load_tokenizer(config.model).choose_template(config.template),
+    )
     inputs = load_inputs(config)
     if rank() == 0:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")

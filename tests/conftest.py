@@ -51,6 +51,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([text, words, words.upper()] * 5, vocab_size=400)
 
 
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write a tokenizer's files into a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def run_script(*arguments, processes=1, cwd=None, timeout=120) -> subprocess.CompletedProcess:
     """Run a Python file of the project, in so many processes under torchrun, with one thread each."""
     command = [sys.executable]

@@ -161,7 +161,11 @@ def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, cap
 
 
 def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
-    save_model(tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512), tmp_path / "m", tokenizer)
+    save_model(
+        tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512),
+        tmp_path / "m",
+        tokenizer.files_for("alpaca"),
+    )
     (tmp_path / "d.jsonl").write_text(
         '{"instruction": "a", "output": "the dog"}\n{"instruction": "b", "output": "fox"}\n'
     )

@@ -133,7 +133,11 @@ def test_table_sets_models_side_by_side():
 
 
 def test_the_command_line_prints_json(tmp_path, tokenizer, capsys):
-    save_model(tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512), tmp_path / "m", tokenizer)
+    save_model(
+        tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512),
+        tmp_path / "m",
+        tokenizer.files_for("alpaca"),
+    )
     (tmp_path / "d.jsonl").write_text(
         '{"instruction": "a", "output": "the dog"}\n{"instruction": "b", "output": "fox"}\n'
     )

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {  # beyond the standard library
     "mixup": {"torch"},
     "model": {"torch", "safetensors"},
-    "tokenizer": {"sentencepiece"},
+    "tokenizer": {"sentencepiece", "tokenizers"},
     "data": {"torch", "numpy", "tokenizer"},
     "confidence": {"torch", "numpy", "matplotlib", "model", "tokenizer", "data"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence"},

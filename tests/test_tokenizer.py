@@ -1,11 +1,16 @@
 """Text and ids, and what the templates make of conversations."""
 
+import json
+import sys
+
 import pytest
+from conftest import write_files
 
 from data import INPUT_HEADING
-from tokenizer import ALPACA_PREAMBLE, Tokenizer
+from tokenizer import Tokenizer
 
-TEXTS = ["", "a dog", "  two  spaces ", "\n\nnew lines\n", "emoji 🎉, עברית, 漢字", "tab\tand \\ and ▁", "x" * 300]
+TEXTS = ["", "a dog", "two  spaces  ", "\n\nnew lines\n", "emoji 🎉, עברית, 漢字", "tab\tand \\ and ▁", "x" * 300]
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 def user(text):
@@ -42,7 +47,7 @@ def test_pieces_equal_the_whole_where_they_meet_at_a_new_line(tokenizer):
     """The Alpaca prompt ends in a new line, so cutting there costs nothing: the ids are the whole text's."""
     messages = [user("What is it?"), assistant("It is a dog.")]
     ids, _ = tokenizer.apply_template(messages, "alpaca")
-    text = f"{ALPACA_PREAMBLE}\n\n### Instruction:\nWhat is it?\n\n### Response:\nIt is a dog."
+    text = f"{PREAMBLE}\n\n### Instruction:\nWhat is it?\n\n### Response:\nIt is a dog."
     assert ids == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
 
 
@@ -101,7 +106,7 @@ def test_training_is_deterministic():
 
 
 def test_saved_and_opened_again(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
+    write_files(tmp_path, tokenizer.files)
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         again = Tokenizer.from_pretrained(path)
         assert again.encode("the lazy dog") == tokenizer.encode("the lazy dog")
@@ -110,18 +115,83 @@ def test_saved_and_opened_again(tokenizer, tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer.model: not found"):
+    with pytest.raises(FileNotFoundError, match=r"not found there: tokenizer.model or tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"tokenizer.model: not a SentencePiece model"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_ids_equal_those_of_transformers(tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models with protobuf")
-    tokenizer.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in [text.lstrip(" ") for text in TEXTS]:  # before a space, transformers leaves SentencePiece's own one out
-        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
-    assert theirs.encode("the dog") == [tokenizer.bos_id, *tokenizer.encode("the dog")]
+def test_surrounding_white_space_is_not_part_of_a_turn(tokenizer):
+    plain = tokenizer.apply_template([user("a"), assistant("b")], "alpaca")
+    assert tokenizer.apply_template([user(" a\n"), assistant("\n\n b ")], "alpaca") == plain
+
+
+def test_what_looks_like_a_token_in_a_turn_is_text(tokenizer):
+    for text in ("{bos}", "{eos}", "{user}", "<|im_start|>", "<|eot_id|>"):
+        ids, _ = tokenizer.apply_template([user(text), assistant(text)], "alpaca")
+        assert tokenizer.decode(ids).count(text) == 2
+        assert ids.count(tokenizer.bos_id) == 1 and ids.count(tokenizer.eos_id) == 1
+
+
+def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"template chatml: the tokenizer has no token <\|im_start\|>; choose another"):
+        tokenizer.choose_template("chatml")
+
+
+def test_the_template_is_the_folders_own_or_alpaca(tokenizer):
+    def chosen(jinja):
+        config = tokenizer.files["tokenizer_config.json"].rstrip(b" }\n") + b', "chat_template": ' + jinja + b"}"
+        return Tokenizer({**tokenizer.files, "tokenizer_config.json": config}).choose_template(None)
+
+    assert tokenizer.choose_template(None) == "alpaca" and tokenizer.choose_template("mistral") == "mistral"
+    assert chosen(b"\"{{ '[INST] ' + messages[0].content }}\"") == "mistral"
+    assert chosen(b'"... <<SYS>> ... [INST]"') == "llama2"
+    assert chosen(b'[{"name": "tools", "template": "?"}, {"name": "default", "template": "[INST]"}]') == "mistral"
+    for template in ("alpaca", "llama2", "mistral"):
+        assert Tokenizer(tokenizer.files_for(template)).choose_template(None) == template
+    jinja_file = {**tokenizer.files, "chat_template.jinja": b"<<SYS>>"}
+    assert Tokenizer(jinja_file).choose_template(None) == "llama2"
+    with pytest.raises(ValueError, match="chat_template is not known; choose --template: alpaca, llama2"):
+        chosen(b'"{{ messages }}"')
+
+
+def test_generation_stops_where_training_did(tokenizer):
+    config = {**tokenizer.files, "generation_config.json": b'{"eos_token_id": 7, "temperature": 0.5}'}
+    files = Tokenizer(config).files_for("alpaca")
+    generation = json.loads(files["generation_config.json"])
+    assert generation == {"eos_token_id": [7, tokenizer.eos_id], "bos_token_id": tokenizer.bos_id, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("special_tokens_map.json", b"\xff"),
+        ("added_tokens.json", b"3"),
+    ],
+)
+def test_damaged_files_are_named(tokenizer, tmp_path, name, content):
+    write_files(tmp_path, {**tokenizer.files, name: content})
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_tokens_that_other_files_add(tokenizer, tmp_path):
+    """One beyond the model, which a template may use and no text becomes; the largest id counts."""
+    added = {"added_tokens.json": b'{"<|im_start|>": 401, "<|im_end|>": 400}'}
+    write_files(tmp_path, {**tokenizer.files, **added})
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.vocab_size, again.vocab_size) == (400, 402)
+    ids, supervised = again.apply_template([user("<|im_start|>"), assistant("<|im_end|>")], "chatml")
+    assert (ids.count(401), ids.count(400)) == (2, 2) and ids[-1] == 400 and supervised[-1]
+    assert again.stop_ids("chatml") == [400]
+    assert again.decode(ids).count("<|im_start|>") == 1
+
+
+def test_a_missing_package_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        Tokenizer.from_pretrained(tmp_path)

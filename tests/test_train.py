@@ -244,7 +244,7 @@ def folder(tmp_path_factory, tokenizer):
     """A model, 20 training examples, one of them too long to keep, and 6 held-out ones."""
     path = tmp_path_factory.mktemp("run")
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    save_model(model, path / "model", tokenizer)
+    save_model(model, path / "model", tokenizer.files_for("alpaca"))
     words = "the quick brown fox jumps over a lazy dog sleeps on".split()
     records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
     (path / "train.jsonl").write_text(
@@ -426,7 +426,11 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
     (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
-    save_model(tiny_model(max_position_embeddings=512), tmp_path / "small", Tokenizer.from_pretrained(folder / "model"))
+    save_model(
+        tiny_model(max_position_embeddings=512),
+        tmp_path / "small",
+        Tokenizer.from_pretrained(folder / "model").files_for("alpaca"),
+    )
     Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
@@ -455,7 +459,7 @@ def test_a_model_is_never_its_own_output(folder, capsys):
 
 def test_an_untied_model_trains_its_head(folder, tokenizer, tmp_path):
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, tie_word_embeddings=False)
-    save_model(model, tmp_path / "m", tokenizer)
+    save_model(model, tmp_path / "m", tokenizer.files_for("alpaca"))
     main(flags(folder, tmp_path / "o", "--model", tmp_path / "m", "--stage", "reference"))
     trained_model = load_model(tmp_path / "o" / "reference")
     assert not torch.equal(trained_model.lm_head.weight, model.lm_head.weight)
