@@ -617,14 +617,20 @@ def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alph
     Its weights are float32, since bf16 would swallow small updates. With adapters of `lora_rank`, drawn from `seed`,
     nothing else is trained, and where products are in bf16 the frozen weights stay as the folder keeps them.
     """
-    model = empty_model(path, stored_dtype(path) if lora_rank and dtype == "bf16" else torch.float32)
-    if lora_rank:
-        add_lora(model, lora_rank, lora_alpha)
+    model = outline(path, dtype, lora_rank, lora_alpha)
     if world_size() > 1:
         shard(model, dtype, device)
     read_weights(model, path, device)
     reset_lora(model, seed)
     return model.eval()
+
+
+def outline(path, dtype: str, lora_rank: int | None = None, lora_alpha: float = 16) -> Transformer:
+    """What `open_model` opens, as shapes that take no memory."""
+    model = empty_model(path, stored_dtype(path) if lora_rank and dtype == "bf16" else torch.float32)
+    if lora_rank:
+        add_lora(model, lora_rank, lora_alpha)
+    return model
 
 
 def empty_model(path, dtype=torch.float32) -> Transformer:

@@ -122,6 +122,10 @@ class Tokenizer:
         """The text of ids; special tokens, and rows of an embedding that is larger than the tokenizer, have none."""
         return self._model.decode([i for i in ids if i < self.vocab_size])
 
+    def piece(self, token_id: int) -> str:
+        """An id as the vocabulary spells it."""
+        return self._model.piece(token_id)
+
     def apply_template(self, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, and for each whether it is supervised: assistant turns and the end token closing each.
 
@@ -258,6 +262,10 @@ class _SentencePieceModel:
         piece = self._start.piece_to_id(token)
         return piece if self._start.id_to_piece(piece) == token else self._added.get(token)
 
+    def piece(self, token_id: int) -> str:
+        names = {i: name for name, i in self._added.items()}
+        return names.get(token_id) or self._start.id_to_piece(token_id)
+
     def encode(self, text: str, opens: bool) -> list[int]:
         return (self._start if opens else self._continue).encode(text)
 
@@ -304,6 +312,9 @@ class _JsonModel:
 
     def id_of(self, token: str) -> int | None:
         return self._start.token_to_id(token)
+
+    def piece(self, token_id: int) -> str:
+        return self._start.id_to_token(token_id)
 
     def encode(self, text: str, opens: bool) -> list[int]:
         return (self._start if opens else self._continue).encode(text, add_special_tokens=False).ids

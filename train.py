@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ from data import (
     split_batch,
 )
 from eval import evaluate, table
-from mixup import pair_positions, sftmix_loss
+from mixup import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, pair_positions, sftmix_loss
 from model import (
     DTYPES,
     CommandLine,
@@ -56,6 +58,7 @@ from model import (
     autocast,
     barrier,
     open_model,
+    outline,
     peak_memory_bytes,
     processes,
     rank,
@@ -122,6 +125,9 @@ class TrainConfig:
     activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory")
     seed: int = _flag(0, "of every random draw", at_least=0)
     log_every: int = _flag(10, "steps between progress lines", at_least=1)
+    dry_run: int | None = _flag(
+        None, "say what the run would take on N processes (without N: on as many as now), and stop", at_least=0
+    )
 
     def __post_init__(self):
         for flag in fields(self):
@@ -140,7 +146,8 @@ class TrainConfig:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
         if self.stage == "confidence" and self.confidence is not None:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
-        for one, other in (("model", "data"), ("data", "model"), ("model", "output"), ("eval_data", "model")):
+        needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
+        for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(f"--{one} {getattr(self, one)}: needs --{other} too (without --model the demo runs)")
 
@@ -169,6 +176,8 @@ def parse_config(argv=None) -> TrainConfig:
         text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
         if flag.type is bool:
             parser.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.metadata["help"])
+        elif flag.name == "dry_run":
+            parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
         else:
             parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -416,6 +425,14 @@ class Inputs:
     held_out: Dataset | None  # None without --eval_data: no model is evaluated then
 
 
+def settled(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the model's folder decides filled in."""
+    max_length = usable_length(config.model, config.max_length)
+    return replace(
+        config, max_length=max_length, template=load_tokenizer(config.model).choose_template(config.template)
+    )
+
+
 def load_inputs(config: TrainConfig) -> Inputs:
     """Read and encode the data, and find what is wrong with it before anything is trained."""
     tokenizer = load_tokenizer(config.model)
@@ -435,7 +452,7 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     """The demo's base: write the corpus, and pretrain on its clean text with the loop that trains everything else."""
     data, corpus = Path(config.output) / "data", demo_corpus(config.seed)
     if rank() == 0:
-        data.mkdir(exist_ok=True)
+        data.mkdir(parents=True, exist_ok=True)
         for split in ("base", "train", "eval", "test"):
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
             (data / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -517,6 +534,121 @@ def measure(model: Transformer, inputs: Inputs, config: TrainConfig) -> dict:
     return evaluate(model, inputs.held_out, inputs.tokenizer, config.template, config.micro_batch_tokens, config.dtype)
 
 
+# --- What a run would take --------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """The largest of a run's micro-batches, which decides how much memory it takes."""
+
+    tokens: int
+    supervised: int
+    accumulates: bool  # a process adds up gradients over several
+
+
+def heaviest_work(dataset: Dataset, config: TrainConfig, processes: int) -> Work:
+    """Deal the first epoch out as training does, by pairs, and find the largest micro-batch."""
+    order, heaviest, accumulates = epoch_order(len(dataset), config.seed, 0), (0, 0), False
+    for start in range(0, len(dataset), config.batch_size):
+        chosen = order[start : start + config.batch_size]
+        pairs = [[dataset.encoded[i] for i in chosen[p : p + 2]] for p in range(0, len(chosen), 2)]
+        tokens = [sum(len(tokens) for tokens, _ in pair) for pair in pairs]
+        supervised = [sum(num_supervised(targets) for _, targets in pair) for pair in pairs]
+        bins = split_batch(tokens, config.micro_batch_tokens, processes)
+        accumulates |= len(bins) > processes
+        heaviest = max(heaviest, *((sum(tokens[p] for p in b), sum(supervised[p] for p in b)) for b in bins))
+    return Work(*heaviest, accumulates)
+
+
+def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) -> int:
+    """What autograd keeps of a token from `Transformer.forward` until the backward pass, by the operations there.
+
+    D hidden size, F of the MLP, Q and K of all query and of all key heads; elements of products have 2 bytes in bf16
+    and those of the stream between them 4. A CPU has no kernel for a whole norm and attends in float32.
+    """
+    cpu, bf16, lora = device_type == "cpu", config.dtype == "bf16", config.lora_rank is not None
+    D, F, product = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
+    Q, K = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    norm = 4 * D * (2 if cpu else 1)  # its input, and on a CPU the input normed
+    inputs = (
+        2 * 5 * D if bf16 else 4 * 2 * D
+    )  # of q, k, v, gate, up: a bf16 copy for each, or what the two norms return
+    if bf16 and lora:
+        inputs += 2 * (5 * D + Q)  # adapters have copies of their own
+    attention = (4 if cpu else product) * 2 * (Q + K) + product * Q  # q, k, v, what comes out, and that for o_proj
+    mlp = product * 4 * F  # gate, its activation, up, and their product
+    block = 2 * norm + inputs + attention + mlp
+    layers = shape.num_hidden_layers
+    kept = layers * 4 * D + block if config.activation_checkpointing else layers * block
+    return kept + norm + 2 * 4 * D  # and of the embedding and the last norm
+
+
+def estimate_memory(model: Transformer, work: Work, config: TrainConfig, processes: int, device_type: str) -> dict:
+    """Bytes a process holds at the peak of an SFTMix step, by what they are for, and in "total".
+
+    `model` may be without weights (`empty_model`): sizes follow from shapes. docs/scaling.md has the estimate beside
+    what runs were measured to take.
+    """
+    bf16, vocab_size = config.dtype == "bf16", model.config.vocab_size
+    product = 2 if bf16 else 4
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = vocab_size * model.config.hidden_size
+    layers = model.model.layers
+    block = sum(p.numel() for p in layers[0].parameters())
+    if processes > 1:  # what `shard` gathers: the head, the block at work, and on a GPU the next one on its way
+        whole = product * (head + block * (1 if device_type == "cpu" else 2))
+    else:  # autocast's bf16 copies, which it keeps to the end of a pass
+        whole = 2 * (head + block * len(layers)) if bf16 else 0
+    rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), work.supervised)
+    made = 0 if config.lora_rank else (product + 4) * (head + (block if processes > 1 else 0))  # before it is a share
+    memory = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // processes,
+        "gradients": 4 * trainable // processes,
+        "optimizer state": 8 * trainable // processes,  # AdamW's two moments
+        "whole weights": whole,
+        "whole gradients": made,
+        "activations": work.tokens * activation_bytes(model.config, config, device_type),
+        "logits chunk": rows * vocab_size * (14 if bf16 else 12),  # of rows and half as many mixed: logits and log p
+    }
+    passing = sum(memory[name] for name in ("whole weights", "whole gradients", "activations", "logits chunk"))
+    # Over several micro-batches gradients are there during a pass; over one they come as activations go.
+    on_top = memory["gradients"] + passing if work.accumulates else max(memory["gradients"], passing)
+    return memory | {"total": memory["weights"] + memory["optimizer state"] + on_top}
+
+
+def dry_run(config: TrainConfig, device) -> None:
+    """Say what a run would take, and show an example as it will be trained on; nothing is written."""
+    config = settled(config)
+    inputs = load_inputs(config)
+    processes, dataset = config.dry_run or world_size(), inputs.train
+    model = outline(config.model, config.dtype, config.lora_rank, config.lora_alpha)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = math.ceil(len(dataset) / config.batch_size)
+    work = heaviest_work(dataset, config, processes)
+    memory = estimate_memory(model, work, config, processes, device.type)
+    stored = parameters * DTYPES[config.save_dtype].itemsize
+    models = config.num_checkpoints + 2
+
+    say(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")
+    say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
+    say(f"micro-batches  of at most {work.tokens:,} tokens, on {processes} x {device.type}")
+    say(f"disk           {gigabytes(models * stored)} for {models} models: checkpoints, reference, sftmix")
+    say("memory         of a process, estimated:")
+    for name, size in memory.items():
+        say(f"  {name:17}{gigabytes(size):>10}" + (" at the peak, where not all is there at once" * (name == "total")))
+    tokens, targets = dataset.encoded[0]
+    ids, learnt = [*tokens.tolist(), int(targets[-1])], [False, *(targets != IGNORE_INDEX).tolist()]
+    runs = groupby(zip(ids, learnt, strict=True), key=lambda token: token[1])
+    shown = [(" ".join(inputs.tokenizer.piece(i) for i, _ in run), learn) for learn, run in runs]
+    say(f"\nThe first example, {len(tokens):,} tokens; what is learnt stands in «»:")
+    say(" ".join(f"« {text} »" if learn else text for text, learn in shown))
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 # --- The pipeline -----------------------------------------------------------------------------------------------------
 
 
@@ -537,8 +669,6 @@ def run(config: TrainConfig, device) -> None:
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
         )
     barrier()  # all have looked before process 0 writes
-    if rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
 
     def log(stage: str) -> Callable:
         return partial(log_step, output / "metrics.jsonl", stage)
@@ -549,13 +679,10 @@ def run(config: TrainConfig, device) -> None:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
-    config = replace(
-        config,
-        max_length=usable_length(config.model, config.max_length),
-        template=load_tokenizer(config.model).choose_template(config.template),
-    )
+    config = settled(config)
     inputs = load_inputs(config)
     if rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     if "base" in stages:
@@ -589,7 +716,7 @@ def main(argv=None) -> None:
     """Read the command line and run what it asks for."""
     config = parse_config(argv)
     with processes() as device:
-        run(config, device)
+        (run if config.dry_run is None else dry_run)(config, device)
 
 
 if __name__ == "__main__":
