@@ -640,39 +640,43 @@ def empty_model(path, dtype=torch.float32) -> Transformer:
         return Transformer(config).to(dtype)
 
 
-@torch.no_grad()
-def read_weights(model: Transformer, path, device) -> None:
-    """Give an `empty_model` its memory and its weights, each process reading the rows it holds and no others.
+def find_weights(model: Transformer, path) -> dict[str, Path]:
+    """The file that holds each of an `empty_model`'s weights; nothing is read but the files' headers.
 
-    Nothing is allocated before all names and shapes are known to be right.
+    Raises FileNotFoundError or ValueError, with the missing and the left-over names, or with the shape that is wrong.
     """
-    wanted = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters() if ".lora_" not in name}
     found: dict[str, Path] = {}
     for file in _weight_files(Path(path)):
         with _opened(file) as weights:
             for name in weights.keys():  # noqa: SIM118
                 shape = weights.get_slice(name).get_shape()
-                if name in wanted and shape != list(wanted[name].shape):
-                    raise ValueError(
-                        f"{file}: {name} has shape {shape}, where config.json calls for {list(wanted[name].shape)}"
-                    )
+                if shape != wanted.get(name, shape):
+                    raise ValueError(f"{file}: {name} has shape {shape}, where config.json calls for {wanted[name]}")
                 found[name] = file
     # Angles are computed, not read; and some writers store a tied head a second time.
-    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    names = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - ignored
-    if names != wanted.keys():
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if model.config.tie_word_embeddings else "rotary_emb.inv_freq"
+    found = {name: file for name, file in found.items() if not name.endswith(ignored)}
+    if found.keys() != wanted.keys():
         raise ValueError(
-            f"{path}: missing weights: {sorted(wanted.keys() - names) or 'none'}; "
-            f"weights left over: {sorted(names - wanted.keys()) or 'none'}"
+            f"{path}: missing weights: {sorted(wanted.keys() - found.keys()) or 'none'}; "
+            f"weights left over: {sorted(found.keys() - wanted.keys()) or 'none'}"
         )
+    return found
+
+
+@torch.no_grad()
+def read_weights(model: Transformer, path, device) -> None:
+    """Give an `empty_model` its memory and its weights, each process reading the rows it holds and no others."""
+    found = find_weights(model, path)
     model.to_empty(device=device)
-    wanted = dict(model.named_parameters())
     for file in sorted(set(found.values())):
         with _opened(file) as weights:
-            for name in (name for name in names if found[name] == file):
-                first, end = row_range(wanted[name])
+            for name in (name for name in found if found[name] == file):
+                parameter = model.get_parameter(name)
+                first, end = row_range(parameter)
                 if first < end:
-                    own_rows(wanted[name]).copy_(weights.get_slice(name)[first:end])
+                    own_rows(parameter).copy_(weights.get_slice(name)[first:end])
 
 
 def _weight_files(path: Path) -> list[Path]:

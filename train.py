@@ -57,6 +57,8 @@ from model import (
     Transformer,
     autocast,
     barrier,
+    empty_model,
+    find_weights,
     open_model,
     outline,
     peak_memory_bytes,
@@ -426,7 +428,8 @@ class Inputs:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with what the model's folder decides filled in."""
+    """The configuration with what the model's folder decides filled in, and a look at whether that folder is whole."""
+    find_weights(empty_model(config.model), config.model)
     max_length = usable_length(config.model, config.max_length)
     return replace(
         config, max_length=max_length, template=load_tokenizer(config.model).choose_template(config.template)
@@ -437,8 +440,6 @@ def load_inputs(config: TrainConfig) -> Inputs:
     """Read and encode the data, and find what is wrong with it before anything is trained."""
     tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.template, config.max_length)
-    if config.confidence is not None:
-        Dynamics.load(config.confidence).select(dataset.ids)
     if config.eval_data is None:
         say("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
@@ -490,15 +491,25 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
     return measure(model, inputs, config) | spent
 
 
-def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
-    """Score every training example with every checkpoint of the reference run."""
+def checkpoints_of(config: TrainConfig) -> list[Path]:
+    """The checkpoints of a finished reference run, oldest first."""
     reference = Path(config.output) / "reference"
     if not (reference / "config.json").exists():
         raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
     folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
     if not folders:
         raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
-    folders.sort(key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def scores_of(config: TrainConfig, dataset: Dataset) -> Dynamics:
+    """The examples' scores, from the run itself or, made by whatever model, from the file of --confidence."""
+    return Dynamics.load(config.confidence or Path(config.output) / "confidence.jsonl").select(dataset.ids)
+
+
+def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+    """Score every training example with every checkpoint of the reference run."""
+    folders = checkpoints_of(config)
     started = time.perf_counter()
     dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
     if rank() == 0:
@@ -517,7 +528,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     if config.pairing == "random":
         order = partial(epoch_order, len(inputs.train), config.seed)  # neighbours in a random order are random pairs
     else:
-        scores = Dynamics.load(config.confidence or Path(config.output) / "confidence.jsonl").select(inputs.train.ids)
+        scores = scores_of(config, inputs.train)
         confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
         say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
         order = partial(paired_order, confident, unconfident, config.seed)
@@ -559,27 +570,20 @@ def heaviest_work(dataset: Dataset, config: TrainConfig, processes: int) -> Work
     return Work(*heaviest, accumulates)
 
 
-def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) -> int:
-    """What autograd keeps of a token from `Transformer.forward` until the backward pass, by the operations there.
+def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) -> tuple[int, int]:
+    """What autograd keeps of a token until the backward pass: -> (bytes of a block, of what is around the blocks).
 
-    D hidden size, F of the MLP, Q and K of all query and of all key heads; elements of products have 2 bytes in bf16
-    and those of the stream between them 4. A CPU has no kernel for a whole norm and attends in float32.
+    D hidden size, F of the MLP, Q and K of all query and of all key heads; elements of products have 2 bytes in bf16,
+    those of the stream between them 4. A CPU has no kernel for a whole norm, and attends in float32.
     """
     cpu, bf16, lora = device_type == "cpu", config.dtype == "bf16", config.lora_rank is not None
     D, F, product = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
     Q, K = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    norm = 4 * D * (2 if cpu else 1)  # its input, and on a CPU the input normed
-    inputs = (
-        2 * 5 * D if bf16 else 4 * 2 * D
-    )  # of q, k, v, gate, up: a bf16 copy for each, or what the two norms return
-    if bf16 and lora:
-        inputs += 2 * (5 * D + Q)  # adapters have copies of their own
+    norm = 4 * D * (2 if cpu and not lora else 1)  # its input, and for its weight's gradient on a CPU the input normed
+    inputs = 2 * 5 * D if bf16 else 4 * 2 * D  # q, k, v, gate, up have a bf16 copy each, or what the norms return
     attention = (4 if cpu else product) * 2 * (Q + K) + product * Q  # q, k, v, what comes out, and that for o_proj
     mlp = product * 4 * F  # gate, its activation, up, and their product
-    block = 2 * norm + inputs + attention + mlp
-    layers = shape.num_hidden_layers
-    kept = layers * 4 * D + block if config.activation_checkpointing else layers * block
-    return kept + norm + 2 * 4 * D  # and of the embedding and the last norm
+    return 2 * norm + inputs + attention + mlp, norm + 2 * 4 * D
 
 
 def estimate_memory(model: Transformer, work: Work, config: TrainConfig, processes: int, device_type: str) -> dict:
@@ -599,20 +603,40 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, process
     else:  # autocast's bf16 copies, which it keeps to the end of a pass
         whole = 2 * (head + block * len(layers)) if bf16 else 0
     rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), work.supervised)
-    made = 0 if config.lora_rank else (product + 4) * (head + (block if processes > 1 else 0))  # before it is a share
+    made = (product + 4) * (head + (block if processes > 1 else 0))  # gradients on their way to being a share
+    if bf16 and device_type == "cpu":
+        made += 4 * head  # which adds bf16 to float32 by way of a copy
+    block_bytes, around = activation_bytes(model.config, config, device_type)
+    activations = work.tokens * (around + block_bytes * len(layers))
+    at_work = rows * vocab_size * (14 if bf16 else 12)  # logits and log p of rows, and of half as many mixed ones
+    if config.activation_checkpointing:  # the blocks' inputs; the loss is done when the first block is computed again
+        activations = work.tokens * (around + 4 * model.config.hidden_size * len(layers))
+        at_work = max(at_work, work.tokens * block_bytes)
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // processes,
         "gradients": 4 * trainable // processes,
         "optimizer state": 8 * trainable // processes,  # AdamW's two moments
         "whole weights": whole,
-        "whole gradients": made,
-        "activations": work.tokens * activation_bytes(model.config, config, device_type),
-        "logits chunk": rows * vocab_size * (14 if bf16 else 12),  # of rows and half as many mixed: logits and log p
+        "whole gradients": 0 if config.lora_rank else made,
+        "activations": activations,
+        "logits chunk": at_work,
     }
-    passing = sum(memory[name] for name in ("whole weights", "whole gradients", "activations", "logits chunk"))
+    passing = whole + memory["whole gradients"] + activations + at_work
     # Over several micro-batches gradients are there during a pass; over one they come as activations go.
     on_top = memory["gradients"] + passing if work.accumulates else max(memory["gradients"], passing)
     return memory | {"total": memory["weights"] + memory["optimizer state"] + on_top}
+
+
+def estimate_flops(model: Transformer, tokens: int, supervised: int, config: TrainConfig) -> int:
+    """Floating-point operations of the passes over so many tokens, all processes together.
+
+    Forward 2 for a weight and token, backward 4 (2 for a frozen weight, which needs no gradient of its own), and 2 to
+    compute a block again; `lm_head` sees the supervised tokens alone. What attention adds with length is left out.
+    """
+    backward = 2 if config.lora_rank else 4
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.config.vocab_size * model.config.hidden_size
+    return (2 + backward + 2 * config.activation_checkpointing) * blocks * tokens + (2 + backward) * head * supervised
 
 
 def dry_run(config: TrainConfig, device) -> None:
@@ -626,12 +650,16 @@ def dry_run(config: TrainConfig, device) -> None:
     steps = math.ceil(len(dataset) / config.batch_size)
     work = heaviest_work(dataset, config, processes)
     memory = estimate_memory(model, work, config, processes, device.type)
+    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
+    supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
+    flops = config.epochs * estimate_flops(model, tokens, supervised, config)
     stored = parameters * DTYPES[config.save_dtype].itemsize
     models = config.num_checkpoints + 2
 
     say(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")
     say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
     say(f"micro-batches  of at most {work.tokens:,} tokens, on {processes} x {device.type}")
+    say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
     say(f"disk           {gigabytes(models * stored)} for {models} models: checkpoints, reference, sftmix")
     say("memory         of a process, estimated:")
     for name, size in memory.items():
@@ -658,6 +686,8 @@ def run(config: TrainConfig, device) -> None:
     stages = STAGES if config.stage == "all" else (config.stage,)
     if config.confidence is not None:  # the scores are there already
         stages = tuple(stage for stage in stages if stage != "confidence")
+    if config.batch_size < 2 * world_size():
+        say(f"warning: --batch_size {config.batch_size} has fewer pairs than there are processes: some have no work")
     if not demo and output.resolve() == Path(config.model).resolve():
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
     for stage in stages:
@@ -681,7 +711,11 @@ def run(config: TrainConfig, device) -> None:
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
     config = settled(config)
     inputs = load_inputs(config)
-    if rank() == 0:
+    if "confidence" in stages and "reference" not in stages:
+        checkpoints_of(config)
+    if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence":
+        scores_of(config, inputs.train)
+    if rank() == 0:  # nothing more can be wrong with what was given
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 

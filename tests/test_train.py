@@ -11,15 +11,18 @@ from conftest import random_encoded, run_script, tiny_model
 from safetensors.torch import load_file
 
 from confidence import Dynamics
+from confidence import main as confidence_main
 from data import Dataset, Example, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
-from model import load_model, save_model
+from model import load_model, open_model, outline, save_model
 from tokenizer import Tokenizer
 from train import (
     DEMO,
     STAGES,
     TrainConfig,
     compute_gradients,
+    estimate_memory,
+    heaviest_work,
     learning_rate,
     main,
     make_optimizer,
@@ -67,6 +70,9 @@ def test_flags_override_the_demos_settings():
         (["--stage", "all_of_it"], "--stage all_of_it: must be one of all, base"),
         (["--template", "chat"], "--template chat: must be one of alpaca"),
         (["--dtype", "fp16"], "--dtype fp16: must be one of bf16, fp32"),
+        (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
+        (["--lora_rank", "-4"], "--lora_rank -4: must be at least 1"),
+        (["--dry_run"], "--dry_run 0: needs --model too"),
         (["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch_size?"),
         (["--lam=3"], "unknown flag --lam; "),
         (["--model", "m"], "--model m: needs --data too"),
@@ -375,6 +381,108 @@ def test_saved_folders_give_the_same_logits_in_transformers(finished, choice):
         torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=2e-4)
 
 
+def test_a_folder_that_lays_out_its_chats_decides_the_template(folder, tokenizer, tmp_path, capsys):
+    model = load_model(folder / "model")
+    save_model(model, tmp_path / "m", tokenizer.files_for("mistral"))
+    main(flags(folder, tmp_path / "o", "--model", tmp_path / "m", "--stage", "reference"))
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["template"] == "mistral"
+    saved = Tokenizer.from_pretrained(tmp_path / "o" / "reference")
+    assert saved.choose_template(None) == "mistral"
+    main(flags(folder, tmp_path / "p", "--model", tmp_path / "m", "--stage", "reference", "--template", "alpaca"))
+    assert Tokenizer.from_pretrained(tmp_path / "p" / "reference").choose_template(None) == "alpaca"
+
+
+def test_lora_leaves_merged_models_and_adapters(folder, tmp_path):
+    lora = ("--lora_rank", 4, "--activation_checkpointing", "--save_dtype", "bf16", "--dtype", "bf16")
+    main(flags(folder, tmp_path / "o", *lora))
+    base = load_file(folder / "model" / "model.safetensors")
+    for name in ("reference", "sftmix"):
+        saved = load_file(tmp_path / "o" / name / "model.safetensors")
+        assert saved.keys() == base.keys() and {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+        adapter = load_file(tmp_path / "o" / name / "adapter" / "adapter_model.safetensors")
+        layer = "model.layers.0.mlp.up_proj"
+        a, b = (adapter[f"base_model.model.{layer}.lora_{x}.weight"] for x in "AB")
+        expected = base[f"{layer}.weight"] + 16 / 4 * b @ a
+        torch.testing.assert_close(saved[f"{layer}.weight"].float(), expected, rtol=1e-2, atol=1e-3)
+        assert torch.equal(saved["model.embed_tokens.weight"], base["model.embed_tokens.weight"].bfloat16())
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["sftmix"]["loss"] < results["base"]["loss"]
+
+
+def test_scores_of_another_model_with_another_tokenizer_match_by_id(folder, tmp_path):
+    """A weaker reference: its own vocabulary, its own length limit, the same file of examples."""
+    other = Tokenizer.train(["some other words of the fox and the dog"] * 9, 290)
+    weak = tiny_model(other.vocab_size, seed=5, max_position_embeddings=512)
+    save_model(weak, tmp_path / "weak", other.files_for("alpaca"))
+    scores = tmp_path / "scores.jsonl"
+    confidence_main(
+        ["--checkpoints", str(tmp_path / "weak"), "--data", str(folder / "train.jsonl"), "--output", str(scores)]
+    )
+    assert len(Dynamics.load(scores).ids) == 20
+    main(flags(folder, tmp_path / "o", "--stage", "sftmix", "--confidence", scores))
+    assert (tmp_path / "o" / "sftmix" / "config.json").exists()
+
+
+# --- What a run would take --------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = flags(folder, tmp_path / "o")
+    at = arguments.index("--output")
+    main([*arguments[:at], *arguments[at + 2 :], "--dry_run"])
+    text = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    model = load_model(folder / "model")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"parameters     {parameters:,}, of which {parameters:,} are trained" in text
+    assert "20 examples" in text and "1 dropped" in text and "8 a stage: 2 epochs of 4" in text
+    assert f"weights {parameters * 4 / 1e6:.1f} MB" in " ".join(text.split())
+    assert f"{5 * 4 * parameters / 1e6:.1f} MB for 5 models" in text
+    shown = text[text.index("The first example") :]
+    learnt = shown[shown.index("«", shown.index("\n")) : shown.rindex("»")]
+    assert learnt.endswith("</s> ") and "Response" not in learnt.replace(" ", "")
+    main([*arguments, "--dry_run", "4", "--lora_rank", "2"])
+    text = capsys.readouterr().out
+    adapters = 2 * 2 * sum((32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 48, 32 + 48, 48 + 32))  # layers, rank
+    assert f"{parameters + adapters:,}, of which {adapters:,} are trained" in text and "on 4 x cpu" in text
+
+
+SHAPES = {
+    "tiny": {"vocab_size": 2000, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4},
+    "small": {
+        "vocab_size": 8000,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "bf16"}, {"activation_checkpointing": True}, {"micro_batch_tokens": 300}]
+)
+def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, shape, settings):
+    save_model(tiny_model(**shape), tmp_path / "m")
+    config = TrainConfig(**{"dtype": "fp32", "batch_size": 8, "epochs": 2, "log_every": 9, **settings})
+    dataset = dataset_of([120, 90, 100, 60, 150, 110, 80, 70])
+
+    def run():
+        model = open_model(tmp_path / "m", config.dtype, "cpu")
+        model.activation_checkpointing = config.activation_checkpointing
+        train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, mixing=True)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    peak = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max()
+    work = heaviest_work(dataset, config, 1)
+    estimate = estimate_memory(outline(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
+    assert 0.85 < estimate / peak < 1.15
+
+
 # --- Several processes ------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +516,10 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
+        (["--model", "holes"], "model-00002-of-00003.safetensors: not found"),
+        (["--model", "other"], "config.json: model_type: 'mamba' is not supported"),
+        (["--model", "window"], "--max_length 200: window has only 64 tokens in its sliding_window"),
+        (["--template", "chatml"], "template chatml: the tokenizer has no token <|im_start|>"),
         (["--max_length", "9999"], "has only 512 positions"),
         (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
         (["--stage", "sftmix"], "confidence.jsonl: not found; --stage confidence makes it"),
@@ -426,11 +538,13 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
     (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
-    save_model(
-        tiny_model(max_position_embeddings=512),
-        tmp_path / "small",
-        Tokenizer.from_pretrained(folder / "model").files_for("alpaca"),
-    )
+    files = Tokenizer.from_pretrained(folder / "model").files_for("alpaca")
+    save_model(tiny_model(max_position_embeddings=512), tmp_path / "small", files)
+    save_model(tiny_model(400), tmp_path / "holes", files, max_shard_bytes=40_000)
+    (tmp_path / "holes" / "model-00002-of-00003.safetensors").unlink()
+    save_model(tiny_model(400, model_type="mistral", sliding_window=64), tmp_path / "window", files)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
     Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
@@ -438,8 +552,7 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
         main(flags(folder, tmp_path / "o", *changes))
     error = capsys.readouterr().err
     assert exit.value.code == 1 and message in error and error.count("\n") == 1, error
-    written = {p for p in tmp_path.rglob("*") if p.is_file()} - set(before)
-    assert {p.name for p in written} <= {"config.json"}
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
 def test_a_process_that_fails_says_one_line_without_a_traceback(tmp_path):
