@@ -196,7 +196,9 @@ class Tokenizer:
         stop += [i for i in self.stop_ids(template) if i not in stop]
         files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}
         files["tokenizer_config.json"] = _to_json(config | {"chat_template": self.chat_template(template)})
-        files["generation_config.json"] = _to_json(generation | {"eos_token_id": stop, "bos_token_id": self.bos_id})
+        files["generation_config.json"] = _to_json(
+            generation | {"eos_token_id": stop or None, "bos_token_id": self.bos_id}
+        )
         return files
 
 
@@ -279,7 +281,8 @@ def _never_in_text(proto: bytes, names: set[str]) -> bytes:
     Gemma's model, for one, would else take "<start_of_turn>" out of anybody's text. A piece is stored as its name
     (field 1: length and bytes), score (field 2: four bytes) and type (field 3).
     """
-    stored = (b"\x0a" + bytes([len(name.encode())]) + re.escape(name.encode()) for name in names)
+    names_stored = [name.encode() for name in names if len(name.encode()) < 128]  # lengths that are one byte
+    stored = (b"\x0a" + bytes([len(name)]) + re.escape(name) for name in names_stored)
     user_defined = b"((?:" + b"|".join(stored) + rb")\x15.{4}\x18)\x04"
     return re.sub(user_defined, lambda piece: piece[1] + b"\x03", proto, flags=re.DOTALL)
 
