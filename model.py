@@ -595,10 +595,11 @@ def load_config(path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
+    values = read_json(file)
     try:
-        return ModelConfig.from_dict(read_json(file))
+        return ModelConfig.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}".replace(f"{file}: {file}: ", f"{file}: ")) from None
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import peak_bytes, tiny_model
 from safetensors.torch import load_file, save_file
 
 from model import (
@@ -322,6 +322,16 @@ def test_shards_and_one_file_hold_the_same(tmp_path):
     one, many = load_model(tmp_path / "one"), load_model(tmp_path / "many")
     for (name, a), (other, b) in zip(one.named_parameters(), many.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b)
+
+
+def test_no_weight_is_held_twice(tmp_path):
+    """Reading holds the model and the map of one shard; writing, one shard beside the model."""
+    model = tiny_model(hidden_size=128, intermediate_size=512, num_hidden_layers=6)
+    size, largest = sum(4 * p.numel() for p in model.parameters()), 4 * 128 * 512
+    save_model(model, tmp_path / "many", max_shard_bytes=size // 4)
+    assert peak_bytes(lambda: load_model(tmp_path / "many")) <= size + size // 4 + largest
+    written = peak_bytes(lambda: save_model(model, tmp_path / "half", dtype=torch.float64, max_shard_bytes=size // 2))
+    assert written <= size // 2 + 2 * largest < size
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_encoded, run_script, tiny_model
+from conftest import peak_bytes, random_encoded, run_script, tiny_model
 from safetensors.torch import load_file
 
 from confidence import Dynamics
@@ -474,10 +474,7 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, 
         model.activation_checkpointing = config.activation_checkpointing
         train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, mixing=True)
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    peak = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max()
+    peak = peak_bytes(run)
     work = heaviest_work(dataset, config, 1)
     estimate = estimate_memory(outline(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
     assert 0.85 < estimate / peak < 1.15
