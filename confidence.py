@@ -29,6 +29,8 @@ from model import (
     CommandLine,
     Transformer,
     autocast,
+    empty_model,
+    find_weights,
     load_config,
     open_model,
     processes,
@@ -87,8 +89,7 @@ def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype:
     """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each."""
     scores = []
     for folder in folders:
-        model = open_model(folder, dtype, device)
-        scores.append(score_examples(model, dataset.encoded, micro_batch_tokens, dtype))
+        scores.append(score_examples(open_model(folder, dtype, device), dataset.encoded, micro_batch_tokens, dtype))
         say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
@@ -251,6 +252,20 @@ def load_tokenizer(path) -> Tokenizer:
     return tokenizer
 
 
+def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
+    """`Tokenizer.choose_template`, and a line on `file` where the folder's own template is only resembled."""
+    template = tokenizer.choose_template(name)
+    if name is None and tokenizer.own_template not in (None, tokenizer.chat_template(template)):
+        say(f"template {template}: the model's chat_template is like it, but may differ in details", file)
+    return template
+
+
+def check_models(folders) -> None:
+    """Find what is wrong with model folders before any of them is used."""
+    for folder in folders:
+        find_weights(empty_model(folder), folder)
+
+
 def usable_length(path, max_length: int | None) -> int:
     """`max_length`, checked against the positions of the model in `path`; None: as many as it has, at most 1024."""
     config = load_config(path)
@@ -305,9 +320,10 @@ def main(argv=None) -> None:
         if args.scores:
             dynamics = Dynamics.load(args.scores)
         else:
+            check_models(args.checkpoints)
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), usable_length(model, args.max_length)
-            template = tokenizer.choose_template(args.template)
+            template = choose_template(tokenizer, args.template, sys.stderr)
             dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
             dynamics = score_checkpoints(
                 args.checkpoints, dataset, args.micro_batch_tokens, args.dtype, device, sys.stderr

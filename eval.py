@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from confidence import add_data_flags, load_dataset, load_tokenizer, score_examples, usable_length
+from confidence import add_data_flags, choose_template, load_dataset, load_tokenizer, score_examples, usable_length
 from data import Dataset, Example, num_supervised, pack
 from model import (
     CommandLine,
@@ -62,7 +62,9 @@ def generate(
     dtype: str = "fp32",
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt greedily, up to and with one of `stop_ids`, or `max_new_tokens`. -> the new ids of each
+    """Continue each prompt greedily: -> the new ids of each
+
+    Up to and with one of `stop_ids`, or `max_new_tokens`, or until the model has no more positions.
 
     Under `torchrun` the processes share the prompts out, each taking as many steps as the others, and all get all ids.
     """
@@ -75,19 +77,18 @@ def generate(
         chosen = torch.tensor(mine[start : start + batch_size], dtype=torch.int64, device=device)
         batch = pack([(prompts[i], prompts[i]) for i in chosen.tolist()]).to(device)  # any targets
         lengths = batch.cu_seqlens.diff().long()  # [B]
-        cache = KVCache(
-            model.config, len(lengths), int(lengths.max()) + max_new_tokens, model.head_weight.dtype, device
-        )
+        longest = min(int(lengths.max()) + max_new_tokens, model.config.max_length)
+        cache = KVCache(model.config, len(lengths), longest)
         running = torch.full((len(lengths),), len(chosen) > 0, device=device)  # [B]; a row that idles has ended already
         tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
         for step in range(max_new_tokens):
             new = next_tokens(model, tokens, positions, cu_seqlens, cache, dtype)
             if len(chosen):
                 results[chosen, step] = (new + 1) * running
-            running &= ~torch.isin(new, stop)
+            running &= ~torch.isin(new, stop) & (lengths + step < longest)
             if not sum_over_processes(running.sum()):
                 break
-            tokens, positions, cu_seqlens = new, lengths + step, None
+            tokens, positions, cu_seqlens = new, (lengths + step).clamp(max=longest - 1), None
     sum_over_processes(results)
     return [[token - 1 for token in row if token] for row in results.tolist()]
 
@@ -146,7 +147,7 @@ def evaluate(
     result = held_out_loss(model, held_out.encoded, micro_batch_tokens, dtype)
     longest = max(num_supervised(targets) for _, targets in held_out.encoded)
     plain = any(example.messages[-1]["role"] == "text" for example in held_out.examples)
-    if held_out.truncated or plain or longest > MATCH_TOKENS:
+    if held_out.truncated or held_out.dropped or plain or longest > MATCH_TOKENS:
         return result | {"accuracy": None, "accuracy_interval": None}
     return result | exact_match(model, held_out.examples, tokenizer, template, dtype)
 
@@ -177,7 +178,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with processes() as device:
         tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
-        template = tokenizer.choose_template(args.template)
+        template = choose_template(tokenizer, args.template, sys.stderr)
         dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
         model = open_model(args.model, args.dtype, device)
         if args.measure == "perplexity":

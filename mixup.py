@@ -126,6 +126,11 @@ CHUNK_ELEMENTS = 2**23  # logits of a chunk, 32 MB in float32: a few such buffer
 MIN_CHUNK_ROWS = 256  # fewer, and a chunk spends its time on reading W and writing W's gradient
 
 
+def chunk_rows(vocab_size: int) -> int:
+    """How many rows of logits `sftmix_loss` holds at once."""
+    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m), with both gradients computed in the forward pass, chunk by chunk."""
 
@@ -147,7 +152,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
         with torch.autocast(device_type, enabled=False):
             W = weight.to(product_dtype)
-            for rows, m in _chunks(seen, index_c, index_u, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // len(weight))):
+            for rows, m in _chunks(seen, index_c, index_u, chunk_rows(len(weight))):
                 # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
                 k = len(m)
                 z, y, own, lam_m = hidden[rows].to(product_dtype), targets[rows], share[rows], lam[m]

@@ -14,15 +14,18 @@ H query heads, K key/value heads (each shared by H/K query heads), d size of a h
 import argparse
 import contextlib
 import difflib
+import gc
 import json
 import math
 import os
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,23 +53,32 @@ class Family(NamedTuple):
     hidden_act: str = "silu"
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normed before it turns
-    unit_norm: bool = False  # norms multiply by 1 + w
+    norm_offset: float = 0.0  # what norms add to their stored weight
     scaled_embeddings: bool = False  # by √D
     defaults: dict = {}  # of keys that a config.json may leave out  # noqa: RUF012
 
 
-_NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+_QWEN_DEFAULTS = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=_NO_ENDS),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"head_dim": 128, **_NO_ENDS}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=_QWEN_DEFAULTS),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"head_dim": 128, **_QWEN_DEFAULTS}),
     "gemma": Family(
         "GemmaForCausalLM",
         hidden_act="gelu_pytorch_tanh",
-        unit_norm=True,
+        norm_offset=1.0,
         scaled_embeddings=True,
-        defaults={"head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1},
+        defaults={
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
     ),
 }
 
@@ -77,6 +89,7 @@ _SUPPORTED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "use_bidirectional_attention": False,
+    "use_sliding_window": False,
     "num_experts": None,
     "num_local_experts": None,
     "quantization_config": None,
@@ -189,13 +202,10 @@ class ModelConfig:
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise ValueError(f"model_type: {model_type!r} is not supported, only {', '.join(FAMILIES)}")
         _refuse_unsupported(values, _SUPPORTED)
-        values = {
-            **FAMILIES[model_type].defaults,
-            **{k: v for k, v in values.items() if v is not None or k.endswith("_token_id")},
-        }
+        values = {**FAMILIES[model_type].defaults, **values}
 
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             raise ValueError(f"rope_scaling: {rope!r} is not supported")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
@@ -206,25 +216,27 @@ class ModelConfig:
         if rope_type == "llama3":
             values["rope_scaling"] = {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
 
-        # Mistral's window always counts, Qwen's where it is switched on, and that of others is not one.
-        if not values.get("use_sliding_window", model_type == "mistral"):
+        if model_type != "mistral":  # where others name a window, `use_sliding_window` is what switches it on
             values["sliding_window"] = None
-        known = ["full_attention"] + ["sliding_attention"] * (values.get("sliding_window") is not None)
-        layer_types = values.get("layer_types", known)
-        if not isinstance(layer_types, list) or any(kind not in known for kind in layer_types):
-            raise ValueError(f"layer_types: {layer_types!r} is not supported, only {' and '.join(known)}")
+        layer_types = values.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            raise ValueError(f"layer_types: {layer_types!r} is not supported, only full_attention")
 
         if model_type == "gemma":  # the first files said "gelu" and meant its approximation by tanh, as later ones say
-            act = values.get("hidden_activation", values.get("hidden_act"))
+            act = values.get("hidden_activation") or values.get("hidden_act")
             values["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu" else act
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        names = [field.name for field in fields(cls)]
+        return cls(
+            **{
+                name: values[name]
+                for name in names
+                if values.get(name) is not None or (name.endswith("_token_id") and name in values)
+            }
+        )
 
     def to_dict(self) -> dict:
         """The dictionary of a `config.json`."""
-        values = {"architectures": [self.family.architecture], **asdict(self)}
-        if self.model_type.startswith("qwen"):
-            values["use_sliding_window"] = self.sliding_window is not None
-        return values
+        return {"architectures": [self.family.architecture], **asdict(self)}
 
 
 def _check_positive(name: str, value) -> None:
@@ -238,22 +250,22 @@ def _check_positive(name: str, value) -> None:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + ε) · w, in float32 whatever the dtype of x (Zhang & Sennrich 2019). [.., D] -> [.., D]
 
-    A `unit` norm (Gemma's) stores w − 1.
+    What is stored is w less an `offset`, Gemma's being 1.
     """
 
-    def __init__(self, size: int, eps: float, unit: bool):
+    def __init__(self, size: int, eps: float, offset: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if unit else torch.ones(size))
-        self.eps, self.unit = eps, unit
+        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        weight = 1 + self.weight.float() if self.unit else self.weight.float()
+        weight = self.weight.float() + self.offset
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig, size: int) -> RMSNorm:
     """A norm over `size` elements, of the family's kind."""
-    return RMSNorm(size, config.rms_norm_eps, config.family.unit_norm)
+    return RMSNorm(size, config.rms_norm_eps, config.family.norm_offset)
 
 
 def rotary_frequencies(config: ModelConfig, device=None):
@@ -310,23 +322,24 @@ class KVCache:
     cache=cache)` takes one new token a sequence, `tokens` and `positions` [B], and returns hidden [B, D].
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int):
         if config.sliding_window is not None and max_length > config.sliding_window:
             raise ValueError(f"{max_length} tokens are more than sliding_window {config.sliding_window} allows")
-        shape = (config.num_hidden_layers, 2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
-        self.store = torch.zeros(shape, dtype=dtype, device=device)  # [L, key or value, B, T, K, d]
-        self.batch_size = batch_size
+        self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
+        self.layers: list = [None] * config.num_hidden_layers  # of each, once known, [key or value, B, T, K, d]
 
     def attend(self, layer: int, q, k, v, positions, lengths):
         """Store k and v [N, K, d] at their positions and attend to all that is stored so far. -> [N, H, d]"""
-        keys, values = self.store[layer]  # [B, T, K, d] each
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_zeros(self.shape)
+        keys, values = self.layers[layer]  # [B, T, K, d] each
         sequence = torch.repeat_interleave(torch.tensor(lengths, device=q.device))  # [N]: whose token it is
-        keys[sequence, positions], values[sequence, positions] = k.to(keys.dtype), v.to(values.dtype)
-        if lengths != [1] * self.batch_size:  # the prompts: nothing comes before them
+        keys[sequence, positions], values[sequence, positions] = k, v
+        if lengths != [1] * len(keys):  # the prompts: nothing comes before them
             return packed_attention(q, k, v, lengths)
         reach = int(positions.max()) + 1
         seen = torch.arange(reach, device=q.device) <= positions[:, None]  # [B, reach]
-        q, keys, values = (x.transpose(1, 2) for x in (q[:, None], keys[:, :reach].to(q), values[:, :reach].to(q)))
+        q, keys, values = (x.transpose(1, 2) for x in (q[:, None], keys[:, :reach], values[:, :reach]))
         out = F.scaled_dot_product_attention(q, keys, values, seen[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
         return out[:, :, 0]
 
@@ -437,7 +450,8 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, as they enter `lm_head`.
 
         tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then where each example ends) -> [N, D].
-        Both may be left out for a single sequence; with a filled `cache`, each token continues its own sequence.
+        Positions and cu_seqlens may be left out for a single sequence. With a filled `cache`, each token continues its
+        own sequence at the position given.
 
         With `head`, what that makes of the hidden states is returned in their place. Whatever needs `head_weight` goes
         there: of a model sharded over processes, a weight is whole only while its part of the model is at work.
@@ -495,10 +509,11 @@ class LoRALinear(nn.Module):
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
-        self.scale = alpha / rank
+        self.rank, self.alpha = rank, alpha
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        change = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.alpha / self.rank * change
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
@@ -607,7 +622,7 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
 
     Raises FileNotFoundError or ValueError with the file's name; for weights, with the missing and the left-over names.
     """
-    model = empty_model(path, dtype)
+    model = empty_model(path).to(dtype)
     read_weights(model, path, device)
     return model
 
@@ -618,27 +633,25 @@ def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alph
     Its weights are float32, since bf16 would swallow small updates. With adapters of `lora_rank`, drawn from `seed`,
     nothing else is trained, and where products are in bf16 the frozen weights stay as the folder keeps them.
     """
-    model = outline(path, dtype, lora_rank, lora_alpha)
+    gc.collect()  # a sharded model refers to itself, and is not gone with its last name
+    model = empty_model(path, dtype, lora_rank, lora_alpha)
     if world_size() > 1:
         shard(model, dtype, device)
     read_weights(model, path, device)
-    reset_lora(model, seed)
+    if lora_rank:
+        reset_lora(model, seed)
     return model.eval()
 
 
-def outline(path, dtype: str, lora_rank: int | None = None, lora_alpha: float = 16) -> Transformer:
-    """What `open_model` opens, as shapes that take no memory."""
-    model = empty_model(path, stored_dtype(path) if lora_rank and dtype == "bf16" else torch.float32)
-    if lora_rank:
-        add_lora(model, lora_rank, lora_alpha)
-    return model
-
-
-def empty_model(path, dtype=torch.float32) -> Transformer:
-    """The model of a folder without its weights: shapes that take no memory, to be sharded or given adapters first."""
+def empty_model(path, dtype: str = "fp32", lora_rank: int | None = None, lora_alpha: float = 16) -> Transformer:
+    """What `open_model` opens, before it has weights: shapes that take no memory."""
     config = load_config(path)
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        model = Transformer(config)
+        if lora_rank:
+            model.to(stored_dtype(path) if dtype == "bf16" else torch.float32)
+            add_lora(model, lora_rank, lora_alpha)
+    return model
 
 
 def find_weights(model: Transformer, path) -> dict[str, Path]:
@@ -671,9 +684,9 @@ def read_weights(model: Transformer, path, device) -> None:
     """Give an `empty_model` its memory and its weights, each process reading the rows it holds and no others."""
     found = find_weights(model, path)
     model.to_empty(device=device)
-    for file in sorted(set(found.values())):
+    for file, names in groupby(sorted(found, key=found.get), key=found.get):
         with _opened(file) as weights:
-            for name in (name for name in found if found[name] == file):
+            for name in names:
                 parameter = model.get_parameter(name)
                 first, end = row_range(parameter)
                 if first < end:
@@ -752,7 +765,7 @@ def save_model(
             if rank() == 0:
                 weights[name] = tensor.detach().to("cpu", dtype or model.get_parameter(name).dtype).contiguous()
         if rank() == 0:
-            save_file(weights, aside / file, metadata={"format": "pt"})
+            _write_weights(weights, aside / file)
         weight_map |= dict.fromkeys(names, file)
     if rank() != 0:
         return
@@ -761,13 +774,18 @@ def save_model(
         write_json(aside / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     write_json(aside / "config.json", model.config.to_dict() | {"torch_dtype": stored})
-    for file in set(weight_map.values()):
-        (aside / file).chmod((aside / "config.json").stat().st_mode)  # safetensors keeps them to their owner
     for name, content in (files or {}).items():
         (aside / name).write_bytes(content)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(path / file.name)
     aside.rmdir()
+
+
+def _write_weights(weights: dict, file: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(mode)  # which safetensors keeps to the owner alone
 
 
 def _fill(sizes: dict[str, int], capacity: int) -> list[list[str]]:
@@ -792,7 +810,7 @@ def _merged(model: Transformer, name: str):
     layer, _, part = name.rpartition(".")
     module, tensor = model.get_submodule(layer), whole(model.get_parameter(name))
     if isinstance(module, LoRALinear) and part == "weight":
-        return tensor + module.scale * (whole(module.lora_B) @ whole(module.lora_A))
+        return tensor + module.alpha / module.rank * (whole(module.lora_B) @ whole(module.lora_A))
     return tensor
 
 
@@ -801,22 +819,29 @@ def save_adapter(model: Transformer, path, base) -> None:
 
     Of a sharded model all processes must take part.
     """
-    weights, layers = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            layers.add(name.rpartition(".")[2])
-            rank_of_adapter, alpha = len(module.lora_A), module.scale * len(module.lora_A)
-            for part in ("lora_A", "lora_B"):
-                weights[f"base_model.model.{name}.{part}.weight"] = whole(getattr(module, part)).detach().cpu()
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    weights = {
+        f"base_model.model.{name}.{part}.weight": whole(getattr(module, part)).detach().cpu()
+        for name, module in adapters.items()
+        for part in ("lora_A", "lora_B")
+    }
     if rank() != 0:
         return
-    path = Path(path)
+    path, any_of_them = Path(path), next(iter(adapters.values()))
     path.mkdir(parents=True)
-    save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    description = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
-    description |= {"r": rank_of_adapter, "lora_alpha": alpha, "target_modules": sorted(layers), "bias": "none"}
-    write_json(path / "adapter_config.json", description | {"lora_dropout": 0.0, "inference_mode": True})
-    (path / "adapter_model.safetensors").chmod((path / "adapter_config.json").stat().st_mode)
+    _write_weights(weights, path / "adapter_model.safetensors")
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": any_of_them.rank,
+        "lora_alpha": any_of_them.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapters}),
+        "inference_mode": True,
+    }
+    write_json(path / "adapter_config.json", description)
 
 
 def write_json(file: Path, values) -> None:
@@ -868,8 +893,9 @@ def processes():
     try:
         yield device
     except (ValueError, OSError) as error:
-        if _speaks_for_its_machine():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        if not _speaks_for_its_machine():
+            time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         if dist.is_initialized():

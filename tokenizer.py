@@ -150,8 +150,12 @@ class Tokenizer:
     def _special(self, token: str, template: str) -> list[int]:
         if token in ("{bos}", "{eos}"):
             special_id = self.bos_id if token == "{bos}" else self.eos_id
-            return [] if special_id is None else [special_id]
-        special_id = self.id_of(token)
+        else:
+            special_id = self.id_of(token)
+        if special_id is None and token == "{bos}":  # some families have none
+            return []
+        if special_id is None and token == "{eos}":
+            raise ValueError("the tokenizer's files name no eos_token, without which no answer would learn to end")
         if special_id is None:
             raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
         return [special_id]
@@ -161,15 +165,21 @@ class Tokenizer:
         tokens = _TOKEN.findall(TEMPLATES[template].assistant)
         return [i for token in tokens for i in self._special(token, template)]
 
-    def choose_template(self, name: str | None) -> str:
-        """`name`, or where that is None the template that the folder's `chat_template` is, or else `alpaca`.
-
-        Raises ValueError where that is none of `TEMPLATES`, or the tokenizer lacks a token of it.
-        """
+    @property
+    def own_template(self) -> str | None:
+        """The folder's own `chat_template`, in Jinja."""
         jinja = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
         jinja = jinja or self._config.get("chat_template")
         if isinstance(jinja, list):  # several, each with its name
             jinja = next((entry["template"] for entry in jinja if entry.get("name") == "default"), None)
+        return jinja
+
+    def choose_template(self, name: str | None) -> str:
+        """`name`, or where that is None the template that the folder's `chat_template` is or resembles, or `alpaca`.
+
+        Raises ValueError where it resembles none of `TEMPLATES`, or the tokenizer does not go with the template.
+        """
+        jinja = self.own_template
         if name is None and jinja:
             ours = [known for known in TEMPLATES if jinja == self.chat_template(known)]
             similar = [known for known, mark in _MARKS.items() if mark in str(jinja)]
@@ -178,13 +188,15 @@ class Tokenizer:
             name = (ours + similar)[0]
         name = name or "alpaca"
         self.apply_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
+        if "[INST]" in TEMPLATES[name].first and self.id_of("[INST]") is not None:
+            raise ValueError(f"template {name} spells [INST] out, and the tokenizer has a token for it; choose another")
         return name
 
     def chat_template(self, template: str) -> str:
         """The template in Jinja: `transformers`' `apply_chat_template` then gives the ids of `apply_template`."""
         # Where a text opens with a space of its own only at the very start, the one after the first token is spelt out.
-        space = " " if self._model.opens_with_space and not self._space_after_special else ""
-        return _to_jinja(TEMPLATES[template], space)
+        spelt_out = self._model.opens_with_space and not self._space_after_special
+        return _to_jinja(TEMPLATES[template], spelt_out)
 
     def files_for(self, template: str) -> dict[str, bytes]:
         """The files to go with a model trained on `template`: they lay a chat out as it was, and stop where it did."""
@@ -493,37 +505,33 @@ def _sections(turns: Iterable[tuple[str, dict, bool]]) -> Iterable[_Section]:
         yield _Section(text, False, text_learnt)
 
 
-def _to_jinja(template: Template, space_after_bos: str) -> str:
+def _to_jinja(template: Template, space_after_bos: bool) -> str:
     """A template in the language of `transformers`' chat templates."""
     values = {"{bos}": "bos_token", "{eos}": "eos_token", "{system}": "system"}
     values |= dict.fromkeys(("{user}", "{assistant}"), "message['content'] | trim")
 
-    def show(text: str) -> str:
-        parts = [part for part in re.split(rf"{_TOKEN.pattern}|{_SAID.pattern}", text) if part]
+    def show(text: str | None) -> str:
+        parts = [part for part in re.split(rf"{_TOKEN.pattern}|{_SAID.pattern}", text or "") if part]
         shown = [f"({values[part]})" if part in values else json.dumps(part) for part in parts]
         if parts[:1] == ["{bos}"] and space_after_bos:
-            shown.insert(1, json.dumps(space_after_bos))
-        return "{{ " + " ~ ".join(shown or ["''"]) + " }}"
+            shown.insert(1, '" "')
+        return "{{ " + " ~ ".join(shown) + " }}" if shown else ""
 
-    first = "loop.first and system is none"
-    with_input = ""
-    if template.first_with_input:
-        with_input = f"{{% elif {first} and {json.dumps(INPUT_HEADING)} in (message['content'] | trim) %}}"
-        with_input += show(template.first_with_input)
+    branches = [
+        ("message['role'] == 'assistant'", template.assistant),
+        ("loop.first and system is not none", template.first_with_system),
+        (f"loop.first and {json.dumps(INPUT_HEADING)} in (message['content'] | trim)", template.first_with_input),
+        ("loop.first", template.first),
+        ("true", template.user),
+    ]
+    chosen = [f"if {condition} %}}{show(text)}" for condition, text in branches if text is not None]
     return (
         "{% set system = none %}{% set turns = messages %}"
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system = messages[0]['content'] | trim %}{% set turns = messages[1:] %}{% endif %}"
-        "{% for message in turns %}{% if message['role'] == 'assistant' %}"
-        + show(template.assistant)
-        + "{% else %}{% if loop.first and system is not none %}"
-        + show(template.first_with_system)
-        + with_input
-        + "{% elif loop.first %}"
-        + show(template.first)
-        + "{% else %}"
-        + show(template.user)
-        + "{% endif %}{% if not loop.last or add_generation_prompt %}"
+        "{% for message in turns %}{% "
+        + "{% el".join(chosen)
+        + "{% endif %}{% if message['role'] == 'user' and (not loop.last or add_generation_prompt) %}"
         + show(template.reply)
-        + "{% endif %}{% endif %}{% endfor %}"
+        + "{% endif %}{% endfor %}"
     )

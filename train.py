@@ -29,6 +29,8 @@ import torch
 from confidence import (
     Dynamics,
     area_under_roc,
+    check_models,
+    choose_template,
     load_dataset,
     load_tokenizer,
     score_checkpoints,
@@ -49,7 +51,7 @@ from data import (
     split_batch,
 )
 from eval import evaluate, table
-from mixup import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, pair_positions, sftmix_loss
+from mixup import chunk_rows, pair_positions, sftmix_loss
 from model import (
     DTYPES,
     CommandLine,
@@ -58,9 +60,7 @@ from model import (
     autocast,
     barrier,
     empty_model,
-    find_weights,
     open_model,
-    outline,
     peak_memory_bytes,
     processes,
     rank,
@@ -156,7 +156,7 @@ class TrainConfig:
 
 # The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
 DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1, "stage": "base"}  # of the base's pretraining
+DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # of the base's pretraining
 DEMO_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -233,6 +233,17 @@ class Step:
     num_tokens: int
 
 
+def deal(lengths: list[int], num_pairs: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
+    """Deal examples into micro-batches, as many for each process (some may be empty), the first of them by pairs.
+
+    >>> deal([30, 10, 20, 20, 5], num_pairs=2, max_tokens=50, num_processes=1)
+    [[(0, 1), (4,)], [(2, 3)]]
+    """
+    units = [(2 * p, 2 * p + 1) for p in range(num_pairs)] + [(i,) for i in range(2 * num_pairs, len(lengths))]
+    bins = split_batch([sum(lengths[i] for i in unit) for unit in units], max_tokens, num_processes)
+    return [[units[u] for u in members] for members in bins]
+
+
 def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_batch_tokens: int) -> Step:
     """Deal a global batch out: `chosen` examples, of which the first 2·P are P pairs (0 with 1, 2 with 3, …), lam [P].
 
@@ -241,14 +252,13 @@ def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_bat
     examples = [dataset.encoded[i] for i in chosen]
     lengths = [len(tokens) for tokens, _ in examples]
     supervised = [num_supervised(targets) for _, targets in examples]
-    units = [(2 * p, 2 * p + 1) for p in range(len(lam))] + [(i,) for i in range(2 * len(lam), len(examples))]
-    bins = split_batch([sum(lengths[i] for i in unit) for unit in units], micro_batch_tokens, world_size())
     micro_batches = []
-    for mine in bins[rank() :: world_size()]:  # as many for every process, some perhaps empty
-        pairs = [u for u in mine if len(units[u]) == 2]  # these go first, so that pair p is examples 2p and 2p+1
-        members = [i for u in pairs for i in units[u]] + [i for u in mine if len(units[u]) == 1 for i in units[u]]
+    for units in deal(lengths, len(lam), micro_batch_tokens, world_size())[rank() :: world_size()]:
+        pairs = [unit for unit in units if len(unit) == 2]  # these go first, so that pair p is examples 2p and 2p+1
+        members = [i for pair in pairs for i in pair] + [unit[0] for unit in units if len(unit) == 1]
         indices = torch.arange(2 * len(pairs)).view(-1, 2)
-        micro_batches.append(MicroBatch(pack([examples[i] for i in members]), indices, lam[pairs]))
+        drawn = lam[[pair[0] // 2 for pair in pairs]]
+        micro_batches.append(MicroBatch(pack([examples[i] for i in members]), indices, drawn))
     num_mixed = sum(min(supervised[2 * p], supervised[2 * p + 1]) for p in range(len(lam)))
     return Step(micro_batches, sum(supervised), num_mixed, sum(lengths))
 
@@ -282,10 +292,10 @@ def compute_loss(model: Transformer, micro_batch: MicroBatch, step: Step, mu: fl
             index_c,
             index_u,
             micro_batch.lam.to(device)[pair],
-            mu,
-            ntp_weight,
-            step.num_supervised,
-            step.num_mixed,
+            mu=mu,
+            ntp_weight=ntp_weight,
+            num_supervised=step.num_supervised,
+            num_mixed=step.num_mixed,
         )
 
     with autocast(device, dtype):
@@ -427,13 +437,18 @@ class Inputs:
     held_out: Dataset | None  # None without --eval_data: no model is evaluated then
 
 
+def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
+    """Say so where a batch has too few pairs to give every process one."""
+    if config.batch_size < 2 * num_processes:
+        say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
+
+
 def settled(config: TrainConfig) -> TrainConfig:
     """The configuration with what the model's folder decides filled in, and a look at whether that folder is whole."""
-    find_weights(empty_model(config.model), config.model)
+    check_models([config.model])
     max_length = usable_length(config.model, config.max_length)
-    return replace(
-        config, max_length=max_length, template=load_tokenizer(config.model).choose_template(config.template)
-    )
+    template = choose_template(load_tokenizer(config.model), config.template)
+    return replace(config, max_length=max_length, template=template)
 
 
 def load_inputs(config: TrainConfig) -> Inputs:
@@ -463,7 +478,7 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
     words = TEMPLATES["alpaca"].first.format(bos="", user="") + TEMPLATES["alpaca"].reply
     tokenizer = Tokenizer.train(texts + [words] * 60, DEMO_VOCAB_SIZE)  # often enough that each word is worth a piece
-    config = replace(config, template=tokenizer.choose_template(config.template))
+    config = replace(config, template=choose_template(tokenizer, config.template))
     dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
@@ -499,6 +514,7 @@ def checkpoints_of(config: TrainConfig) -> list[Path]:
     folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
     if not folders:
         raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
+    check_models(folders)
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
@@ -516,7 +532,7 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
     result = {"checkpoints": len(folders), "examples": len(inputs.train), "seconds": time.perf_counter() - started}
-    truth = Path(config.data).with_name("wrong.json")
+    truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
         result["roc_area"] = {m: area_under_roc(-dynamics.by(m), wrong) for m in ("probability", "perplexity")}
@@ -538,7 +554,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     return measure(model, inputs, config) | spent
 
 
-def measure(model: Transformer, inputs: Inputs, config: TrainConfig) -> dict:
+def measure(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> dict:
     """Evaluate a model on the held-out examples; without them, every figure is None."""
     if inputs.held_out is None:
         return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
@@ -556,17 +572,18 @@ class Work(NamedTuple):
     accumulates: bool  # a process adds up gradients over several
 
 
-def heaviest_work(dataset: Dataset, config: TrainConfig, processes: int) -> Work:
-    """Deal the first epoch out as training does, by pairs, and find the largest micro-batch."""
+def heaviest_work(dataset: Dataset, config: TrainConfig, num_processes: int) -> Work:
+    """Deal an epoch out by pairs, as the SFTMix run does (there by other pairs), and find the largest micro-batch."""
     order, heaviest, accumulates = epoch_order(len(dataset), config.seed, 0), (0, 0), False
     for start in range(0, len(dataset), config.batch_size):
-        chosen = order[start : start + config.batch_size]
-        pairs = [[dataset.encoded[i] for i in chosen[p : p + 2]] for p in range(0, len(chosen), 2)]
-        tokens = [sum(len(tokens) for tokens, _ in pair) for pair in pairs]
-        supervised = [sum(num_supervised(targets) for _, targets in pair) for pair in pairs]
-        bins = split_batch(tokens, config.micro_batch_tokens, processes)
-        accumulates |= len(bins) > processes
-        heaviest = max(heaviest, *((sum(tokens[p] for p in b), sum(supervised[p] for p in b)) for b in bins))
+        chosen = [dataset.encoded[i] for i in order[start : start + config.batch_size]]
+        lengths = [len(tokens) for tokens, _ in chosen]
+        micro_batches = deal(lengths, len(chosen) // 2, config.micro_batch_tokens, num_processes)
+        accumulates |= len(micro_batches) > num_processes
+        for units in micro_batches:
+            members = [i for unit in units for i in unit]
+            sizes = sum(lengths[i] for i in members), sum(num_supervised(chosen[i][1]) for i in members)
+            heaviest = max(heaviest, sizes)
     return Work(*heaviest, accumulates)
 
 
@@ -586,7 +603,7 @@ def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) 
     return 2 * norm + inputs + attention + mlp, norm + 2 * 4 * D
 
 
-def estimate_memory(model: Transformer, work: Work, config: TrainConfig, processes: int, device_type: str) -> dict:
+def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_processes: int, device_type: str) -> dict:
     """Bytes a process holds at the peak of an SFTMix step, by what they are for, and in "total".
 
     `model` may be without weights (`empty_model`): sizes follow from shapes. docs/scaling.md has the estimate beside
@@ -598,12 +615,12 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, process
     head = vocab_size * model.config.hidden_size
     layers = model.model.layers
     block = sum(p.numel() for p in layers[0].parameters())
-    if processes > 1:  # what `shard` gathers: the head, the block at work, and on a GPU the next one on its way
-        whole = product * (head + block * (1 if device_type == "cpu" else 2))
+    if num_processes > 1:  # what `shard` gathers: the head, the block at work, and on a GPU the next one on its way
+        gathered = product * (head + block * (1 if device_type == "cpu" else 2))
     else:  # autocast's bf16 copies, which it keeps to the end of a pass
-        whole = 2 * (head + block * len(layers)) if bf16 else 0
-    rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), work.supervised)
-    made = (product + 4) * (head + (block if processes > 1 else 0))  # gradients on their way to being a share
+        gathered = 2 * (head + block * len(layers)) if bf16 else 0
+    rows = min(chunk_rows(vocab_size), work.supervised)
+    made = (product + 4) * (head + (block if num_processes > 1 else 0))  # gradients on their way to being a share
     if bf16 and device_type == "cpu":
         made += 4 * head  # which adds bf16 to float32 by way of a copy
     block_bytes, around = activation_bytes(model.config, config, device_type)
@@ -613,15 +630,15 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, process
         activations = work.tokens * (around + 4 * model.config.hidden_size * len(layers))
         at_work = max(at_work, work.tokens * block_bytes)
     memory = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // processes,
-        "gradients": 4 * trainable // processes,
-        "optimizer state": 8 * trainable // processes,  # AdamW's two moments
-        "whole weights": whole,
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // num_processes,
+        "gradients": 4 * trainable // num_processes,
+        "optimizer state": 8 * trainable // num_processes,  # AdamW's two moments
+        "whole weights": gathered,
         "whole gradients": 0 if config.lora_rank else made,
         "activations": activations,
         "logits chunk": at_work,
     }
-    passing = whole + memory["whole gradients"] + activations + at_work
+    passing = gathered + memory["whole gradients"] + activations + at_work
     # Over several micro-batches gradients are there during a pass; over one they come as activations go.
     on_top = memory["gradients"] + passing if work.accumulates else max(memory["gradients"], passing)
     return memory | {"total": memory["weights"] + memory["optimizer state"] + on_top}
@@ -643,22 +660,23 @@ def dry_run(config: TrainConfig, device) -> None:
     """Say what a run would take, and show an example as it will be trained on; nothing is written."""
     config = settled(config)
     inputs = load_inputs(config)
-    processes, dataset = config.dry_run or world_size(), inputs.train
-    model = outline(config.model, config.dtype, config.lora_rank, config.lora_alpha)
+    num_processes, dataset = config.dry_run or world_size(), inputs.train
+    model = empty_model(config.model, config.dtype, config.lora_rank, config.lora_alpha)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     steps = math.ceil(len(dataset) / config.batch_size)
-    work = heaviest_work(dataset, config, processes)
-    memory = estimate_memory(model, work, config, processes, device.type)
+    work = heaviest_work(dataset, config, num_processes)
+    memory = estimate_memory(model, work, config, num_processes, device.type)
     tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
     supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
-    stored = parameters * DTYPES[config.save_dtype].itemsize
+    stored = sum(p.numel() for p in empty_model(config.model).parameters()) * DTYPES[config.save_dtype].itemsize
     models = config.num_checkpoints + 2
 
+    warn_of_idleness(config, num_processes)
     say(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")
     say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
-    say(f"micro-batches  of at most {work.tokens:,} tokens, on {processes} x {device.type}")
+    say(f"micro-batches  of at most {work.tokens:,} tokens, on {num_processes} x {device.type}")
     say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
     say(f"disk           {gigabytes(models * stored)} for {models} models: checkpoints, reference, sftmix")
     say("memory         of a process, estimated:")
@@ -686,8 +704,7 @@ def run(config: TrainConfig, device) -> None:
     stages = STAGES if config.stage == "all" else (config.stage,)
     if config.confidence is not None:  # the scores are there already
         stages = tuple(stage for stage in stages if stage != "confidence")
-    if config.batch_size < 2 * world_size():
-        say(f"warning: --batch_size {config.batch_size} has fewer pairs than there are processes: some have no work")
+    warn_of_idleness(config, world_size())
     if not demo and output.resolve() == Path(config.model).resolve():
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
     for stage in stages:
@@ -720,7 +737,9 @@ def run(config: TrainConfig, device) -> None:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     if "base" in stages:
-        update_results(output, "base", measure(open_model(config.model, config.dtype, device), inputs, config) | spent)
+        model = open_model(config.model, config.dtype, device) if inputs.held_out else None
+        update_results(output, "base", measure(model, inputs, config) | spent)
+        del model
     if "reference" in stages:
         update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:

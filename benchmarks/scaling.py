@@ -25,8 +25,8 @@ from model import (
     ModelConfig,
     Transformer,
     add_lora,
+    empty_model,
     open_model,
-    outline,
     own_rows,
     processes,
     rank,
@@ -112,7 +112,7 @@ def peak_of(work) -> int:
 def measure(folder: Path, settings: dict) -> dict:
     """Two steps of training on this process's share: its peak, its weights and optimizer state, and the estimate."""
     config = TrainConfig(batch_size=16, epochs=2, lr=1e-4, log_every=100, **settings)
-    dataset = random_dataset(outline(folder, config.dtype).config.vocab_size, config.batch_size)
+    dataset = random_dataset(empty_model(folder, config.dtype).config.vocab_size, config.batch_size)
     share = {}
 
     def run():
@@ -124,7 +124,7 @@ def measure(folder: Path, settings: dict) -> dict:
         share["kept"] = sum(own_rows(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable
 
     peak = peak_of(run)
-    model = outline(folder, config.dtype, config.lora_rank)
+    model = empty_model(folder, config.dtype, config.lora_rank)
     work = heaviest_work(dataset, config, world_size())
     estimate = estimate_memory(model, work, config, world_size(), "cpu")["total"]
     return {"peak": peak, "estimate": estimate, **share}

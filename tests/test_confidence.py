@@ -188,3 +188,13 @@ def test_the_command_line_says_what_is_missing(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--data", "x.jsonl"])
     assert exit.value.code == 2 and "give --checkpoints, --data and --output" in capsys.readouterr().err
+
+
+def test_every_checkpoint_is_looked_at_before_the_first_is_scored(tmp_path, tokenizer, capsys):
+    save_model(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "m", tokenizer.files_for("alpaca"))
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    folders = [str(tmp_path / "m"), str(tmp_path / "typo")]
+    with pytest.raises(SystemExit):
+        main(["--checkpoints", *folders, "--data", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "o")])
+    told = capsys.readouterr().err
+    assert "typo/config.json: not found" in told and "mean gold-token probability" not in told

@@ -69,6 +69,15 @@ def test_generation_is_greedy_and_independent_of_the_batch():
     assert generate(model, prompts, 0) == [[], [], [], []] and generate(model, [], 5) == []
 
 
+@pytest.mark.parametrize("limit", [{"max_position_embeddings": 20}, {"model_type": "mistral", "sliding_window": 20}])
+def test_generation_ends_where_the_model_does(limit):
+    """Tokens 0 to 19 have positions: 20 tokens, and one more that the last of them predicts."""
+    model = tiny_model(**limit)
+    prompts = [list(range(3, 3 + n)) for n in (5, 18, 20)]
+    assert [len(answer) for answer in generate(model, prompts, 30)] == [16, 3, 1]
+    assert [len(answer) for answer in generate(model, prompts, 30, batch_size=1)] == [16, 3, 1]
+
+
 def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatch):
     """Five answers to a prompt whose response is "the dog": right; right but for a space; unended; longer; wrong."""
     the_dog, end = tokenizer.encode("the dog", continues=True), [tokenizer.eos_id]

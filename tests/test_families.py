@@ -75,7 +75,7 @@ def test_cached_steps_equal_those_of_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
     tokens, _, _ = packed([30])
-    cache = KVCache(model.config, 1, 30, torch.float32, "cpu")
+    cache = KVCache(model.config, 1, 30)
     model(tokens[:20], cu_seqlens=torch.tensor([0, 20]).int(), cache=cache)
     for t in range(20, 30):
         hidden = model(tokens[t : t + 1], torch.tensor([t]), cache=cache)

@@ -112,7 +112,7 @@ def test_cache_equals_the_whole_sequence():
     rows = [torch.randint(0, 300, (n + new,)) for n in lengths]
     tokens = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
     _, positions, cu_seqlens = packed(lengths)
-    cache = KVCache(model.config, 3, max(lengths) + new, torch.float32, "cpu")
+    cache = KVCache(model.config, 3, max(lengths) + new)
     hidden = model(tokens, positions, cu_seqlens, cache)[cu_seqlens[1:].long() - 1]
     for step in range(new):
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
@@ -125,7 +125,7 @@ def test_cache_equals_the_whole_sequence():
 def test_cache_of_a_single_token_prompt():
     model = tiny_model()
     row = torch.tensor([5, 6, 7])
-    cache = KVCache(model.config, 1, 3, torch.float32, "cpu")
+    cache = KVCache(model.config, 1, 3)
     model(row[:1], torch.tensor([0]), torch.tensor([0, 1]).int(), cache)
     hidden = [model(row[t : t + 1], torch.tensor([t]), cache=cache) for t in (1, 2)]
     torch.testing.assert_close(hidden[-1][0], model(row)[-1], rtol=1e-5, atol=1e-5)
@@ -192,6 +192,8 @@ def test_unsupported_configurations_are_named(change, message):
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}"),
         ({"num_local_experts": 8}, "num_local_experts: 8"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: True"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_scaling: {'full_attention'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic'"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"], "sliding_window": 64}, "sliding_attention"),
@@ -207,7 +209,9 @@ def test_a_window_counts_where_the_family_uses_it():
         return ModelConfig.from_dict({"sliding_window": 64, **values}).sliding_window
 
     assert window(model_type="mistral") == 64
-    assert window(model_type="qwen2", use_sliding_window=True, layer_types=["sliding_attention"]) == 64
+    assert window(model_type="mistral", use_sliding_window=False) == 64
+    assert ModelConfig.from_dict({"model_type": "mistral"}).sliding_window == 4096
+    assert ModelConfig.from_dict({"model_type": "mistral", "sliding_window": None}).sliding_window is None
     assert window(model_type="qwen2", use_sliding_window=False) is None
     assert window(model_type="llama") is None
     assert ModelConfig(sliding_window=64, max_position_embeddings=128).max_length == 64
@@ -221,7 +225,7 @@ def test_an_example_longer_than_the_window_is_refused():
     with pytest.raises(ValueError, match="17 tokens is longer than sliding_window 16"):
         model(torch.arange(17))
     with pytest.raises(ValueError, match="17 tokens are more than sliding_window 16"):
-        KVCache(model.config, 1, 17, torch.float32, "cpu")
+        KVCache(model.config, 1, 17)
 
 
 def test_llama3_scaling_by_hand():

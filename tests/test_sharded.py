@@ -5,6 +5,7 @@ Each number of processes runs `in_processes` once; the tests then compare what i
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def in_processes(folder: Path) -> None:
             results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
             prompts = [tokens.tolist() for tokens, _ in encoded]
             results[f"{model_name}, answers"] = generate(model, prompts, 12, stop_ids=range(0, 300, 7), batch_size=3)
+            before, model = weakref.ref(model), open_model(folder / model_name, "fp32", "cpu")
+            model = open_model(folder / model_name, "fp32", "cpu")
+            assert before() is None  # of two models in turn, one at a time takes memory
             save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
         if world_size() == 4:
             opened = open_model(folder / "tied-saved-by-2", "fp32", "cpu")

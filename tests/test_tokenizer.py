@@ -139,6 +139,20 @@ def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
         tokenizer.choose_template("chatml")
 
 
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"eos_token": None}
+    endless = Tokenizer({**tokenizer.files, "tokenizer_config.json": json.dumps(config).encode()})
+    assert endless.eos_id is None
+    with pytest.raises(ValueError, match="name no eos_token"):
+        endless.choose_template("alpaca")
+
+
+def test_a_template_that_spells_a_token_out_is_refused(tokenizer):
+    later = Tokenizer({**tokenizer.files, "added_tokens.json": b'{"[INST]": 400, "[/INST]": 401}'})
+    with pytest.raises(ValueError, match=r"template mistral spells \[INST\] out, and the tokenizer has a token for it"):
+        later.choose_template("mistral")
+
+
 def test_the_template_is_the_folders_own_or_alpaca(tokenizer):
     def chosen(jinja):
         config = tokenizer.files["tokenizer_config.json"].rstrip(b" }\n") + b', "chat_template": ' + jinja + b"}"

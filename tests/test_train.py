@@ -14,7 +14,7 @@ from confidence import Dynamics
 from confidence import main as confidence_main
 from data import Dataset, Example, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
-from model import load_model, open_model, outline, save_model
+from model import empty_model, load_model, open_model, save_model
 from tokenizer import Tokenizer
 from train import (
     DEMO,
@@ -476,7 +476,7 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, 
 
     peak = peak_bytes(run)
     work = heaviest_work(dataset, config, 1)
-    estimate = estimate_memory(outline(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
+    estimate = estimate_memory(empty_model(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
     assert 0.85 < estimate / peak < 1.15
 
 
@@ -557,6 +557,16 @@ def test_a_process_that_fails_says_one_line_without_a_traceback(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     told = f"{tmp_path}/config.json: not found; a model is a folder with config.json and model.safetensors"
     assert done.stderr == f"train.py: error: {told}\n"
+
+
+def test_a_process_that_fails_alone_says_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from model import processes, rank, barrier\n"
+        "with processes():\n    if rank() == 1:\n        raise ValueError('my disk is full')\n    barrier()\n"
+    )
+    done = run_script(script, processes=2)
+    assert done.returncode != 0 and "script.py: error: my disk is full\n" in done.stderr
 
 
 def test_a_model_is_never_its_own_output(folder, capsys):
