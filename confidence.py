@@ -146,7 +146,11 @@ class Dynamics:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; --stage confidence makes it")
         ids, probability, perplexity = [], [], []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 if not isinstance(row["id"], str):
@@ -261,9 +265,16 @@ def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
 
 
 def check_models(folders) -> None:
-    """Find what is wrong with model folders before any of them is used."""
+    """Find what is wrong with model folders, which are to be used on the same ids, before any of them is used."""
+    first = load_config(folders[0])
     for folder in folders:
-        find_weights(empty_model(folder), folder)
+        model = empty_model(folder)
+        find_weights(model, folder)
+        if (model.config.vocab_size, model.config.max_length) != (first.vocab_size, first.max_length):
+            raise ValueError(
+                f"{folder}: has {model.config.vocab_size:,} rows and {model.config.max_length:,} positions, "
+                f"where {folders[0]} has {first.vocab_size:,} and {first.max_length:,}"
+            )
 
 
 def usable_length(path, max_length: int | None) -> int:

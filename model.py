@@ -204,14 +204,16 @@ class ModelConfig:
         _refuse_unsupported(values, _SUPPORTED)
         values = {**FAMILIES[model_type].defaults, **values}
 
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError(f"rope_scaling: {rope!r} is not supported")
+        parameters, scaling = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+        for rope in (parameters, scaling):
+            if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+                raise ValueError(f"rope_scaling: {rope!r} is not supported")
+        rope = scaling or parameters
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
         _refuse_unsupported(rope, _SUPPORTED)
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        values["rope_theta"] = rope.get("rope_theta") or parameters.get("rope_theta") or values.get("rope_theta")
         values["rope_scaling"] = None
         if rope_type == "llama3":
             values["rope_scaling"] = {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
@@ -664,13 +666,18 @@ def find_weights(model: Transformer, path) -> dict[str, Path]:
     for file in _weight_files(Path(path)):
         with _opened(file) as weights:
             for name in weights.keys():  # noqa: SIM118
-                shape = weights.get_slice(name).get_shape()
+                shape, dtype = weights.get_slice(name).get_shape(), weights.get_slice(name).get_dtype()
                 if shape != wanted.get(name, shape):
                     raise ValueError(f"{file}: {name} has shape {shape}, where config.json calls for {wanted[name]}")
+                if name in wanted and dtype not in ("F32", "BF16", "F16"):
+                    raise ValueError(f"{file}: {name} is stored as {dtype}; only F32, BF16 and F16 are read")
                 found[name] = file
-    # Angles are computed, not read; and some writers store a tied head a second time.
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if model.config.tie_word_embeddings else "rotary_emb.inv_freq"
-    found = {name: file for name, file in found.items() if not name.endswith(ignored)}
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:  # some writers store a tied head a second time
+        head = found.pop("lm_head.weight")
+        with _opened(head) as one, _opened(found.get("model.embed_tokens.weight", head)) as other:
+            if not torch.equal(one.get_tensor("lm_head.weight"), other.get_tensor("model.embed_tokens.weight")):
+                raise ValueError(f"{head}: lm_head.weight is not the embedding, though tie_word_embeddings says so")
+    found = {name: file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}  # are computed
     if found.keys() != wanted.keys():
         raise ValueError(
             f"{path}: missing weights: {sorted(wanted.keys() - found.keys()) or 'none'}; "
@@ -706,7 +713,7 @@ def _weight_files(path: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: weight_map must name a file for each weight")
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{index}: {name!r} is not a file of this folder")
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name}: not found, but {INDEX_FILE} says that weights are there")
@@ -833,7 +840,7 @@ def save_adapter(model: Transformer, path, base) -> None:
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": str(Path(base).absolute()),
         "r": any_of_them.rank,
         "lora_alpha": any_of_them.alpha,
         "lora_dropout": 0.0,
@@ -897,6 +904,10 @@ def processes():
             time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        sys.exit(1)  # another process has ended, and has said why
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

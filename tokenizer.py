@@ -47,7 +47,7 @@ class Tokenizer:
     `vocab_size` is the largest id plus one; `bos_id` and `eos_id` are None where there is no such token.
     """
 
-    def __init__(self, files: dict[str, bytes]):
+    def __init__(self, files: dict[str, bytes], model_type: str | None = None):
         self.files = files
         special_tokens_map, spec = _json_file(files, "special_tokens_map.json"), _json_file(files, "tokenizer.json")
         self._config = special_tokens_map | _json_file(files, "tokenizer_config.json")
@@ -56,13 +56,20 @@ class Tokenizer:
             self._model = _SentencePieceModel(files["tokenizer.model"], added)
         else:
             self._model = _JsonModel(spec)
-        self._space_after_special, self._space_before_space = _space_rule(self._config, spec)
+        self._space_after_special, self._space_before_space = _space_rule(self._config, spec, model_type)
         self.vocab_size: int = self._model.vocab_size
-        self.bos_id, self.eos_id = self._model.bos_id, self._model.eos_id
-        if "bos_token" in self._config:
-            self.bos_id = self.id_of(_name(self._config["bos_token"]))
-        if "eos_token" in self._config:
-            self.eos_id = self.id_of(_name(self._config["eos_token"]))
+        self._special_names = {name for name, (_, is_special) in added.items() if is_special}
+        self.bos_id = self._end("bos_token", self._model.bos_id)
+        self.eos_id = self._end("eos_token", self._model.eos_id)
+
+    def _end(self, key: str, default: int | None) -> int | None:
+        """The id of the token that the files name so, or where they do not the model's own."""
+        if key not in self._config:
+            return default
+        name = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
+        if name is not None and not (isinstance(name, str) and self.id_of(name) is not None):
+            raise ValueError(f"tokenizer_config.json: {key} {name!r} is not in the vocabulary")
+        return self.id_of(name)
 
     @classmethod
     def from_pretrained(cls, path) -> "Tokenizer":
@@ -81,14 +88,21 @@ class Tokenizer:
         if not files.keys() & {"tokenizer.model", "tokenizer.json"}:
             raise FileNotFoundError(f"{path}: not found there: tokenizer.model or tokenizer.json")
         try:
+            config = {"config.json": (path / "config.json").read_bytes()} if (path / "config.json").is_file() else {}
+            model_type = _json_file(config, "config.json").get("model_type")
             try:
-                return cls(files)
+                tokenizer = cls(files, model_type)
             except _NotSentencePieceError:  # some folders keep a model of another kind under that name
                 if "tokenizer.json" not in files:
                     raise
-                return cls({name: content for name, content in files.items() if name != "tokenizer.model"})
+                files = {name: content for name, content in files.items() if name != "tokenizer.model"}
+                tokenizer = cls(files, model_type)
+            _ = tokenizer.own_template
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: a tokenizer file holds something of the wrong kind ({error!r})") from None
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -188,8 +202,10 @@ class Tokenizer:
             name = (ours + similar)[0]
         name = name or "alpaca"
         self.apply_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
-        if "[INST]" in TEMPLATES[name].first and self.id_of("[INST]") is not None:
-            raise ValueError(f"template {name} spells [INST] out, and the tokenizer has a token for it; choose another")
+        text = _TOKEN.sub("", " ".join(filter(None, TEMPLATES[name])))
+        tokens = [token for token in sorted({"[INST]", *self._special_names}) if token in text and self.id_of(token)]
+        if tokens:
+            raise ValueError(f"template {name} spells {tokens[0]} out, and the tokenizer has a token for it")
         return name
 
     def chat_template(self, template: str) -> str:
@@ -226,11 +242,6 @@ def _json_file(files: dict[str, bytes], name: str) -> dict:
 
 def _to_json(values: dict) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _name(token) -> str | None:
-    """The name of a token that a file gives as a text or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _added_tokens(config: dict, spec: dict, added_tokens: dict) -> dict[str, tuple[int, bool]]:
@@ -350,13 +361,14 @@ def _without_prefix(part):
     return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
 
 
-def _space_rule(config: dict, spec: dict) -> tuple[bool, bool]:
+def _space_rule(config: dict, spec: dict, model_type: str | None) -> tuple[bool, bool]:
     """Where a text opens with a dummy prefix: -> (after every special token?, even before a text's own space?)
 
     At the very start it always does, if the tokenizer knows such a prefix at all. For the rest there are three customs,
-    and a folder's files tell which `transformers` follows.
+    and a folder's files tell which `transformers` (5) follows.
     """
-    if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and not config.get("legacy", False):
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral"
+    if llama and not config.get("legacy", False):
         return False, False
     if "Prepend" in json.dumps(spec.get("normalizer")):
         return True, True

@@ -125,7 +125,7 @@ class TrainConfig:
     lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = _flag(16.0, "an adapter's share is scaled by lora_alpha / lora_rank", above=0)
     activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory")
-    seed: int = _flag(0, "of every random draw", at_least=0)
+    seed: int = _flag(0, "of every random draw", at_least=0, below=2**63)
     log_every: int = _flag(10, "steps between progress lines", at_least=1)
     dry_run: int | None = _flag(
         None, "say what the run would take on N processes (without N: on as many as now), and stop", at_least=0
@@ -447,7 +447,9 @@ def settled(config: TrainConfig) -> TrainConfig:
     """The configuration with what the model's folder decides filled in, and a look at whether that folder is whole."""
     check_models([config.model])
     max_length = usable_length(config.model, config.max_length)
-    template = choose_template(load_tokenizer(config.model), config.template)
+    tokenizer = load_tokenizer(config.model)
+    template = choose_template(tokenizer, config.template)
+    tokenizer.files_for(template)  # all that will be saved can be made
     return replace(config, max_length=max_length, template=template)
 
 
@@ -514,7 +516,7 @@ def checkpoints_of(config: TrainConfig) -> list[Path]:
     folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
     if not folders:
         raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
-    check_models(folders)
+    check_models([config.model, *folders])
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
@@ -671,7 +673,9 @@ def dry_run(config: TrainConfig, device) -> None:
     supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
     stored = sum(p.numel() for p in empty_model(config.model).parameters()) * DTYPES[config.save_dtype].itemsize
-    models = config.num_checkpoints + 2
+    models = min(config.num_checkpoints, config.epochs * steps) + 2
+    if config.confidence is not None:
+        scores_of(config, dataset)
 
     warn_of_idleness(config, num_processes)
     say(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")

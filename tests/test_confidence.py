@@ -198,3 +198,13 @@ def test_every_checkpoint_is_looked_at_before_the_first_is_scored(tmp_path, toke
         main(["--checkpoints", *folders, "--data", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "o")])
     told = capsys.readouterr().err
     assert "typo/config.json: not found" in told and "mean gold-token probability" not in told
+
+
+def test_checkpoints_of_different_vocabularies_are_refused(tmp_path, tokenizer, capsys):
+    for name, size in (("m", tokenizer.vocab_size), ("other", 500)):
+        save_model(tiny_model(vocab_size=size), tmp_path / name, tokenizer.files_for("alpaca"))
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    folders = [str(tmp_path / name) for name in ("m", "other")]
+    with pytest.raises(SystemExit):
+        main(["--checkpoints", *folders, "--data", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "o")])
+    assert "other: has 500 rows and 128 positions, where" in capsys.readouterr().err

@@ -192,6 +192,8 @@ def test_unsupported_configurations_are_named(change, message):
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}"),
         ({"num_local_experts": 8}, "num_local_experts: 8"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "rope_type: 'linear'"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": [1]}, "rope_scaling: "),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: True"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_scaling: {'full_attention'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic'"),
@@ -306,9 +308,20 @@ def test_stored_angles_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path
     model = tiny_model()
     save_model(model, tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
-    extra = {"lm_head.weight": torch.zeros(300, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
-    save_file(load_file(file) | extra, file)
+    weights = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file(weights | {"lm_head.weight": model.head_weight.detach().clone()}, file)
     assert torch.equal(load_model(tmp_path / "m").head_weight, model.head_weight)
+    save_file(weights | {"lm_head.weight": torch.zeros(300, 32)}, file)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding, though tie_word_embeddings says so"):
+        load_model(tmp_path / "m")
+
+
+def test_weights_that_are_no_plain_floats_are_refused(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="is stored as I8; only F32, BF16 and F16 are read"):
+        load_model(tmp_path / "m")
 
 
 def test_shards_and_one_file_hold_the_same(tmp_path):
@@ -357,7 +370,7 @@ def test_a_missing_shard_is_named(shards):
         load_model(shards)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "deep/model.safetensors", "..", "."])
+@pytest.mark.parametrize("name", ["", "../model.safetensors", "/etc/passwd", "deep/model.safetensors", "..", "."])
 def test_an_index_that_points_outside_its_folder_is_refused(shards, name):
     change_index(shards, lambda weight_map: weight_map.update({"model.norm.weight": name}))
     with pytest.raises(ValueError, match=r"model.safetensors.index.json: .* is not a file of this folder"):

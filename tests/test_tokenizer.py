@@ -147,6 +147,21 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer):
         endless.choose_template("alpaca")
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": "x"}}'),
+        ("tokenizer_config.json", b'{"chat_template": [1]}'),
+        ("added_tokens.json", b'{"<x>": "y"}'),
+        ("tokenizer.json", b'{"added_tokens": [1]}'),
+    ],
+)
+def test_files_that_hold_something_of_the_wrong_kind_are_one_line(tokenizer, tmp_path, name, content):
+    write_files(tmp_path, {**tokenizer.files, name: content})
+    with pytest.raises(ValueError, match="a tokenizer file holds something of the wrong kind"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_a_template_that_spells_a_token_out_is_refused(tokenizer):
     later = Tokenizer({**tokenizer.files, "added_tokens.json": b'{"[INST]": 400, "[/INST]": 401}'})
     with pytest.raises(ValueError, match=r"template mistral spells \[INST\] out, and the tokenizer has a token for it"):
@@ -184,6 +199,8 @@ def test_generation_stops_where_training_did(tokenizer):
         ("tokenizer_config.json", b"[]"),
         ("special_tokens_map.json", b"\xff"),
         ("added_tokens.json", b"3"),
+        ("tokenizer_config.json", b'{"eos_token": "<nope>"}'),
+        ("tokenizer_config.json", b'{"bos_token": ["<s>"]}'),
     ],
 )
 def test_damaged_files_are_named(tokenizer, tmp_path, name, content):

@@ -66,7 +66,7 @@ def mistral_files(folder) -> dict[str, bytes]:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
     spec["pre_tokenizer"] = None
-    config = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": "LlamaTokenizer"}
     return files | {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
 

@@ -515,6 +515,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
         (["--model", "holes"], "model-00002-of-00003.safetensors: not found"),
         (["--model", "other"], "config.json: model_type: 'mamba' is not supported"),
+        (["--model", "generation"], "generation_config.json: not valid JSON"),
         (["--model", "window"], "--max_length 200: window has only 64 tokens in its sliding_window"),
         (["--template", "chatml"], "template chatml: the tokenizer has no token <|im_start|>"),
         (["--max_length", "9999"], "has only 512 positions"),
@@ -540,6 +541,8 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     save_model(tiny_model(400), tmp_path / "holes", files, max_shard_bytes=40_000)
     (tmp_path / "holes" / "model-00002-of-00003.safetensors").unlink()
     save_model(tiny_model(400, model_type="mistral", sliding_window=64), tmp_path / "window", files)
+    damaged = files | {"generation_config.json": b"{"}
+    save_model(tiny_model(400, max_position_embeddings=512), tmp_path / "generation", damaged)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
     Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
