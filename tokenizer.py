@@ -367,12 +367,11 @@ def _space_rule(config: dict, spec: dict, model_type: str | None) -> tuple[bool,
     At the very start it always does, if the tokenizer knows such a prefix at all. For the rest there are three customs,
     and a folder's files tell which `transformers` (5) follows.
     """
-    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral"
-    if llama and not config.get("legacy", False):
-        return False, False
+    if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral":
+        return bool(config.get("legacy")), False
     if "Prepend" in json.dumps(spec.get("normalizer")):
         return True, True
-    if spec or config.get("legacy"):
+    if spec:
         return '"prepend_scheme": "first"' not in json.dumps(spec.get("pre_tokenizer")), False
     return False, True  # SentencePiece's own
 
