@@ -62,10 +62,9 @@ def generate(
     dtype: str = "fp32",
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt greedily: -> the new ids of each
+    """Continue each prompt greedily: -> the new ids of each.
 
-    Up to and with one of `stop_ids`, or `max_new_tokens`, or until the model has no more positions.
-
+    It goes on up to and with one of `stop_ids`, for `max_new_tokens`, or until the model has no more positions.
     Under `torchrun` the processes share the prompts out, each taking as many steps as the others, and all get all ids.
     """
     device = model.head_weight.device
@@ -77,7 +76,7 @@ def generate(
         chosen = torch.tensor(mine[start : start + batch_size], dtype=torch.int64, device=device)
         batch = pack([(prompts[i], prompts[i]) for i in chosen.tolist()]).to(device)  # any targets
         lengths = batch.cu_seqlens.diff().long()  # [B]
-        longest = min(int(lengths.max()) + max_new_tokens, model.config.max_length)
+        longest = max(int(lengths.max()), min(int(lengths.max()) + max_new_tokens, model.config.max_length))
         cache = KVCache(model.config, len(lengths), longest)
         running = torch.full((len(lengths),), len(chosen) > 0, device=device)  # [B]; a row that idles has ended already
         tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
