@@ -97,6 +97,12 @@ _SUPPORTED = {
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+def _family_of(model_type) -> Family:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type: {model_type!r} is not supported, only {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
 def _refuse_unsupported(values: dict, supported: dict) -> None:
     for name, value in supported.items():
         if values.get(name) not in (None, value):
@@ -139,11 +145,10 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        if self.model_type not in FAMILIES:
-            raise ValueError(f"model_type: {self.model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        hidden_act = self.family.hidden_act
         if self.hidden_act is None:
-            object.__setattr__(self, "hidden_act", self.family.hidden_act)
-        _refuse_unsupported(asdict(self), {"hidden_act": self.family.hidden_act, **_SUPPORTED})
+            object.__setattr__(self, "hidden_act", hidden_act)
+        _refuse_unsupported(asdict(self), {"hidden_act": hidden_act, **_SUPPORTED})
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
@@ -185,7 +190,7 @@ class ModelConfig:
     @property
     def family(self) -> Family:
         """What sets the models of this `model_type` apart."""
-        return FAMILIES[self.model_type]
+        return _family_of(self.model_type)
 
     @property
     def max_length(self) -> int:
@@ -199,10 +204,9 @@ class ModelConfig:
         Raises ValueError, naming key and value, for an architecture `Transformer` does not compute.
         """
         model_type = values.get("model_type", "llama")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise ValueError(f"model_type: {model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        defaults = _family_of(model_type).defaults
         _refuse_unsupported(values, _SUPPORTED)
-        values = {**FAMILIES[model_type].defaults, **values}
+        values = {**defaults, **values}
 
         parameters, scaling = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
         for rope in (parameters, scaling):
@@ -513,9 +517,14 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
         self.rank, self.alpha = rank, alpha
 
+    @property
+    def scale(self) -> float:
+        """α/r"""
+        return self.alpha / self.rank
+
     def forward(self, x):
         change = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.alpha / self.rank * change
+        return F.linear(x, self.weight, self.bias) + self.scale * change
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
@@ -656,17 +665,23 @@ def empty_model(path, dtype: str = "fp32", lora_rank: int | None = None, lora_al
     return model
 
 
+def _folder_parameters(model: Transformer):
+    """The names and parameters that a model's folder holds: all but adapters."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
+
+
 def find_weights(model: Transformer, path) -> dict[str, Path]:
     """The file that holds each of an `empty_model`'s weights; nothing is read but the files' headers.
 
     Raises FileNotFoundError or ValueError, with the missing and the left-over names, or with the shape that is wrong.
     """
-    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters() if ".lora_" not in name}
+    wanted = {name: list(parameter.shape) for name, parameter in _folder_parameters(model)}
     found: dict[str, Path] = {}
     for file in _weight_files(Path(path)):
         with _opened(file) as weights:
             for name in weights.keys():  # noqa: SIM118
-                shape, dtype = weights.get_slice(name).get_shape(), weights.get_slice(name).get_dtype()
+                tensor = weights.get_slice(name)
+                shape, dtype = tensor.get_shape(), tensor.get_dtype()
                 if shape != wanted.get(name, shape):
                     raise ValueError(f"{file}: {name} has shape {shape}, where config.json calls for {wanted[name]}")
                 if name in wanted and dtype not in ("F32", "BF16", "F16"):
@@ -758,9 +773,7 @@ def save_model(
         aside.mkdir(parents=True)
 
     sizes = {
-        name: parameter.numel() * (dtype or parameter.dtype).itemsize
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name
+        name: parameter.numel() * (dtype or parameter.dtype).itemsize for name, parameter in _folder_parameters(model)
     }
     shards = _fill(sizes, max_shard_bytes)
     weight_map = {}
@@ -817,7 +830,7 @@ def _merged(model: Transformer, name: str):
     layer, _, part = name.rpartition(".")
     module, tensor = model.get_submodule(layer), whole(model.get_parameter(name))
     if isinstance(module, LoRALinear) and part == "weight":
-        return tensor + module.alpha / module.rank * (whole(module.lora_B) @ whole(module.lora_A))
+        return tensor + module.scale * (whole(module.lora_B) @ whole(module.lora_A))
     return tensor
 
 

@@ -162,17 +162,15 @@ class Tokenizer:
         return ids, supervised
 
     def _special(self, token: str, template: str) -> list[int]:
-        if token in ("{bos}", "{eos}"):
-            special_id = self.bos_id if token == "{bos}" else self.eos_id
-        else:
-            special_id = self.id_of(token)
-        if special_id is None and token == "{bos}":  # some families have none
+        ends = {"{bos}": self.bos_id, "{eos}": self.eos_id}
+        special_id = ends[token] if token in ends else self.id_of(token)
+        if special_id is not None:
+            return [special_id]
+        if token == "{bos}":  # some families have none
             return []
-        if special_id is None and token == "{eos}":
+        if token == "{eos}":
             raise ValueError("the tokenizer's files name no eos_token, without which no answer would learn to end")
-        if special_id is None:
-            raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
-        return [special_id]
+        raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
 
     def stop_ids(self, template: str) -> list[int]:
         """The ids that close an assistant's turn, where generation ends."""
@@ -288,8 +286,9 @@ class _SentencePieceModel:
         return piece if self._start.id_to_piece(piece) == token else self._added.get(token)
 
     def piece(self, token_id: int) -> str:
-        names = {i: name for name, i in self._added.items()}
-        return names.get(token_id) or self._start.id_to_piece(token_id)
+        if token_id < self._size:
+            return self._start.id_to_piece(token_id)
+        return next(name for name, i in self._added.items() if i == token_id)
 
     def encode(self, text: str, opens: bool) -> list[int]:
         return (self._start if opens else self._continue).encode(text)

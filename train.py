@@ -71,6 +71,7 @@ from model import (
     sum_over_processes,
     whole,
     world_size,
+    write_json,
 )
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -421,7 +422,7 @@ def update_results(output: Path, name: str, entry: dict) -> None:
     if rank() == 0:
         file = output / "results.json"
         results = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(results | {name: entry}, indent=2) + "\n")
+        write_json(file, results | {name: entry})
     barrier()
 
 
@@ -443,19 +444,18 @@ def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
         say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
 
-def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with what the model's folder decides filled in, and a look at whether that folder is whole."""
+def settled(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
+    """The configuration with what the model's folder decides filled in, and its tokenizer; the folder must be whole."""
     check_models([config.model])
     max_length = usable_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
     tokenizer.files_for(template)  # all that will be saved can be made
-    return replace(config, max_length=max_length, template=template)
+    return replace(config, max_length=max_length, template=template), tokenizer
 
 
-def load_inputs(config: TrainConfig) -> Inputs:
+def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, and find what is wrong with it before anything is trained."""
-    tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.template, config.max_length)
     if config.eval_data is None:
         say("no --eval_data: no model is evaluated")
@@ -660,8 +660,8 @@ def estimate_flops(model: Transformer, tokens: int, supervised: int, config: Tra
 
 def dry_run(config: TrainConfig, device) -> None:
     """Say what a run would take, and show an example as it will be trained on; nothing is written."""
-    config = settled(config)
-    inputs = load_inputs(config)
+    config, tokenizer = settled(config)
+    inputs = load_inputs(config, tokenizer)
     num_processes, dataset = config.dry_run or world_size(), inputs.train
     model = empty_model(config.model, config.dtype, config.lora_rank, config.lora_alpha)
     parameters = sum(p.numel() for p in model.parameters())
@@ -672,7 +672,7 @@ def dry_run(config: TrainConfig, device) -> None:
     tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
     supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
-    stored = sum(p.numel() for p in empty_model(config.model).parameters()) * DTYPES[config.save_dtype].itemsize
+    stored = (parameters - trainable if config.lora_rank else parameters) * DTYPES[config.save_dtype].itemsize
     models = min(config.num_checkpoints, config.epochs * steps) + 2
     if config.confidence is not None:
         scores_of(config, dataset)
@@ -730,20 +730,19 @@ def run(config: TrainConfig, device) -> None:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
-    config = settled(config)
-    inputs = load_inputs(config)
+    config, tokenizer = settled(config)
+    inputs = load_inputs(config, tokenizer)
     if "confidence" in stages and "reference" not in stages:
         checkpoints_of(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence":
         scores_of(config, inputs.train)
     if rank() == 0:  # nothing more can be wrong with what was given
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        write_json(output / "config.json", asdict(config))
 
     if "base" in stages:
-        model = open_model(config.model, config.dtype, device) if inputs.held_out else None
-        update_results(output, "base", measure(model, inputs, config) | spent)
-        del model
+        measured = measure(open_model(config.model, config.dtype, device) if inputs.held_out else None, inputs, config)
+        update_results(output, "base", measured | spent)
     if "reference" in stages:
         update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:

@@ -51,19 +51,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([text, words, words.upper()] * 5, vocab_size=400)
 
 
-def peak_bytes(work) -> int:
-    """The most memory that tensors made while `work()` ran have held at once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    held = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     """Write a tokenizer's files into a folder."""
     folder.mkdir(exist_ok=True)

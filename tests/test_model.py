@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import peak_bytes, tiny_model
+from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from benchmarks.scaling import peak_of
 from model import (
     CommandLine,
     KVCache,
@@ -346,8 +347,8 @@ def test_no_weight_is_held_twice(tmp_path):
     model = tiny_model(hidden_size=128, intermediate_size=512, num_hidden_layers=6)
     size, largest = sum(4 * p.numel() for p in model.parameters()), 4 * 128 * 512
     save_model(model, tmp_path / "many", max_shard_bytes=size // 4)
-    assert peak_bytes(lambda: load_model(tmp_path / "many")) <= size + size // 4 + largest
-    written = peak_bytes(lambda: save_model(model, tmp_path / "half", dtype=torch.float64, max_shard_bytes=size // 2))
+    assert peak_of(lambda: load_model(tmp_path / "many")) <= size + size // 4 + largest
+    written = peak_of(lambda: save_model(model, tmp_path / "half", dtype=torch.float64, max_shard_bytes=size // 2))
     assert written <= size // 2 + 2 * largest < size
 
 

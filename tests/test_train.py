@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import peak_bytes, random_encoded, run_script, tiny_model
+from conftest import random_encoded, run_script, tiny_model
 from safetensors.torch import load_file
 
+from benchmarks.scaling import peak_of
 from confidence import Dynamics
 from confidence import main as confidence_main
 from data import Dataset, Example, draw_lambda, epoch_order, load_examples, paired_order
@@ -474,7 +475,7 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, 
         model.activation_checkpointing = config.activation_checkpointing
         train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, mixing=True)
 
-    peak = peak_bytes(run)
+    peak = peak_of(run)
     work = heaviest_work(dataset, config, 1)
     estimate = estimate_memory(empty_model(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
     assert 0.85 < estimate / peak < 1.15
