@@ -17,6 +17,8 @@ Letters: N tokens in the packed row (N^c and N^u: supervised tokens of the two e
 row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabulary, R rows of a chunk.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -95,7 +97,17 @@ def pair_positions(targets, cu_seqlens, pairs):
 
 
 def sftmix_loss(
-    hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None
+    hidden,
+    weight,
+    targets,
+    index_c,
+    index_u,
+    lam,
+    mu,
+    ntp_weight=1.0,
+    num_supervised=None,
+    num_mixed=None,
+    log_p=None,
 ):
     """L = ntp_weight · L_NTP + μ L_Mixup in one pass over `lm_head`: value and gradients of `sftmix_loss_literal`.
 
@@ -103,7 +115,8 @@ def sftmix_loss(
     index_u int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and
     num_mixed are the denominators of the two means, S and M where left out; under gradient accumulation and data
     parallelism give the counts of the **global** batch, so that the parts add up to its mean, not to a mean of means.
-    -> (loss, ntp, mix): loss carries gradients to hidden and weight, none to lam; ntp and mix are detached means.
+    -> (loss, ntp, mix): loss carries gradients to hidden and weight, none to lam; ntp and mix are detached means. A
+    float32 `log_p` [S], where given, is filled with log p(y), which is known on the way.
 
     Three facts make it cheap:
       1. Cross-entropy is linear in its target, so no one-hot row is needed: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u).
@@ -111,75 +124,65 @@ def sftmix_loss(
          W z̃ = λ W z^c + (1−λ) W z^u. One product serves both terms.
       3. The gradient of both terms by the logits is softmax minus target, known as soon as the logits are. So rows go
          through in chunks, each leaving its gradients behind, and the logits [S, V] never exist at once.
+
+    Which rows make up a chunk is settled on the CPU. With hidden on a GPU and index_c and index_u on the CPU, as
+    `pair_positions` makes them there, no step of this waits for the GPU.
     """
     num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
     if len(index_c) != len(index_u):
         raise ValueError(f"index_c and index_u must pair up, but are {len(index_c)} and {len(index_u)} long")
     lam = torch.as_tensor(lam, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    lam = lam.expand(len(index_c))
     loss, ntp_sum, mix_sum = _ChunkedLoss.apply(
-        hidden, weight, targets, index_c, index_u, lam.expand(len(index_c)), ntp_weight / num_supervised, mu / num_mixed
+        hidden, weight, targets, index_c, index_u, lam, ntp_weight / num_supervised, mu / num_mixed, log_p
     )
     return loss, ntp_sum / num_supervised, mix_sum / num_mixed
 
 
-CHUNK_ELEMENTS = 2**23  # logits of a chunk, 32 MB in float32: a few such buffers live at once, whatever S is
-MIN_CHUNK_ROWS = 256  # fewer, and a chunk spends its time on reading W and writing W's gradient
+def chunk_rows(vocab_size: int, device_type: str = "cpu") -> int:
+    """How many rows of logits `sftmix_loss` holds at once.
 
-
-def chunk_rows(vocab_size: int) -> int:
-    """How many rows of logits `sftmix_loss` holds at once."""
-    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+    Fewer, and a chunk spends its time on reading W and adding to W's gradient. More only takes memory: on a GPU 2²⁷
+    logits are 256 MB in bf16, and on a CPU 2²² are 16 MB in float32, which the allocator need not ask the system for.
+    """
+    elements, fewest = (2**27, 1024) if device_type == "cuda" else (2**22, 256)
+    return max(fewest, elements // vocab_size)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m), with both gradients computed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, index_c, index_u, lam, a, b):
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        product_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype  # of matrix products alone
+    def forward(ctx, hidden, weight, targets, index_c, index_u, lam, a, b, log_p_out):
+        device = hidden.device
+        autocast = torch.is_autocast_enabled(device.type)
+        product_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype  # of matrix products alone
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of everything that is summed or exponentiated
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if want_hidden else None  # [S, D]
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if want_weight else None  # [V, D]
-        ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
+        gradient_by_logits = _fused() if device.type == "cuda" else _gradient_by_logits
 
-        # A row that k mixed positions use comes by k times; each time it brings 1/k of its own −log p.
-        seen = torch.bincount(torch.cat([index_c, index_u]), minlength=len(hidden))  # [S]
-        share = 1 / seen.clamp(min=1).to(sum_dtype)  # [S]
-        lam = lam[:, None]  # [M, 1]
-
-        with torch.autocast(device_type, enabled=False):
+        order, times, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
+        order, times = order.to(device, non_blocking=True), times.to(device, non_blocking=True)
+        share = 1 / times.to(sum_dtype)  # [S]
+        with torch.autocast(device.type, enabled=False):
             W = weight.to(product_dtype)
-            for rows, m in _chunks(seen, index_c, index_u, chunk_rows(len(weight))):
+            for of_rows, of_mixed in chunks:
                 # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
-                k = len(m)
-                z, y, own, lam_m = hidden[rows].to(product_dtype), targets[rows], share[rows], lam[m]
-                logits = (z @ W.T).to(sum_dtype)  # [R, V]: the one lm_head product
-                mixed = lam_m * logits[:k] + (1 - lam_m) * logits[k : 2 * k]  # [k, V] = W z̃, fact 2
-
-                log_p = logits.log_softmax(-1)
-                log_p_mixed = mixed.log_softmax(-1)
-                y, y_c, y_u = y[:, None], y[:k, None], y[k : 2 * k, None]
-                ce_c, ce_u = -log_p_mixed.gather(1, y_c), -log_p_mixed.gather(1, y_u)  # [k, 1]
-                ntp_sum = ntp_sum - (own[:, None] * log_p.gather(1, y)).sum()  # Σ −log p(y_s)
-                mix_sum = mix_sum + (lam_m * ce_c + (1 - lam_m) * ce_u).sum()  # Σ H(ỹ_m, p̃_m), fact 1
-                if not (want_hidden or want_weight):
-                    continue
-
-                # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2
-                # λ of that flows to the confident row and 1−λ to the unconfident one.
-                scale = a * own[:, None]  # [R, 1]
-                grad = log_p.exp_().mul_(scale).scatter_add_(1, y, -scale)  # [R, V]
-                grad_mixed = log_p_mixed.exp_().scatter_add_(1, y_c, -lam_m).scatter_add_(1, y_u, lam_m - 1).mul_(b)
-                grad[:k].addcmul_(lam_m, grad_mixed)
-                grad[k : 2 * k].addcmul_(1 - lam_m, grad_mixed)
-                grad = grad.to(product_dtype)
+                rows, lam_m = order[of_rows], lam[of_mixed, None]  # [R], [k, 1]
+                z, y, own = hidden[rows].to(product_dtype), targets[rows, None], share[rows, None]  # [R, D], 2 of [R, 1]
+                logits = z @ W.T  # [R, V]: the one lm_head product
+                grad, log_p, ce_mixed = gradient_by_logits(logits, y, own, lam_m, a, b, sum_dtype)
+                ntp_sum = ntp_sum - (own * log_p).sum()  # Σ −log p(y_s)
+                mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
+                if log_p_out is not None:
+                    log_p_out[rows] = log_p[:, 0].to(log_p_out.dtype)
                 if want_hidden:
                     grad_hidden.index_add_(0, rows, (grad @ W).to(sum_dtype))
                 if want_weight:
-                    grad_weight += grad.T @ z
+                    _add_product_(grad_weight, grad.T, z)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(ntp_sum, mix_sum)
@@ -191,15 +194,68 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad is None else (grad_loss * grad).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
-def _chunks(seen, index_c, index_u, size: int):
-    """Cut the rows into chunks of at most `size`: -> (rows, the mixed positions they make up), pairs together."""
-    positions = torch.arange(len(index_c), device=seen.device)
-    for m in positions.split(size // 2):
-        if len(m):
-            yield torch.cat([index_c[m], index_u[m]]), m
-    for rows in (seen == 0).nonzero()[:, 0].split(size):
-        if len(rows):
-            yield rows, positions[:0]
+def _gradient_by_logits(logits, y, own, lam, a: float, b: float, sum_dtype):
+    """Everything about a chunk that is no matrix product, in place where it can be; on a GPU fused into a few kernels.
+
+    logits [R, V], y int64 and own [R, 1], lam [k, 1] -> (gradient of the loss by the logits [R, V], log p(y) [R, 1],
+    H(ỹ, p̃) [k, 1]); rows are laid out as `_ChunkedLoss` lays them out.
+    """
+    k = len(lam)
+    y_c, y_u = y[:k], y[k : 2 * k]
+    product_dtype, logits = logits.dtype, logits.to(sum_dtype)
+    mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
+    total, (log_p,) = _exponentiate_(logits, y)
+    total_mixed, (log_p_c, log_p_u) = _exponentiate_(mixed, y_c, y_u)
+    ce_mixed = -(lam * log_p_c + (1 - lam) * log_p_u)  # H(ỹ, p̃), fact 1
+
+    # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2 λ of that
+    # flows to the confident row and 1−λ to the unconfident one.
+    grad = logits.mul_(a * own / total).scatter_add_(1, y, -a * own)
+    grad_mixed = mixed.mul_(b / total_mixed).scatter_add_(1, y_c, -b * lam).scatter_add_(1, y_u, b * (lam - 1))
+    grad[:k].addcmul_(lam, grad_mixed)
+    grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
+    return grad.to(product_dtype), log_p, ce_mixed
+
+
+def _exponentiate_(logits, *gold):
+    """Turn logits [R, V] into exp(logits − max), in place: -> (their sums [R, 1], log p of each gold token [R, 1])."""
+    top = logits.amax(-1, keepdim=True)
+    above = [logits.gather(1, y) - top for y in gold]
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return total, [x - total.log() for x in above]
+
+
+@functools.cache
+def _fused():
+    """`_gradient_by_logits`, compiled for chunks of any size."""
+    return torch.compile(_gradient_by_logits, dynamic=True)
+
+
+def _add_product_(total, a, b):
+    """total += a @ b, without a copy of the product where the dtypes allow."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _chunks(num_rows: int, index_c, index_u, size: int):
+    """Cut rows into chunks of at most `size`, pairs together: -> (order of the rows, times [S], chunks).
+
+    A chunk is a slice of that order and a slice of the mixed positions. A row that k mixed positions use comes by k
+    times, and each time brings 1/k of its own −log p.
+    """
+    seen = torch.bincount(torch.cat([index_c, index_u]), minlength=num_rows)  # [S]
+    order, chunks, start = [], [], 0
+    for m in range(0, len(index_c), size // 2):
+        mixed = slice(m, min(m + size // 2, len(index_c)))
+        order += [index_c[mixed], index_u[mixed]]
+        chunks.append((slice(start, start + 2 * (mixed.stop - m)), mixed))
+        start = chunks[-1][0].stop
+    order.append((seen == 0).nonzero()[:, 0])  # who meets nobody
+    order = torch.cat(order)
+    chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(start, len(order), size)]
+    return order, seen.clamp(min=1), chunks

@@ -14,6 +14,7 @@ H query heads, K key/value heads (each shared by H/K query heads), d size of a h
 import argparse
 import contextlib
 import difflib
+import functools
 import gc
 import json
 import math
@@ -254,7 +255,7 @@ def _check_positive(name: str, value) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · w, in float32 whatever the dtype of x (Zhang & Sennrich 2019). [.., D] -> [.., D]
+    """x / sqrt(mean(x²) + ε) · w, computed in float32 (Zhang & Sennrich 2019). [.., D] -> [.., D]
 
     What is stored is w less an `offset`, Gemma's being 1.
     """
@@ -265,8 +266,12 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
+        # What comes out enters products, so under autocast it has their dtype: cast once, not by each product anew.
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         weight = self.weight.float() + self.offset
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(dtype)
 
 
 def make_norm(config: ModelConfig, size: int) -> RMSNorm:
@@ -307,13 +312,36 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def packed_attention(q, k, v, lengths):
+class Row(NamedTuple):
+    """How a packed row is laid out: what attention needs to know beside q, k and v."""
+
+    cos: torch.Tensor  # [N, 1, d], as sin: the angles of `rotary_angles`
+    sin: torch.Tensor
+    positions: torch.Tensor  # int64 [N]
+    cu_seqlens: torch.Tensor  # int32 [B+1], in main memory, since it decides which kernels run on what
+    cu_seqlens_on_device: torch.Tensor
+    longest: int  # no example has more tokens; rounded up to a power of two, so that it takes few values
+
+
+def packed_attention(q, k, v, row: Row):
     """Causal attention inside each example of a packed row and nowhere else.
 
-    q [N, H, d], k and v [N, K, d], `lengths` the B examples' lengths, which sum to N -> [N, H, d].
-    One call an example: no padded token is ever computed on, and no mask has to keep examples apart.
+    q [N, H, d], k and v [N, K, d] -> [N, H, d]. No padded token is ever computed on, and no mask has to keep examples
+    apart: a GPU has a kernel that knows the boundaries (FlashAttention's, Dao 2023, which takes 16-bit numbers);
+    elsewhere there is one call an example.
     """
-    out = []
+    grouped = q.shape[1] != k.shape[1]
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # which a CPU need not have
+
+        bounds, longest = row.cu_seqlens_on_device, row.longest
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    return _attention_by_example(q, k, v, row.cu_seqlens)
+
+
+@torch.compiler.disable  # a loop over a number of examples that is never the same
+def _attention_by_example(q, k, v, cu_seqlens):
+    lengths, out = cu_seqlens.diff().tolist(), []
     for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]
         out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -334,17 +362,18 @@ class KVCache:
         self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
         self.layers: list = [None] * config.num_hidden_layers  # of each, once known, [key or value, B, T, K, d]
 
-    def attend(self, layer: int, q, k, v, positions, lengths):
+    def attend(self, layer: int, q, k, v, row: Row):
         """Store k and v [N, K, d] at their positions and attend to all that is stored so far. -> [N, H, d]"""
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(self.shape)
         keys, values = self.layers[layer]  # [B, T, K, d] each
-        sequence = torch.repeat_interleave(torch.tensor(lengths, device=q.device))  # [N]: whose token it is
-        keys[sequence, positions], values[sequence, positions] = k, v
-        if lengths != [1] * len(keys):  # the prompts: nothing comes before them
-            return packed_attention(q, k, v, lengths)
-        reach = int(positions.max()) + 1
-        seen = torch.arange(reach, device=q.device) <= positions[:, None]  # [B, reach]
+        lengths = row.cu_seqlens.diff()
+        sequence = torch.repeat_interleave(lengths).to(q.device)  # [N]: whose token it is
+        keys[sequence, row.positions], values[sequence, row.positions] = k, v
+        if (lengths != 1).any():  # the prompts: nothing comes before them
+            return packed_attention(q, k, v, row)
+        reach = int(row.positions.max()) + 1
+        seen = torch.arange(reach, device=q.device) <= row.positions[:, None]  # [B, reach]
         q, keys, values = (x.transpose(1, 2) for x in (q[:, None], keys[:, :reach], values[:, :reach]))
         out = F.scaled_dot_product_attention(q, keys, values, seen[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
         return out[:, :, 0]
@@ -369,18 +398,14 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, positions, lengths, cache):
+    def forward(self, x, row: Row, cache: KVCache | None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), cos, sin)  # [N, H, d]
-        k = rotate(self.k_norm(k), cos, sin)  # [N, K, d], as v
+        q = rotate(self.q_norm(q), row.cos, row.sin)  # [N, H, d]
+        k = rotate(self.k_norm(k), row.cos, row.sin)  # [N, K, d], as v
         if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
-            out = (
-                packed_attention(q, k, v, lengths)
-                if cache is None
-                else cache.attend(self.layer, q, k, v, positions, lengths)
-            )
+            out = packed_attention(q, k, v, row) if cache is None else cache.attend(self.layer, q, k, v, row)
         return self.o_proj(out.flatten(-2).to(x.dtype))
 
 
@@ -411,9 +436,22 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self.compiled = False
+
+    def forward(self, x, row: Row, cache: KVCache | None):
+        compute = _compiled_block() if self.compiled and cache is None else _compute_block
+        return compute(self, x, row, cache)
+
+
+def _compute_block(block: Block, x, row: Row, cache: KVCache | None):
+    x = x + block.self_attn(block.input_layernorm(x), row, cache)
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+@functools.cache
+def _compiled_block():
+    """The same, compiled once for all blocks and for rows of any length."""
+    return torch.compile(_compute_block, dynamic=True)
 
 
 class Transformer(nn.Module):
@@ -423,7 +461,8 @@ class Transformer(nn.Module):
     `head_weight`, and never needs the logits of a whole row at once.
 
     Set `activation_checkpointing` to keep only each block's input for the backward pass and compute the rest again:
-    a third more work for a fraction of the memory (Chen et al. 2016).
+    a third more work for a fraction of the memory (Chen et al. 2016). `compile_blocks()` has PyTorch fuse what lies
+    between the products.
     """
 
     def __init__(self, config: ModelConfig):
@@ -450,6 +489,11 @@ class Transformer(nn.Module):
         """W of `logits = W z`, [V, D]: the embedding itself where the two are tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks at their first use, with `torch.compile`; names and results stay as they are."""
+        for block in self.model.layers:
+            block.compiled = True
+
     def forward(
         self, tokens, positions=None, cu_seqlens=None, cache: KVCache | None = None, head: Callable | None = None
     ):
@@ -457,21 +501,23 @@ class Transformer(nn.Module):
 
         tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then where each example ends) -> [N, D].
         Positions and cu_seqlens may be left out for a single sequence. With a filled `cache`, each token continues its
-        own sequence at the position given.
+        own sequence at the position given. A GPU is not waited for where cu_seqlens is in main memory.
 
         With `head`, what that makes of the hidden states is returned in their place. Whatever needs `head_weight` goes
         there: of a model sharded over processes, a weight is whole only while its part of the model is at work.
         """
+        device = tokens.device
         if positions is None:
-            positions = torch.arange(len(tokens), device=tokens.device)
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().tolist()
-        else:
-            lengths = [len(tokens)] if cache is None else [1] * len(tokens)
+            positions = torch.arange(len(tokens), device=device)
+        if cu_seqlens is None:  # one sequence, or one token of each
+            cu_seqlens = torch.arange(0, len(tokens) + 1, len(tokens) if cache is None else 1, dtype=torch.int32)
+        bounds = cu_seqlens.cpu(), cu_seqlens.to(device, non_blocking=True)
+        longest = int(bounds[0].diff().max())
         window = self.config.sliding_window
-        if window is not None and max(lengths) > window:
-            raise ValueError(f"an example of {max(lengths)} tokens is longer than sliding_window {window}")
-        cos, sin = rotary_angles(positions, rotary_frequencies(self.config, tokens.device))
+        if window is not None and longest > window:
+            raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
+        angles = rotary_angles(positions, rotary_frequencies(self.config, device))
+        row = Row(*angles, positions, *bounds, longest=1 << (longest - 1).bit_length())
         x = self.model.embed_tokens(tokens)  # [N, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # products are in bf16 then; what they are added to stays precise, however weights are kept
@@ -479,9 +525,9 @@ class Transformer(nn.Module):
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, positions, lengths, cache, use_reentrant=False)
+                x = checkpoint(block, x, row, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, positions, lengths, cache)
+                x = block(x, row, cache)
         hidden = self.model.norm(x)
         return hidden if head is None else head(hidden)
 
@@ -490,13 +536,15 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     @torch.no_grad()
-    def gold_log_probs(self, hidden, targets, chunk: int = 1024):
+    def gold_log_probs(self, hidden, targets, chunk: int = 256):
         """log p(y_n) of the gold tokens, float32: hidden [S, D], targets [S] -> [S], by `chunk` rows of logits."""
-        scores = []
+        scores = [hidden.new_zeros(0, dtype=torch.float32)]
         for z, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = self.logits(z).float()  # [chunk, V]
-            scores.append(logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1))
-        return torch.cat(scores) if scores else hidden.new_zeros(0, dtype=torch.float32)
+            top = logits.amax(-1)
+            gold = logits.gather(-1, y[:, None])[:, 0] - top
+            scores.append(gold - logits.sub_(top[:, None]).exp_().sum(-1).log())
+        return torch.cat(scores)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -963,6 +1011,12 @@ def peak_memory_bytes(device) -> int:
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def fastest_dtype(device) -> str:
+    """`bf16` on a GPU, and on a CPU with tiles for it (AMX); on others bf16 products are slower than float32's."""
+    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if torch.device(device).type == "cuda" or tiles else "fp32"
 
 
 def autocast(device, dtype: str):

@@ -621,7 +621,7 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_pro
         gathered = product * (head + block * (1 if device_type == "cpu" else 2))
     else:  # autocast's bf16 copies, which it keeps to the end of a pass
         gathered = 2 * (head + block * len(layers)) if bf16 else 0
-    rows = min(chunk_rows(vocab_size), work.supervised)
+    rows = min(chunk_rows(vocab_size, device_type), work.supervised)
     made = (product + 4) * (head + (block if num_processes > 1 else 0))  # gradients on their way to being a share
     if bf16 and device_type == "cpu":
         made += 4 * head  # which adds bf16 to float32 by way of a copy

@@ -108,8 +108,7 @@ def test_fast_equals_literal(mu, ntp_weight):
 @pytest.mark.parametrize("rows", [2, 3, 4, 7, 10**6])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_fast_equals_literal_for_any_chunk(monkeypatch, rows, repeats):
-    monkeypatch.setattr(mixup_module, "CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(mixup_module, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(mixup_module, "chunk_rows", lambda *_: rows)
     assert_equal_to_literal(case(repeats=repeats), 0.7)
 
 
@@ -236,4 +235,4 @@ def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
     with LargestTensor() as literal:
         sftmix_loss_literal(*arguments, 0.2)
     assert literal.largest == 4096 * 4096
-    assert fast.largest <= mixup_module.CHUNK_ELEMENTS
+    assert fast.largest <= mixup_module.chunk_rows(4096) * 4096 < literal.largest

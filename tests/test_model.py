@@ -13,6 +13,7 @@ from model import (
     CommandLine,
     KVCache,
     ModelConfig,
+    Row,
     Transformer,
     autocast,
     load_config,
@@ -85,7 +86,9 @@ def test_packed_attention_equals_softmax_written_out():
             for t in range(start, end):
                 scores = k[start : t + 1, head // 2] @ q[t, head] / math.sqrt(8)
                 expected[t, head] = scores.softmax(0) @ v[start : t + 1, head // 2]
-    torch.testing.assert_close(packed_attention(q, k, v, [3, 2]), expected)
+    bounds = torch.tensor([0, 3, 5])
+    row = Row(None, None, None, bounds, bounds, longest=4)
+    torch.testing.assert_close(packed_attention(q, k, v, row), expected)
 
 
 def test_rotation_by_hand():
