@@ -17,24 +17,39 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, Batch, Dataset, encode_examples, load_examples, num_supervised, pack, split_batch
+from data import (
+    IGNORE_INDEX,
+    Batch,
+    Dataset,
+    ahead,
+    cache_folder,
+    encode_file,
+    num_supervised,
+    open_encoded,
+    pack,
+    split_batch,
+)
 from model import (
     CommandLine,
     Transformer,
     autocast,
     empty_model,
+    fastest_dtype,
     find_weights,
     load_config,
     open_model,
     processes,
     rank,
+    read_ahead,
     say,
     sum_over_processes,
     world_size,
@@ -55,42 +70,73 @@ def score_examples(
     scored exactly once, and all get all scores.
     """
     device = model.head_weight.device
-    # Σ p, Σ log p and Σ 1 = N of each example
-    sums = torch.zeros(3, len(encoded), dtype=torch.float64, device=device)
+    tally = Tally([num_supervised(targets) for _, targets in encoded], device)
     batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens, world_size())
-    for examples in batches[rank() :: world_size()]:
-        batch = pack([encoded[i] for i in examples]).to(device)
-        supervised = batch.targets != IGNORE_INDEX
-        log_p = gold_log_probs(model, batch, supervised, dtype).double()  # [S]
-        if examples:
-            owner = torch.repeat_interleave(torch.tensor(examples, device=device), batch.cu_seqlens.diff())
-            sums.index_add_(1, owner[supervised], torch.stack([log_p.exp(), log_p, torch.ones_like(log_p)]))
-    if not sum_over_processes(sums).isfinite().all():
-        raise ValueError(
-            "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
-        )
-    probability, log_probability, count = sums.cpu().numpy()
-    # p_c(i) = (1/N) Σ_n p_c(y_n), and the perplexity exp(−(1/N) Σ_n log p_c(y_n))
-    return probability / count, np.exp(-log_probability / count)
+
+    def prepare(examples: list[int]):
+        batch = pack([encoded[i] for i in examples])
+        rows = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]  # [S]
+        owner = owners(examples, batch)[rows]
+        return batch.to(device), rows.to(device, non_blocking=True), owner.to(device, non_blocking=True)
+
+    for batch, rows, owner in ahead(prepare, batches[rank() :: world_size()]):
+        tally.add(owner, gold_log_probs(model, batch, rows, dtype))
+    return tally.scores()
 
 
-def gold_log_probs(model: Transformer, batch: Batch, supervised, dtype: str):
-    """log p(y_n) at the supervised positions [N] of a packed row: -> float32 [S]"""
+def owners(examples: Sequence[int], batch: Batch) -> torch.Tensor:
+    """Which of the `examples`, laid end to end in a row, each of its tokens belongs to: int64 [N]"""
+    examples = torch.as_tensor(examples or [0])  # an idle row's token is nobody's, and is not supervised
+    return torch.repeat_interleave(examples, batch.cu_seqlens.diff().long())
+
+
+class Tally:
+    """Adds up p and log p over the supervised tokens of each example, from packed rows in any order."""
+
+    def __init__(self, num_supervised: Sequence[int], device):
+        self.num_supervised = np.asarray(num_supervised)  # [N]
+        self.sums = torch.zeros(2, len(num_supervised), dtype=torch.float64, device=device)  # Σ p and Σ log p
+
+    def add(self, owner, log_p) -> None:
+        """Take note of log p(y) [S] at positions of the examples `owner` [S]."""
+        log_p = log_p.double()
+        self.sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p]))
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """(probability [N], perplexity [N]) of what all processes have noted, each token once; it then begins anew."""
+        probability, log_probability = sum_over_processes(self.sums).cpu().numpy() / self.num_supervised
+        self.sums.zero_()
+        if not np.isfinite(log_probability).all():
+            raise ValueError(
+                "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
+            )
+        # p_c(i) = (1/N) Σ_n p_c(y_n), and the perplexity exp(−(1/N) Σ_n log p_c(y_n))
+        return probability, np.exp(-log_probability)
+
+
+def gold_log_probs(model: Transformer, batch: Batch, rows, dtype: str):
+    """log p(y_n) at the supervised positions `rows` [S] of a packed row: -> float32 [S]"""
     with autocast(batch.tokens.device, dtype):
         return model(
             batch.tokens,
             batch.positions,
             batch.cu_seqlens,
-            head=lambda hidden: model.gold_log_probs(hidden[supervised], batch.targets[supervised]),
+            head=lambda hidden: model.gold_log_probs(hidden[rows], batch.targets[rows]),
         )
 
 
 def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype: str, device, file=None) -> "Dynamics":
-    """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each."""
+    """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each.
+
+    While one is at work the next is read from the disk, into the system's cache: as fast to open from there as from
+    this process's memory, which never holds two models.
+    """
     scores = []
-    for folder in folders:
-        scores.append(score_examples(open_model(folder, dtype, device), dataset.encoded, micro_batch_tokens, dtype))
-        say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
+    with ThreadPoolExecutor(1) as background:
+        for folder, following in zip(folders, [*folders[1:], None], strict=True):
+            background.submit(read_ahead, following)
+            scores.append(score_examples(open_model(folder, dtype, device), dataset, micro_batch_tokens, dtype))
+            say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
 
@@ -197,6 +243,20 @@ def split_by_confidence(scores) -> tuple[torch.Tensor, torch.Tensor]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
+def split_fours(scores: torch.Tensor) -> torch.Tensor:
+    """Of each four neighbours, pair the two with the higher score with the two others: scores [4G] -> pairs [2G, 2].
+
+    Among the two and the two it goes by their order, which knows nothing of scores.
+
+    >>> split_fours(torch.tensor([0.3, 0.9, 0.5, 0.1])).tolist()
+    [[1, 0], [2, 3]]
+    """
+    fours = scores.view(len(scores) // 4, 4)
+    order = fours.argsort(dim=1, descending=True, stable=True)  # [G, 4], most confident first
+    halves = order.view(len(order), 2, 2).sort(dim=2).values  # [G, half, 2]
+    return (halves + 4 * torch.arange(len(order))[:, None, None]).transpose(1, 2).reshape(-1, 2)
+
+
 def area_under_roc(scores, positive) -> float:
     """The chance that a positive example scores higher than a negative one, ties counting half (Mann-Whitney U).
 
@@ -286,16 +346,21 @@ def usable_length(path, max_length: int | None) -> int:
     return max_length or min(1024, config.max_length)
 
 
-def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, file=None) -> Dataset:
-    """Read and encode a data file, and say on `file` what became of it; ValueError where nothing is left."""
-    dataset = encode_examples(load_examples(path), tokenizer, template, max_length)
-    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
-    supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
+def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None, file=None) -> Dataset:
+    """Open a data file's encoded form, which process 0 makes where there is none yet, and say on `file` what is in it.
+
+    Raises FileNotFoundError or ValueError where the file is not as it should be.
+    """
+    folder = cache_folder(path, tokenizer, template, max_length, cache)
+    if rank() == 0 and not folder.exists():
+        encode_file(path, tokenizer, template, max_length, folder)
+    while not folder.exists():  # no barrier, whose patience ends: a large file takes its time
+        time.sleep(0.1)
+    dataset = open_encoded(folder)
+    tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
     say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.truncated or dataset.dropped:
         say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)
-    if not dataset.encoded:
-        raise ValueError(f"{path}: no response starts within --max_length {max_length}")
     return dataset
 
 
@@ -304,7 +369,8 @@ def add_data_flags(parser: CommandLine) -> None:
     parser.add_argument("--template", choices=TEMPLATES, help="(default: the model folder's, else alpaca)")
     parser.add_argument("--max_length", type=parser.positive)
     parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: the one with the faster products here)")
+    parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
 
 
 def main(argv=None) -> None:
@@ -335,10 +401,9 @@ def main(argv=None) -> None:
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), usable_length(model, args.max_length)
             template = choose_template(tokenizer, args.template, sys.stderr)
-            dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
-            dynamics = score_checkpoints(
-                args.checkpoints, dataset, args.micro_batch_tokens, args.dtype, device, sys.stderr
-            )
+            dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+            dtype = args.dtype or fastest_dtype(device)
+            dynamics = score_checkpoints(args.checkpoints, dataset, args.micro_batch_tokens, dtype, device, sys.stderr)
             if rank() == 0:
                 dynamics.save(args.output)
         if args.plot and rank() == 0:

@@ -1,7 +1,8 @@
 """Data, from a file to what a training step eats: text → `Example` → ids and targets → `Batch`.
 
-In order: the formats (`load_examples`), the encoding (`encode_example`), the packed row (`pack`), who is trained on
-when (`epoch_order`, `paired_order`, `split_batch`), and the demo corpus that needs no file at all (`demo_corpus`).
+In order: the formats (`load_examples`), the encoding (`encode_example`) and its cache on disk (`encode_file`), the
+packed row (`pack`), who is trained on when (`epoch_order`, `paired_order`, `split_batch`), and the demo corpus that
+needs no file at all (`demo_corpus`).
 
 Letters: N tokens in the packed row, B examples in it.
 """
@@ -11,14 +12,22 @@ import hashlib
 import heapq
 import json
 import math
+import multiprocessing
+import os
+import shutil
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tokenizer import INPUT_HEADING, Tokenizer
 
@@ -43,32 +52,68 @@ def load_examples(path) -> list[Example]:
     Raises FileNotFoundError or ValueError naming file, line (or record, in a `.json` file) and what is wrong with it.
     """
     path = Path(path)
+    examples = [example for part in _parts(path) for example in _read(path, part)]
+    if not examples:
+        raise ValueError(f"{path}: no records in it")
+    ids = _told_apart((example.id for example in examples), Counter())
+    return [Example(example_id, example.messages) for example_id, example in zip(ids, examples, strict=True)]
+
+
+def _told_apart(ids: Iterable[str], repeats: Counter) -> Iterator[str]:
+    """The same ids, of those seen before (`repeats` counts) with a number."""
+    for content_id in ids:
+        repeats[content_id] += 1
+        yield content_id if repeats[content_id] == 1 else f"{content_id}-{repeats[content_id]}"
+
+
+class _Part(NamedTuple):
+    """A stretch of a data file that is read at once."""
+
+    start: int  # bytes
+    end: int
+    line: int  # the number of its first
+
+
+PART_BYTES = 2**22
+
+
+def _parts(path: Path) -> list[_Part]:
+    """Cut a `.jsonl` file at ends of lines into parts of about PART_BYTES; a `.json` file is one part."""
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: data files end in .jsonl (a record a line) or .json (a list of records)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
+    if path.suffix == ".json":
+        return [_Part(0, path.stat().st_size, 1)]
+    parts, start, line = [], 0, 1
+    with open(path, "rb") as file:
+        while block := file.read(PART_BYTES) + file.readline():
+            parts.append(_Part(start, start + len(block), line))
+            start, line = parts[-1].end, line + block.count(b"\n")
+    return parts
+
+
+def _read(path: Path, part: _Part) -> Iterator[Example]:
+    """The examples of a part, a repeat still under the id of what it repeats."""
+    with open(path, "rb") as file:
+        file.seek(part.start)
+        content = file.read(part.end - part.start)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig" if part.start == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = part.line + content[: error.start].count(b"\n")
         raise ValueError(f"{path}:{line}: not UTF-8 text; save the file in that encoding") from None
-    examples, repeats = [], Counter()
-    for place, record in _json_lines(path, text) if path.suffix == ".jsonl" else _json_list(path, text):
+    for place, record in _json_lines(path, text, part.line) if path.suffix == ".jsonl" else _json_list(path, text):
         try:
             messages = _to_messages(record)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-        repeats[content_id] += 1
-        number = repeats[content_id]
-        examples.append(Example(content_id if number == 1 else f"{content_id}-{number}", messages))
-    if not examples:
-        raise ValueError(f"{path}: no records in it")
-    return examples
+        yield Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
 
 
-def _json_lines(path: Path, text: str):
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(), which cuts at U+2028 inside a string
+def _json_lines(path: Path, text: str, first_line: int):
+    lines = text.split("\n")  # not splitlines(), which cuts at U+2028 inside a string
+    for number, line in enumerate(lines, start=first_line):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -180,41 +225,196 @@ def num_supervised(targets: torch.Tensor) -> int:
     return int((targets != IGNORE_INDEX).sum())
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Examples that have something to learn, as they are and encoded, and the count of those that lost something."""
+@dataclass(frozen=True, eq=False)
+class Dataset(Sequence):
+    """Examples that have something to learn, encoded: `dataset[i]` is (tokens, targets), int32, as `encode_example`'s.
 
-    examples: list[Example]
-    encoded: list[tuple[torch.Tensor, torch.Tensor]]  # (tokens, targets), int32, see encode_example
+    What it is made of are arrays, all examples end to end, which may lie on disk and be mapped into memory.
+    """
+
+    ids_end_to_end: np.ndarray  # int32: each example's tokens and the one after its last
+    learnt: np.ndarray  # bool, of the same length: whether it is a target
+    lengths: np.ndarray  # int64 [N] tokens of each example
+    num_supervised: np.ndarray  # int64 [N] targets of each example
+    names: np.ndarray  # bytes [N]: the examples' ids
     truncated: int = 0  # longer than max_length; their first max_length positions are here
     dropped: int = 0  # not here: nothing supervised within max_length
 
+    @classmethod
+    def of(cls, encoded: Sequence[tuple], names: Sequence[str] | None = None) -> "Dataset":
+        """A data set of (tokens, targets), in memory; without `names` the examples' ids are their numbers."""
+        ids = [torch.cat([tokens, targets[-1:].clamp(min=0)]) for tokens, targets in encoded]
+        learnt = [F.pad(targets != IGNORE_INDEX, (1, 0)) for _, targets in encoded]
+        return cls(
+            torch.cat(ids).int().numpy(),
+            torch.cat(learnt).numpy(),
+            np.array([len(tokens) for tokens, _ in encoded]),
+            np.array([num_supervised(targets) for _, targets in encoded]),
+            np.array(names or range(len(encoded))).astype(bytes),
+        )
+
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.lengths)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths + 1)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self._ends[i]
+        span = slice(end - self.lengths[i] - 1, end)
+        ids, learnt = torch.from_numpy(self.ids_end_to_end[span].copy()), torch.from_numpy(self.learnt[span].copy())
+        return ids[:-1], ids[1:].masked_fill(~learnt[1:], IGNORE_INDEX)
 
     @property
     def ids(self) -> list[str]:
         """The examples' ids, in order."""
-        return [example.id for example in self.examples]
+        return [name.decode() for name in self.names.tolist()]
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
     """Encode all examples, leaving out (and counting) those whose response starts beyond `max_length`."""
-    kept, encoded, truncated, dropped = [], [], 0, 0
+    ids, learnt, lengths, counts, names = array("i"), bytearray(), [], [], []
+    truncated = dropped = 0
     for example in examples:
-        # One token more than allowed tells a truncated example from one that just fits.
-        tokens, targets = (
-            torch.tensor(x, dtype=torch.int32) for x in encode_example(example, tokenizer, template, max_length + 1)
-        )
-        too_long = len(tokens) > max_length
-        tokens, targets = tokens[:max_length], targets[:max_length]
-        if num_supervised(targets):
-            truncated += too_long
-            kept.append(example)
-            encoded.append((tokens, targets))
-        else:
+        new, new_learnt = tokenizer.apply_template(example.messages, template)
+        kept, kept_learnt = new[: max_length + 1], new_learnt[: max_length + 1]
+        count = sum(kept_learnt[1:])
+        if count == 0:
             dropped += 1
-    return Dataset(kept, encoded, truncated, dropped)
+            continue
+        truncated += len(new) > len(kept)
+        ids.extend(kept)
+        learnt.extend(kept_learnt)
+        lengths.append(len(kept) - 1)
+        counts.append(count)
+        names.append(example.id)
+    return Dataset(
+        np.array(ids, dtype=np.int32),
+        np.frombuffer(learnt, dtype=np.bool_),
+        np.array(lengths, dtype=np.int64),
+        np.array(counts, dtype=np.int64),
+        np.array(names, dtype=_ARRAYS["names"]),
+        truncated,
+        dropped,
+    )
+
+
+# --- The cache: a file is encoded once --------------------------------------------------------------------------------
+
+_ARRAYS = {"ids_end_to_end": "<i4", "learnt": "?", "lengths": "<i8", "num_supervised": "<i8", "names": "S32"}
+
+
+def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
+    """Where a data file is kept encoded: named by the content of the file, and by all that makes ids of it.
+
+    `cache` is a folder for all of them, by default `sftmix` in the user's cache. Raises FileNotFoundError.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    code = [(Path(__file__).parent / name).read_bytes() for name in ("data.py", "tokenizer.py")]
+    settings = repr((path.suffix, template, max_length)).encode()
+    for content in (*code, tokenizer.fingerprint, settings):
+        digest.update(hashlib.sha256(content).digest())
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(cache or users / "sftmix") / digest.hexdigest()[:32]
+
+
+def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
+    """Encode a data file into `folder`, part by part and with as many processes as there are cores.
+
+    Neither the text nor the ids are ever in memory as a whole. The folder is there only once all of it is.
+    Raises ValueError where `load_examples` would, and where no example is left.
+    """
+    path = Path(path)
+    parts = _parts(path)
+    encode = partial(_encode_part, path, tokenizer, template, max_length)
+    partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}")
+    partial_folder.mkdir(parents=True)
+    counts, repeats = Counter(), Counter()
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(partial_folder / name, "wb")) for name in _ARRAYS}
+            for dataset in _over_cores(encode, parts, stack):
+                counts += Counter(
+                    examples=len(dataset),
+                    tokens=len(dataset.learnt),
+                    truncated=dataset.truncated,
+                    dropped=dataset.dropped,
+                )
+                names = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["names"])
+                for name, file in files.items():
+                    (names if name == "names" else getattr(dataset, name)).tofile(file)
+        if counts["examples"] + counts["dropped"] == 0:
+            raise ValueError(f"{path}: no records in it")
+        if counts["examples"] == 0:
+            raise ValueError(f"{path}: no response starts within --max_length {max_length}")
+        (partial_folder / "counts.json").write_text(json.dumps(counts))
+        if not folder.exists():
+            partial_folder.rename(folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _encode_part(path: Path, tokenizer: Tokenizer, template: str, max_length: int, part: _Part) -> Dataset:
+    return encode_examples(_read(path, part), tokenizer, template, max_length)
+
+
+def _over_cores(function: Callable, items: list, stack: ExitStack) -> Iterator:
+    """`map(function, items)`, by as many processes as there are cores; one of them where there is one item."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(items))
+    if workers <= 1:
+        return map(function, items)
+    forks = "fork" in multiprocessing.get_all_start_methods()  # then they need not import everything anew
+    context = multiprocessing.get_context("fork" if forks else None)
+    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _set_task, (function,)))
+    return pool.map(_do_task, items)
+
+
+def _set_task(function: Callable) -> None:
+    """Give a process of `_over_cores` its task: a tokenizer goes with it, too large to send along with each item."""
+    _do_task.function = function
+
+
+def _do_task(item):
+    return _do_task.function(item)
+
+
+def open_encoded(folder: Path) -> Dataset:
+    """Open what `encode_file` left, mapped into memory: nothing is read before it is used.
+
+    Raises ValueError where it is not whole.
+    """
+    try:
+        counts = json.loads((folder / "counts.json").read_text())
+        arrays = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in _ARRAYS.items()}
+        whole = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
+    except (ValueError, KeyError, TypeError, OSError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again")
+    return Dataset(*arrays.values(), counts.get("truncated", 0), counts.get("dropped", 0))
+
+
+def ahead(make: Callable, items: Iterable) -> Iterator:
+    """`make(item)` for each item in turn, each made in the background while the one before it is in use.
+
+    >>> list(ahead(str, [1, 2, 3]))
+    ['1', '2', '3']
+    """
+    with ThreadPoolExecutor(max_workers=1) as background:
+        coming = None
+        for item in items:
+            ready, coming = coming, background.submit(make, item)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 # --- The packed row ---------------------------------------------------------------------------------------------------
@@ -230,8 +430,15 @@ class Batch:
     cu_seqlens: torch.Tensor  # int32 [B+1]: 0, then where each example ends
 
     def to(self, device) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        """The same batch on `device`, but for cu_seqlens, which stay in main memory: the work is laid out by them."""
+        return Batch(*(to_device(x, device) for x in (self.tokens, self.targets, self.positions)), self.cu_seqlens)
+
+
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on `device`; nobody waits for the copy, which a GPU makes from pinned memory while it computes."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack(encoded: Sequence[tuple]) -> Batch:

@@ -8,17 +8,19 @@ Letters: B sequences generated together, N examples, D hidden size, V vocabulary
 import json
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from confidence import add_data_flags, choose_template, load_dataset, load_tokenizer, score_examples, usable_length
-from data import Dataset, Example, num_supervised, pack
+from data import Dataset, Example, load_examples, num_supervised, pack
 from model import (
     CommandLine,
     KVCache,
     Transformer,
     autocast,
+    fastest_dtype,
     open_model,
     processes,
     rank,
@@ -140,15 +142,21 @@ MATCH_TOKENS = 32  # exact match is asked of short answers: every held-out respo
 
 
 def evaluate(
-    model: Transformer, held_out: Dataset, tokenizer: Tokenizer, template: str, micro_batch_tokens: int, dtype: str
+    model: Transformer,
+    held_out: Dataset,
+    read_examples: Callable[[], list[Example]],
+    tokenizer: Tokenizer,
+    template: str,
+    micro_batch_tokens: int,
+    dtype: str,
 ) -> dict:
-    """Held-out loss and, where all responses are whole and short, exact match (else None)."""
-    result = held_out_loss(model, held_out.encoded, micro_batch_tokens, dtype)
-    longest = max(num_supervised(targets) for _, targets in held_out.encoded)
-    plain = any(example.messages[-1]["role"] == "text" for example in held_out.examples)
-    if held_out.truncated or held_out.dropped or plain or longest > MATCH_TOKENS:
-        return result | {"accuracy": None, "accuracy_interval": None}
-    return result | exact_match(model, held_out.examples, tokenizer, template, dtype)
+    """Held-out loss and, where all responses are whole and short, exact match (else None), for which texts are read."""
+    result = held_out_loss(model, held_out, micro_batch_tokens, dtype)
+    if not (held_out.truncated or held_out.dropped or held_out.num_supervised.max() > MATCH_TOKENS):
+        examples = read_examples()
+        if all(example.messages[-1]["role"] == "assistant" for example in examples):
+            return result | exact_match(model, examples, tokenizer, template, dtype)
+    return result | {"accuracy": None, "accuracy_interval": None}
 
 
 def table(results: dict[str, dict]) -> str:
@@ -178,13 +186,16 @@ def main(argv=None) -> None:
     with processes() as device:
         tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
         template = choose_template(tokenizer, args.template, sys.stderr)
-        dataset = load_dataset(args.data, tokenizer, template, max_length, sys.stderr)
-        model = open_model(args.model, args.dtype, device)
+        dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+        dtype = args.dtype or fastest_dtype(device)
+        model = open_model(args.model, dtype, device)
         if args.measure == "perplexity":
-            result = held_out_loss(model, dataset.encoded, args.micro_batch_tokens, args.dtype)
+            result = held_out_loss(model, dataset, args.micro_batch_tokens, dtype)
             result["perplexity"] = math.exp(result["loss"])
         else:
-            result = exact_match(model, dataset.examples, tokenizer, template, args.dtype)
+            kept = set(dataset.ids)
+            examples = [example for example in load_examples(args.data) if example.id in kept]
+            result = exact_match(model, examples, tokenizer, template, dtype)
             result["examples"] = len(dataset)
         say(json.dumps(result | {"truncated": dataset.truncated, "dropped": dataset.dropped}))
 

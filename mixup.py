@@ -172,7 +172,11 @@ class _ChunkedLoss(torch.autograd.Function):
             for of_rows, of_mixed in chunks:
                 # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
                 rows, lam_m = order[of_rows], lam[of_mixed, None]  # [R], [k, 1]
-                z, y, own = hidden[rows].to(product_dtype), targets[rows, None], share[rows, None]  # [R, D], 2 of [R, 1]
+                z, y, own = (
+                    hidden[rows].to(product_dtype),
+                    targets[rows, None],
+                    share[rows, None],
+                )  # [R, D], [R, 1] each
                 logits = z @ W.T  # [R, V]: the one lm_head product
                 grad, log_p, ce_mixed = gradient_by_logits(logits, y, own, lam_m, a, b, sum_dtype)
                 ntp_sum = ntp_sum - (own * log_p).sum()  # Σ −log p(y_s)

@@ -763,6 +763,14 @@ def read_weights(model: Transformer, path, device) -> None:
                     own_rows(parameter).copy_(weights.get_slice(name)[first:end])
 
 
+def read_ahead(path) -> None:
+    """Read a folder's weights (None: nothing) into the system's cache, so that opening them soon need not wait."""
+    for file in _weight_files(Path(path)) if path and _speaks_for_its_machine() else []:
+        with open(file, "rb") as weights:
+            while weights.read(2**24):
+                pass
+
+
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder: the one, or the shards that its index names."""
     file, index = path / "model.safetensors", path / INDEX_FILE

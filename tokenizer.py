@@ -123,6 +123,12 @@ class Tokenizer:
         )
         return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": _to_json(_LLAMA_CONFIG)})
 
+    @property
+    def fingerprint(self) -> bytes:
+        """What the ids of a text depend on, as bytes: where these are the same, so are the ids."""
+        rules = (self._space_after_special, self._space_before_space, sorted(self.files.items()))
+        return repr(rules).encode()
+
     def id_of(self, token: str | None) -> int | None:
         """The id of a special token, by its name; None where there is none."""
         return None if token is None else self._model.id_of(token)

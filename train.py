@@ -13,8 +13,11 @@ Four stages, each of which leaves its product in the output folder:
 Every model is evaluated on the held-out data; `results.json` and the last table set them side by side.
 """
 
+import contextlib
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,6 +31,7 @@ import torch
 
 from confidence import (
     Dynamics,
+    Tally,
     area_under_roc,
     check_models,
     choose_template,
@@ -35,20 +39,22 @@ from confidence import (
     load_tokenizer,
     score_checkpoints,
     split_by_confidence,
+    split_fours,
     usable_length,
 )
 from data import (
     IGNORE_INDEX,
     Batch,
     Dataset,
+    ahead,
     demo_corpus,
     draw_lambda,
     epoch_order,
     load_examples,
-    num_supervised,
     pack,
     paired_order,
     split_batch,
+    to_device,
 )
 from eval import evaluate, table
 from mixup import chunk_rows, pair_positions, sftmix_loss
@@ -60,6 +66,7 @@ from model import (
     autocast,
     barrier,
     empty_model,
+    fastest_dtype,
     open_model,
     peak_memory_bytes,
     processes,
@@ -100,7 +107,11 @@ class TrainConfig:
     eval_data: str | None = _flag(None, "held-out examples to evaluate every model on")
     output: str | None = _flag(None, "folder for everything the run makes (the demo's: runs/demo)")
     stage: str = _flag("all", "which part of the recipe to run", choices=("all", *STAGES))
-    confidence: str | None = _flag(None, "split by the scores in this file instead of the reference run's")
+    confidence: str | None = _flag(
+        None,
+        "split by the scores in this file instead of the reference run's; or, given the word 'online', by what the "
+        "SFTMix run itself sees, which then needs no reference run",
+    )
     confidence_by: str = _flag("probability", "measure to split by", choices=("probability", "perplexity"))
     pairing: str = _flag(
         "confidence", "mix across the halves, or (a control) at random", choices=("confidence", "random")
@@ -121,11 +132,17 @@ class TrainConfig:
         "how a conversation is laid out (default: the model folder's chat_template, else alpaca)",
         choices=tuple(TEMPLATES),
     )
-    dtype: str = _flag("bf16", "of matrix products; weights stay float32", choices=("bf16", "fp32"))
+    dtype: str | None = _flag(
+        None,
+        "of matrix products; weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
+        choices=("bf16", "fp32"),
+    )
     save_dtype: str = _flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
     lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = _flag(16.0, "an adapter's share is scaled by lora_alpha / lora_rank", above=0)
     activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory")
+    compile: bool = _flag(False, "have PyTorch fuse what lies between products: half a minute to begin, then faster")
+    cache: str | None = _flag(None, "where encoded data is kept, for all processes (default: ~/.cache/sftmix)")
     seed: int = _flag(0, "of every random draw", at_least=0, below=2**63)
     log_every: int = _flag(10, "steps between progress lines", at_least=1)
     dry_run: int | None = _flag(
@@ -149,10 +166,19 @@ class TrainConfig:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
         if self.stage == "confidence" and self.confidence is not None:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
+        if self.online and self.pairing == "random":
+            raise ValueError("--confidence online: --pairing random makes no use of it")
+        if self.online and self.epochs == 1 and self.batch_size % 4:
+            raise ValueError(f"--batch_size {self.batch_size}: must be a multiple of 4 for one epoch online")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
         for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(f"--{one} {getattr(self, one)}: needs --{other} too (without --model the demo runs)")
+
+    @property
+    def online(self) -> bool:
+        """Whether the SFTMix run finds out by itself who is confident."""
+        return self.confidence == "online"
 
 
 # The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
@@ -220,8 +246,17 @@ class MicroBatch:
     """What one forward and backward pass works on."""
 
     batch: Batch
-    pairs: torch.Tensor  # int64 [P, 2]: examples of the batch, confident then unconfident
-    lam: torch.Tensor  # float32 [P]
+    rows: torch.Tensor  # int64 [S]: the supervised positions
+    example: torch.Tensor  # int64 [S]: whose they are, by number in the batch
+    members: torch.Tensor  # int64 [B]: the examples of the batch, by number in the data set
+    lam: torch.Tensor  # float32 [P]: of each pair
+    # Who meets whom, from `pair_positions`, in main memory; None where the model has yet to say who is confident.
+    meeting: tuple | None
+
+    def to(self, device) -> "MicroBatch":
+        """The same on `device`, copied while the device is at work: nobody waits."""
+        tensors = (self.rows, self.example, self.members, self.lam)
+        return MicroBatch(self.batch.to(device), *(to_device(x, device) for x in tensors), self.meeting)
 
 
 @dataclass(frozen=True)
@@ -230,77 +265,115 @@ class Step:
 
     micro_batches: list[MicroBatch]
     num_supervised: int  # over all processes
-    num_mixed: int
+    num_mixed: float
     num_tokens: int
 
 
-def deal(lengths: list[int], num_pairs: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
-    """Deal examples into micro-batches, as many for each process (some may be empty), the first of them by pairs.
+def deal(lengths: list[int], group: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
+    """Deal examples into micro-batches, as many for each process (some may be empty), neighbours by the `group`.
 
-    >>> deal([30, 10, 20, 20, 5], num_pairs=2, max_tokens=50, num_processes=1)
+    >>> deal([30, 10, 20, 20, 5], group=2, max_tokens=50, num_processes=1)
     [[(0, 1), (4,)], [(2, 3)]]
     """
-    units = [(2 * p, 2 * p + 1) for p in range(num_pairs)] + [(i,) for i in range(2 * num_pairs, len(lengths))]
+    whole = len(lengths) - len(lengths) % group
+    units = [tuple(range(i, i + group)) for i in range(0, whole, group)] + [(i,) for i in range(whole, len(lengths))]
     bins = split_batch([sum(lengths[i] for i in unit) for unit in units], max_tokens, num_processes)
     return [[units[u] for u in members] for members in bins]
 
 
-def make_step(dataset: Dataset, chosen: np.ndarray, lam: torch.Tensor, micro_batch_tokens: int) -> Step:
-    """Deal a global batch out: `chosen` examples, of which the first 2·P are P pairs (0 with 1, 2 with 3, …), lam [P].
+def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch_tokens: int, device="cpu") -> Step:
+    """Deal a global batch out, groups of neighbours in `chosen` staying together: lam [P], P pairs in all.
 
-    The two members of a pair stay together. Whoever meets nobody is trained on with NTP alone.
+    `group` is 1: nobody meets anybody. 2: 0 meets 1, 2 meets 3, …, confident first. 4: of 0 to 3, of 4 to 7, … the
+    model will say which two are confident. Those left over are trained on with NTP alone.
     """
-    examples = [dataset.encoded[i] for i in chosen]
-    lengths = [len(tokens) for tokens, _ in examples]
-    supervised = [num_supervised(targets) for _, targets in examples]
+    lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
     micro_batches = []
-    for units in deal(lengths, len(lam), micro_batch_tokens, world_size())[rank() :: world_size()]:
-        pairs = [unit for unit in units if len(unit) == 2]  # these go first, so that pair p is examples 2p and 2p+1
-        members = [i for pair in pairs for i in pair] + [unit[0] for unit in units if len(unit) == 1]
-        indices = torch.arange(2 * len(pairs)).view(-1, 2)
-        drawn = lam[[pair[0] // 2 for pair in pairs]]
-        micro_batches.append(MicroBatch(pack([examples[i] for i in members]), indices, drawn))
-    num_mixed = sum(min(supervised[2 * p], supervised[2 * p + 1]) for p in range(len(lam)))
-    return Step(micro_batches, sum(supervised), num_mixed, sum(lengths))
+    for units in deal(lengths.tolist(), group, micro_batch_tokens, world_size())[rank() :: world_size()]:
+        units.sort(key=len, reverse=True)  # groups first, so that pair p is examples 2p and 2p+1
+        members = [i for unit in units for i in unit]
+        batch = pack([dataset[i] for i in chosen[members]])
+        pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
+        rows = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]
+        example = torch.repeat_interleave(batch.cu_seqlens.diff().long())[rows]
+        neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
+        meeting = None if group == 4 else pair_positions(batch.targets, batch.cu_seqlens, neighbours)
+        members = torch.from_numpy(chosen[members])
+        micro_batches.append(MicroBatch(batch, rows, example, members, lam[pairs], meeting).to(device))
+    return Step(micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
 
 
-def compute_gradients(model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str) -> torch.Tensor:
+def expected_mixed(counts: np.ndarray, group: int) -> float:
+    """How many positions will be mixed: Σ min(N^c, N^u), averaged over the ways in which a group can fall into pairs.
+
+    Among 4 there are 3 ways, and each two meet in one of them. What the mean divides by must be known before any of
+    the batch is computed on.
+
+    >>> expected_mixed(np.array([5, 7]), group=2), expected_mixed(np.array([1, 2, 3, 9]), group=4)
+    (5.0, 3.3333333333333335)
+    """
+    if group == 1:
+        return 0.0
+    groups = np.sort(counts[: len(counts) - len(counts) % group].reshape(-1, group))  # each by number, ascending
+    # Of its pairs with those after it, each is the smaller one.
+    return float((groups @ np.arange(group - 1, -1, -1)).sum() / (group - 1))
+
+
+def compute_gradients(
+    model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str, tally=None, by: str = "probability"
+) -> torch.Tensor:
     """Leave in `.grad` the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
     Every micro-batch's sums are divided by the **global** counts, so adding up gradients, over micro-batches here and
     over processes in `model.shard`, gives the gradient of the global mean: the same for any number of either.
+    A `tally` takes note of log p(y) on the way; `by` is the measure that splits groups of four.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in step.micro_batches:
-        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype)
+        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype, tally, by)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
     return losses
 
 
-def compute_loss(model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str):
+def compute_loss(
+    model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str, tally, by: str
+):
     """A micro-batch's part of L = L_NTP + μ L_Mixup: -> (loss, ntp, mix), of which the first carries gradients."""
-    device = model.head_weight.device
-    batch = micro_batch.batch.to(device)
-    supervised = batch.targets != IGNORE_INDEX  # [N]
-    index_c, index_u, pair = pair_positions(batch.targets, batch.cu_seqlens, micro_batch.pairs.to(device))
+    batch, rows = micro_batch.batch, micro_batch.rows
 
     def loss_of(hidden):
-        return sftmix_loss(
-            hidden[supervised],  # [S, D]
+        z, y = hidden[rows], batch.targets[rows]  # [S, D], [S]
+        index_c, index_u, pair = micro_batch.meeting or meet_in_fours(model, micro_batch, z, y, by)
+        log_p = None if tally is None else torch.empty(len(y), device=y.device)
+        loss = sftmix_loss(
+            z,
             model.head_weight,
-            batch.targets[supervised],
+            y,
             index_c,
             index_u,
-            micro_batch.lam.to(device)[pair],
+            micro_batch.lam[pair.to(y.device, non_blocking=True)],
             mu=mu,
             ntp_weight=ntp_weight,
             num_supervised=step.num_supervised,
             num_mixed=step.num_mixed,
+            log_p=log_p,
         )
+        if tally is not None:
+            tally.add(micro_batch.members[micro_batch.example], log_p)
+        return loss
 
-    with autocast(device, dtype):
+    with autocast(batch.tokens.device, dtype):
         return model(batch.tokens, batch.positions, batch.cu_seqlens, head=loss_of)
+
+
+def meet_in_fours(model: Transformer, micro_batch: MicroBatch, z, y, by: str):
+    """`pair_positions` of a micro-batch whose groups of four the model splits now, by its probabilities as they are."""
+    log_p, example = model.gold_log_probs(z, y), micro_batch.example  # [S]
+    values = torch.stack([log_p.exp() if by == "probability" else log_p, torch.ones_like(log_p)])
+    total, count = values.new_zeros(2, len(micro_batch.members)).index_add_(1, example, values)  # [B]
+    scores = (total / count)[: 2 * len(micro_batch.lam)]
+    return pair_positions(micro_batch.batch.targets.cpu(), micro_batch.batch.cu_seqlens, split_fours(scores.cpu()))
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -313,70 +386,95 @@ def train(
     order: Callable[[int], np.ndarray],
     log: Callable[[dict], None],
     *,
-    mixing: bool,
+    group: Callable[[int], int] = lambda epoch: 1,
+    tally: Tally | None = None,
     after_step: Callable[[int, int], None] = lambda step, total_steps: None,
 ) -> dict:
-    """Train `model` in place: `config.epochs` passes in `order(epoch)`; if `mixing`, by pairs of neighbours in it.
+    """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing in a `group(epoch)` of neighbours.
 
-    Without `mixing` it is NTP: μ = 0, nobody meets anybody, and what is left of L is L_NTP. `log` gets a progress
-    record every `config.log_every` steps, `after_step(step, total_steps)` is called after each, counted from 1.
+    In a group of 1, the default, nobody meets anybody: what is left of L is L_NTP. A `tally` takes note of log p(y) of
+    what is trained on. `log` gets a progress record every `config.log_every` steps, `after_step(step, total_steps)` is
+    called after each, counted from 1. Between progress records nothing waits for a GPU.
     -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
     """
-    optimizer = make_optimizer(model, config)
-    mu, ntp_weight = (config.mu, config.ntp_weight) if mixing else (0.0, 1.0)
-    device = model.head_weight.device
+    optimizer, device = make_optimizer(model, config), model.head_weight.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps_per_epoch = math.ceil(len(dataset.encoded) / config.batch_size)
+    steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
     total_steps = steps_per_epoch * config.epochs
-    started = logged = time.perf_counter()  # both are put forward by the time after_step takes
-    losses, tokens, steps = torch.zeros(3, device=device), 0, 0  # since the last progress line
+    progress = Progress(total_steps, device)
     model.train()
-    for step in range(total_steps):
-        epoch, step_of_epoch = divmod(step, steps_per_epoch)
-        if step_of_epoch == 0:
-            indices = order(epoch)
-        chosen = indices[step_of_epoch * config.batch_size : (step_of_epoch + 1) * config.batch_size]
-        lam = draw_lambda(len(chosen) // 2 if mixing else 0, config.alpha, config.seed, step)
-        work = make_step(dataset, chosen, lam, config.micro_batch_tokens)
+    for epoch in range(config.epochs):
+        prepare = partial(prepare_step, dataset, config, order(epoch), group(epoch), device)
+        mu, ntp_weight = (config.mu, config.ntp_weight) if group(epoch) > 1 else (0.0, 1.0)
+        steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+        for step, work in zip(steps, ahead(prepare, steps), strict=True):
+            losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+            lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        losses += compute_gradients(model, work, mu, ntp_weight, config.dtype)
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-        lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        tokens, steps = tokens + work.num_tokens, steps + 1
-        if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
-            loss, ntp, mix = (sum_over_processes(losses) / steps).tolist()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise ValueError(
-                    f"step {step + 1}: the run has diverged (loss {loss}); try a lower --lr than {config.lr}"
-                )
-            now = time.perf_counter()
-            log(
-                {
-                    "step": step + 1,
-                    "total_steps": total_steps,
-                    "epoch": epoch,
-                    "loss": loss,
-                    "ntp": ntp,
-                    "mix": mix,
-                    "lr": lr,
-                    "grad_norm": float(grad_norm),
-                    "tokens_per_second": tokens / (now - logged),
-                    "seconds_left": (now - started) / (step + 1) * (total_steps - step - 1),
-                }
-            )
-            losses, tokens, steps, logged = torch.zeros(3, device=device), 0, 0, now
-        paused = time.perf_counter()
-        after_step(step + 1, total_steps)
-        pause = time.perf_counter() - paused
-        started, logged = started + pause, logged + pause
+            progress.add(losses, work.num_tokens)
+            if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
+                record = progress.record(step + 1, epoch=epoch, lr=lr, grad_norm=float(grad_norm))
+                if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                    raise ValueError(
+                        f"step {step + 1}: the run has diverged (loss {record['loss']}); "
+                        f"try a lower --lr than {config.lr}"
+                    )
+                log(record)
+            with progress.paused():
+                after_step(step + 1, total_steps)
     model.eval()
-    return {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes(device)}
+    return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, group: int, device, step: int) -> Step:
+    """The global batch of a step (counted from 0), given its epoch's order, dealt out and on the device."""
+    start = step * config.batch_size % (math.ceil(len(dataset) / config.batch_size) * config.batch_size)
+    chosen = indices[start : start + config.batch_size]
+    num_pairs = len(chosen) // group * (group // 2)
+    lam = draw_lambda(num_pairs, config.alpha, config.seed, step)
+    return make_step(dataset, chosen, group, lam, config.micro_batch_tokens, device)
+
+
+class Progress:
+    """What happened since the last progress record, and how long everything took, pauses not counted."""
+
+    def __init__(self, total_steps: int, device):
+        self.total_steps, self.device = total_steps, device
+        self.started = self.logged = time.perf_counter()  # both are put forward by a pause
+        self.losses, self.tokens, self.steps = torch.zeros(3, device=device), 0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.started
+
+    def add(self, losses, tokens: int) -> None:
+        """Take note of a step, without looking at its losses yet."""
+        self.losses, self.tokens, self.steps = self.losses + losses, self.tokens + tokens, self.steps + 1
+
+    def record(self, step: int, **more) -> dict:
+        """The mean over the steps since the last one, which is waited for now."""
+        loss, ntp, mix = (sum_over_processes(self.losses) / self.steps).tolist()
+        now = time.perf_counter()
+        record = {"step": step, "total_steps": self.total_steps, **more, "loss": loss, "ntp": ntp, "mix": mix}
+        record["tokens_per_second"] = self.tokens / (now - self.logged)
+        record["seconds_left"] = self.seconds / step * (self.total_steps - step)
+        self.losses, self.tokens, self.steps, self.logged = torch.zeros(3, device=self.device), 0, 0, now
+        return record
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside does not count."""
+        begun = time.perf_counter()
+        yield
+        pause = time.perf_counter() - begun
+        self.started, self.logged = self.started + pause, self.logged + pause
 
 
 # --- What a run leaves behind -----------------------------------------------------------------------------------------
@@ -414,6 +512,8 @@ def model_to_train(config: TrainConfig, device) -> Transformer:
     """The model that a stage begins from."""
     model = open_model(config.model, config.dtype, device, config.lora_rank, config.lora_alpha, config.seed)
     model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        model.compile_blocks()
     return model
 
 
@@ -444,24 +544,32 @@ def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
         say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
 
-def settled(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
-    """The configuration with what the model's folder decides filled in, and its tokenizer; the folder must be whole."""
+def settled(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
+    """The configuration with what the model's folder and the device decide filled in, and the folder's tokenizer.
+
+    Raises FileNotFoundError or ValueError where the folder is not whole.
+    """
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    if config.compile and device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise ValueError("--compile: needs a C++ compiler on a CPU, and there is none here")
     check_models([config.model])
     max_length = usable_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
     tokenizer.files_for(template)  # all that will be saved can be made
-    return replace(config, max_length=max_length, template=template), tokenizer
+    dtype = config.dtype or fastest_dtype(device)
+    return replace(config, max_length=max_length, template=template, dtype=dtype), tokenizer
 
 
 def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, and find what is wrong with it before anything is trained."""
-    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length)
+    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length, config.cache)
     if config.eval_data is None:
         say("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
-    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length)
-    if shared := len(set(dataset.ids) & set(held_out.ids)):
+    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
+    names = set(held_out.names.tolist())
+    if shared := sum(name in names for name in dataset.names.tolist()):
         say(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
     return Inputs(tokenizer, dataset, held_out)
 
@@ -481,14 +589,14 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
     words = TEMPLATES["alpaca"].first.format(bos="", user="") + TEMPLATES["alpaca"].reply
     tokenizer = Tokenizer.train(texts + [words] * 60, DEMO_VOCAB_SIZE)  # often enough that each word is worth a piece
     config = replace(config, template=choose_template(tokenizer, config.template))
-    dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length)
+    dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
     if world_size() > 1:
         shard(model, config.dtype, device)
     say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
     order = partial(epoch_order, len(dataset), config.seed)
-    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log, mixing=False)
+    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log)
     save(model, Path(config.output) / "base", tokenizer, config)
     return spent
 
@@ -503,7 +611,7 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
             save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
 
     order = partial(epoch_order, len(inputs.train), config.seed)
-    spent = train(model, inputs.train, config, order, log, mixing=False, after_step=save_checkpoint)
+    spent = train(model, inputs.train, config, order, log, after_step=save_checkpoint)
     save_finished(model, folder, inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
@@ -530,10 +638,15 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     folders = checkpoints_of(config)
     started = time.perf_counter()
     dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
+    return keep_scores(dynamics, config) | {"seconds": time.perf_counter() - started}
+
+
+def keep_scores(dynamics: Dynamics, config: TrainConfig) -> dict:
+    """Save the scores of a run, and say what can be said of them."""
     if rank() == 0:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
-    result = {"checkpoints": len(folders), "examples": len(inputs.train), "seconds": time.perf_counter() - started}
+    result = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -546,21 +659,57 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     if config.pairing == "random":
         order = partial(epoch_order, len(inputs.train), config.seed)  # neighbours in a random order are random pairs
     else:
-        scores = scores_of(config, inputs.train)
-        confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
-        say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
-        order = partial(paired_order, confident, unconfident, config.seed)
+        order = partial(order_by_halves, scores_of(config, inputs.train), config)
     model = model_to_train(config, device)
-    spent = train(model, inputs.train, config, order, log, mixing=True)
+    spent = train(model, inputs.train, config, order, log, group=lambda epoch: 2)
     save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
+
+
+def order_by_halves(scores: Dynamics, config: TrainConfig, epoch: int) -> np.ndarray:
+    """An epoch's order, in which neighbours are from the two halves."""
+    confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
+    if epoch == 0 or config.online:
+        say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
+    return paired_order(confident, unconfident, config.seed, epoch)
+
+
+def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> tuple[dict, dict]:
+    """SFTMix in one run, each epoch's training passes being the checkpoints: -> results of it and of its scores.
+
+    The first epoch is NTP. At the end of each the split is made anew, by the mean over the epochs so far of p(y) as it
+    was when trained on, and from the second on there is Mixup. A single epoch has no earlier one to learn from: there
+    each group of four is split by the model's probabilities in that very step.
+    """
+    dataset, epochs = inputs.train, []
+    tally = Tally(dataset.num_supervised, device)
+
+    def dynamics() -> Dynamics:
+        return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*epochs, strict=True)))
+
+    def order(epoch: int) -> np.ndarray:
+        if epoch == 0:
+            return epoch_order(len(dataset), config.seed, epoch)
+        epochs.append(tally.scores())
+        return order_by_halves(dynamics(), config, epoch)
+
+    def group(epoch: int) -> int:
+        return 4 if config.epochs == 1 else 1 if epoch == 0 else 2
+
+    model = model_to_train(config, device)
+    spent = train(model, dataset, config, order, log, group=group, tally=tally)
+    epochs.append(tally.scores())
+    save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
+    return measure(model, inputs, config) | spent, keep_scores(dynamics(), config)
 
 
 def measure(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> dict:
     """Evaluate a model on the held-out examples; without them, every figure is None."""
     if inputs.held_out is None:
         return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
-    return evaluate(model, inputs.held_out, inputs.tokenizer, config.template, config.micro_batch_tokens, config.dtype)
+    read_examples = partial(load_examples, config.eval_data)
+    settings = config.template, config.micro_batch_tokens, config.dtype
+    return evaluate(model, inputs.held_out, read_examples, inputs.tokenizer, *settings)
 
 
 # --- What a run would take --------------------------------------------------------------------------------------------
@@ -578,14 +727,13 @@ def heaviest_work(dataset: Dataset, config: TrainConfig, num_processes: int) -> 
     """Deal an epoch out by pairs, as the SFTMix run does (there by other pairs), and find the largest micro-batch."""
     order, heaviest, accumulates = epoch_order(len(dataset), config.seed, 0), (0, 0), False
     for start in range(0, len(dataset), config.batch_size):
-        chosen = [dataset.encoded[i] for i in order[start : start + config.batch_size]]
-        lengths = [len(tokens) for tokens, _ in chosen]
-        micro_batches = deal(lengths, len(chosen) // 2, config.micro_batch_tokens, num_processes)
+        chosen = order[start : start + config.batch_size]
+        lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
+        micro_batches = deal(lengths.tolist(), 2, config.micro_batch_tokens, num_processes)
         accumulates |= len(micro_batches) > num_processes
         for units in micro_batches:
             members = [i for unit in units for i in unit]
-            sizes = sum(lengths[i] for i in members), sum(num_supervised(chosen[i][1]) for i in members)
-            heaviest = max(heaviest, sizes)
+            heaviest = max(heaviest, (int(lengths[members].sum()), int(counts[members].sum())))
     return Work(*heaviest, accumulates)
 
 
@@ -599,10 +747,10 @@ def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) 
     D, F, product = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
     Q, K = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     norm = 4 * D * (2 if cpu and not lora else 1)  # its input, and for its weight's gradient on a CPU the input normed
-    inputs = 2 * 5 * D if bf16 else 4 * 2 * D  # q, k, v, gate, up have a bf16 copy each, or what the norms return
+    inputs = product * 2 * D  # what the norms return, to q, k, v and to gate, up
     attention = (4 if cpu else product) * 2 * (Q + K) + product * Q  # q, k, v, what comes out, and that for o_proj
     mlp = product * 4 * F  # gate, its activation, up, and their product
-    return 2 * norm + inputs + attention + mlp, norm + 2 * 4 * D
+    return 2 * norm + inputs + attention + mlp, norm + 2 * product * D
 
 
 def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_processes: int, device_type: str) -> dict:
@@ -627,7 +775,7 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_pro
         made += 4 * head  # which adds bf16 to float32 by way of a copy
     block_bytes, around = activation_bytes(model.config, config, device_type)
     activations = work.tokens * (around + block_bytes * len(layers))
-    at_work = rows * vocab_size * (14 if bf16 else 12)  # logits and log p of rows, and of half as many mixed ones
+    at_work = rows * vocab_size * (10 if bf16 else 6)  # logits of rows, and of half as many mixed ones
     if config.activation_checkpointing:  # the blocks' inputs; the loss is done when the first block is computed again
         activations = work.tokens * (around + 4 * model.config.hidden_size * len(layers))
         at_work = max(at_work, work.tokens * block_bytes)
@@ -660,7 +808,7 @@ def estimate_flops(model: Transformer, tokens: int, supervised: int, config: Tra
 
 def dry_run(config: TrainConfig, device) -> None:
     """Say what a run would take, and show an example as it will be trained on; nothing is written."""
-    config, tokenizer = settled(config)
+    config, tokenizer = settled(config, device)
     inputs = load_inputs(config, tokenizer)
     num_processes, dataset = config.dry_run or world_size(), inputs.train
     model = empty_model(config.model, config.dtype, config.lora_rank, config.lora_alpha)
@@ -669,12 +817,11 @@ def dry_run(config: TrainConfig, device) -> None:
     steps = math.ceil(len(dataset) / config.batch_size)
     work = heaviest_work(dataset, config, num_processes)
     memory = estimate_memory(model, work, config, num_processes, device.type)
-    tokens = sum(len(tokens) for tokens, _ in dataset.encoded)
-    supervised = sum(num_supervised(targets) for _, targets in dataset.encoded)
+    tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
     stored = (parameters - trainable if config.lora_rank else parameters) * DTYPES[config.save_dtype].itemsize
     models = min(config.num_checkpoints, config.epochs * steps) + 2
-    if config.confidence is not None:
+    if config.confidence is not None and not config.online:
         scores_of(config, dataset)
 
     warn_of_idleness(config, num_processes)
@@ -686,7 +833,7 @@ def dry_run(config: TrainConfig, device) -> None:
     say("memory         of a process, estimated:")
     for name, size in memory.items():
         say(f"  {name:17}{gigabytes(size):>10}" + (" at the peak, where not all is there at once" * (name == "total")))
-    tokens, targets = dataset.encoded[0]
+    tokens, targets = dataset[0]
     ids, learnt = [*tokens.tolist(), int(targets[-1])], [False, *(targets != IGNORE_INDEX).tolist()]
     runs = groupby(zip(ids, learnt, strict=True), key=lambda token: token[1])
     shown = [(" ".join(inputs.tokenizer.piece(i) for i, _ in run), learn) for learn, run in runs]
@@ -706,13 +853,14 @@ def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
     output, demo = Path(config.output), config.model is None
     stages = STAGES if config.stage == "all" else (config.stage,)
-    if config.confidence is not None:  # the scores are there already
-        stages = tuple(stage for stage in stages if stage != "confidence")
+    if config.confidence is not None:  # the scores are there already, or come with the SFTMix run
+        without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
+        stages = tuple(stage for stage in stages if stage not in without)
     warn_of_idleness(config, world_size())
     if not demo and output.resolve() == Path(config.model).resolve():
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
-    for stage in stages:
-        product = output / PRODUCTS[stage]
+    for made in [*stages, *(["confidence"] if config.online and "sftmix" in stages else [])]:
+        product = output / PRODUCTS[made]
         if product.exists():
             raise FileExistsError(f"{product}: already there; remove it, or choose another --output")
     if demo and config.max_length > DEMO_MODEL["max_position_embeddings"]:
@@ -730,11 +878,11 @@ def run(config: TrainConfig, device) -> None:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
-    config, tokenizer = settled(config)
+    config, tokenizer = settled(config, device)
     inputs = load_inputs(config, tokenizer)
     if "confidence" in stages and "reference" not in stages:
         checkpoints_of(config)
-    if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence":
+    if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         scores_of(config, inputs.train)
     if rank() == 0:  # nothing more can be wrong with what was given
         output.mkdir(parents=True, exist_ok=True)
@@ -747,7 +895,11 @@ def run(config: TrainConfig, device) -> None:
         update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:
         update_results(output, "confidence", confidence_stage(config, inputs, device))
-    if "sftmix" in stages:
+    if "sftmix" in stages and config.online:
+        sftmix, scores = online_stage(config, inputs, log("sftmix"), device)
+        update_results(output, "confidence", scores)
+        update_results(output, "sftmix", sftmix)
+    elif "sftmix" in stages:
         update_results(output, "sftmix", sftmix_stage(config, inputs, log("sftmix"), device))
     if rank() == 0:
         report(output, demo)

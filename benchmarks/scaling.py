@@ -58,7 +58,7 @@ def estimates() -> None:
             batch = max(32, 2 * gpus)
             cells = []
             for lora_rank in (None, 16):
-                config = TrainConfig(batch_size=batch, lora_rank=lora_rank, activation_checkpointing=True)
+                config = TrainConfig(batch_size=batch, dtype="bf16", lora_rank=lora_rank, activation_checkpointing=True)
                 with torch.device("meta"):
                     model = Transformer(ModelConfig(**shape))
                     if lora_rank:
@@ -97,7 +97,7 @@ def random_dataset(vocab_size: int, examples: int) -> Dataset:
         targets = ids[1:].clone()
         targets[: length // 2] = -100
         encoded.append((ids[:-1], targets))
-    return Dataset([None] * examples, encoded)
+    return Dataset.of(encoded)
 
 
 def peak_of(work) -> int:
@@ -119,7 +119,7 @@ def measure(folder: Path, settings: dict) -> dict:
         model = open_model(folder, config.dtype, "cpu", config.lora_rank)
         model.activation_checkpointing = config.activation_checkpointing
         order = partial(epoch_order, len(dataset), 0)
-        train(model, dataset, config, order, lambda record: None, mixing=True)
+        train(model, dataset, config, order, lambda record: None, group=lambda epoch: 2)
         trainable = sum(own_rows(p).numel() for p in model.parameters() if p.requires_grad)
         share["kept"] = sum(own_rows(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ TINY = {
 }
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sftmix-tests-")  # where data is kept encoded
 
 
 def tiny_model(vocab_size=300, seed=0, **changes) -> Transformer:

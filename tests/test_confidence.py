@@ -17,7 +17,7 @@ from confidence import (
     score_examples,
     split_by_confidence,
 )
-from data import IGNORE_INDEX, Dataset, Example
+from data import IGNORE_INDEX, Dataset
 from model import save_model
 
 DYNAMICS = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.5]]), np.array([[8, 2, 1.5], [4, 2, 1.0]]))
@@ -58,7 +58,7 @@ def test_checkpoints_are_scored_in_the_order_given(tmp_path):
     encoded = random_encoded([5, 9])
     for seed in (0, 1):
         save_model(tiny_model(seed=seed), tmp_path / str(seed))
-    dataset = Dataset([Example("a", []), Example("b", [])], encoded)
+    dataset = Dataset.of(encoded, ["a", "b"])
     dynamics = score_checkpoints([tmp_path / "1", tmp_path / "0"], dataset, 1000, "fp32", "cpu")
     expected = [score_examples(tiny_model(seed=seed), encoded) for seed in (1, 0)]
     np.testing.assert_array_equal(dynamics.probability, [probability for probability, _ in expected])

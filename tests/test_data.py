@@ -166,9 +166,9 @@ def test_truncated_and_dropped_examples_are_counted(tokenizer):
     length = len(encode_example(DOG, tokenizer, "alpaca", 1000)[0])
     dataset = encode_examples([DOG, long, late], tokenizer, "alpaca", length)
     assert (dataset.ids, dataset.truncated, dataset.dropped) == (["dog", "long"], 1, 1)
-    assert dataset.encoded[0][1][-1] == tokenizer.eos_id  # fits exactly: not truncated
-    assert all(len(tokens) == len(targets) == length for tokens, targets in dataset.encoded)
-    for example, (tokens, targets) in zip((DOG, long), dataset.encoded, strict=True):
+    assert dataset[0][1][-1] == tokenizer.eos_id  # fits exactly: not truncated
+    assert all(len(tokens) == len(targets) == length for tokens, targets in dataset)
+    for example, (tokens, targets) in zip((DOG, long), dataset, strict=True):
         assert (tokens.tolist(), targets.tolist()) == encode_example(example, tokenizer, "alpaca", length)
 
 

@@ -124,7 +124,7 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         max_length += len(encode_example(examples[0], tokenizer, "alpaca", 1000)[0])
     held_out = encode_examples(examples, tokenizer, "alpaca", max_length)
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    result = evaluate(model, held_out, tokenizer, "alpaca", 1000, "fp32")
+    result = evaluate(model, held_out, lambda: examples, tokenizer, "alpaca", 1000, "fp32")
     assert (result["accuracy"] is not None) == applies and result["loss"] > 0
 
 

@@ -43,11 +43,11 @@ def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool):
     model.activation_checkpointing = recompute
     config = TrainConfig(lr=1e-3)
     optimizer = make_optimizer(model, config)
-    dataset = Dataset([], random_encoded(LENGTHS))
+    dataset = Dataset.of(random_encoded(LENGTHS))
     before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
     for number, chosen in enumerate((np.arange(7), np.arange(2))):  # of the second, some processes get nothing
         optimizer.zero_grad()
-        step = make_step(dataset, chosen, draw_lambda(len(chosen) // 2, 0.5, 0, number), micro_batch_tokens)
+        step = make_step(dataset, chosen, 2, draw_lambda(len(chosen) // 2, 0.5, 0, number), micro_batch_tokens)
         compute_gradients(model, step, 0.7, 1.0, "fp32")
         optimizer.step()
     changed = {name: whole(p).detach() - before[name] for name, p in model.named_parameters()}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.scaling import peak_of
 from confidence import Dynamics
 from confidence import main as confidence_main
-from data import Dataset, Example, draw_lambda, epoch_order, load_examples, paired_order
+from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
 from model import empty_model, load_model, open_model, save_model
 from tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def test_matrices_decay_and_norms_do_not():
 
 
 def dataset_of(lengths, seed=0):
-    return Dataset([Example(str(i), []) for i in range(len(lengths))], random_encoded(lengths, seed=seed))
+    return Dataset.of(random_encoded(lengths, seed=seed))
 
 
 def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
@@ -137,7 +137,7 @@ def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
     model.zero_grad()
     hidden, targets, rows = [], [], []
     for i in chosen:
-        tokens, target = (x.long() for x in dataset.encoded[i])
+        tokens, target = (x.long() for x in dataset[i])
         keep = target != -100
         rows.append(range(len(targets), len(targets) + int(keep.sum())))
         hidden.append(model(tokens)[keep])
@@ -159,7 +159,7 @@ def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, m
     lam = draw_lambda(4 if mixing else 0, 0.5, 0, 0)
     expected_losses, expected = literal_gradients(model, dataset, chosen, lam, mu=0.7)
     model.zero_grad()
-    step = make_step(dataset, chosen, lam, micro_batch_tokens)
+    step = make_step(dataset, chosen, 1 + mixing, lam, micro_batch_tokens)
     losses = compute_gradients(model, step, 0.7, 1.0, "fp32")
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -168,14 +168,15 @@ def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, m
 
 def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
     dataset = dataset_of(list(range(3, 14)))
-    step = make_step(dataset, np.arange(11), torch.arange(5) / 10, micro_batch_tokens=30)
+    step = make_step(dataset, np.arange(11), 2, torch.arange(5) / 10, micro_batch_tokens=30)
     assert len(step.micro_batches) > 2 and step.num_tokens == sum(range(3, 14))
     seen, lam_of_pair = [], {}
     for micro_batch in step.micro_batches:
         lengths = micro_batch.batch.cu_seqlens.diff().tolist()
         seen += [length - 3 for length in lengths]
-        for (c, u), lam in zip(micro_batch.pairs.tolist(), micro_batch.lam.tolist(), strict=True):
-            lam_of_pair[lengths[c] - 3, lengths[u] - 3] = lam
+        index_c, index_u, pair = micro_batch.meeting
+        whose = [micro_batch.members[micro_batch.example[index]].tolist() for index in (index_c, index_u)]
+        lam_of_pair |= dict(zip(zip(*whose, strict=True), micro_batch.lam[pair].tolist(), strict=True))
     assert sorted(seen) == list(range(11))
     assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
 
@@ -184,7 +185,7 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
     model, dataset = tiny_model(), dataset_of([20] * 4)
     before = [p.clone() for p in model.parameters()]
     config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, dtype="bf16", warmup_ratio=0.0)
-    train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None, mixing=False)
+    train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None, group=lambda epoch: 1)
     for old, new in zip(before, model.parameters(), strict=True):
         assert new.dtype == torch.float32 and not torch.equal(old, new)
         assert (old.detach().to(torch.bfloat16) != new.detach().to(torch.bfloat16)).float().mean() < 0.5
@@ -195,7 +196,8 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
 
 def trained(config, order, mixing, dataset=None):
     model, records = tiny_model(), []
-    train(model, dataset or dataset_of([12, 30, 7, 22, 9, 15, 28]), config, order, records.append, mixing=mixing)
+    dataset = dataset or dataset_of([12, 30, 7, 22, 9, 15, 28])
+    train(model, dataset, config, order, records.append, group=lambda epoch: 1 + mixing)
     return model, records
 
 
@@ -473,7 +475,7 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, 
     def run():
         model = open_model(tmp_path / "m", config.dtype, "cpu")
         model.activation_checkpointing = config.activation_checkpointing
-        train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, mixing=True)
+        train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, group=lambda epoch: 2)
 
     peak = peak_of(run)
     work = heaviest_work(dataset, config, 1)
