@@ -142,10 +142,10 @@ def sftmix_loss(
 def chunk_rows(vocab_size: int, device_type: str = "cpu") -> int:
     """How many rows of logits `sftmix_loss` holds at once.
 
-    Fewer, and a chunk spends its time on reading W and adding to W's gradient. More only takes memory: on a GPU 2²⁷
-    logits are 256 MB in bf16, and on a CPU 2²² are 16 MB in float32, which the allocator need not ask the system for.
+    Fewer, and a chunk spends its time on reading W and adding to W's gradient. More only takes memory: on a GPU 2²⁶
+    logits are 128 MB in bf16, and on a CPU 2²² are 16 MB in float32, which the allocator need not ask the system for.
     """
-    elements, fewest = (2**27, 1024) if device_type == "cuda" else (2**22, 256)
+    elements, fewest = (2**26, 512) if device_type == "cuda" else (2**22, 256)
     return max(fewest, elements // vocab_size)
 
 
@@ -166,20 +166,18 @@ class _ChunkedLoss(torch.autograd.Function):
 
         order, times, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
         order, times = order.to(device, non_blocking=True), times.to(device, non_blocking=True)
-        share = 1 / times.to(sum_dtype)  # [S]
+        share = 1 / times.to(sum_dtype)[:, None]  # [S, 1]
+        scale, scale_mixed = a * share, torch.full((), b, dtype=sum_dtype, device=device)  # tensors: numbers would be
+        # compiled in, and they are others in every step
         with torch.autocast(device.type, enabled=False):
             W = weight.to(product_dtype)
             for of_rows, of_mixed in chunks:
-                # The chunk's rows: k confident ones, the k unconfident ones they meet, then those that meet nobody.
+                # The chunk's rows: k confident ones and the k unconfident ones they meet, or (k = 0) loners.
                 rows, lam_m = order[of_rows], lam[of_mixed, None]  # [R], [k, 1]
-                z, y, own = (
-                    hidden[rows].to(product_dtype),
-                    targets[rows, None],
-                    share[rows, None],
-                )  # [R, D], [R, 1] each
+                z, y = hidden[rows].to(product_dtype), targets[rows, None]  # [R, D], [R, 1]
                 logits = z @ W.T  # [R, V]: the one lm_head product
-                grad, log_p, ce_mixed = gradient_by_logits(logits, y, own, lam_m, a, b, sum_dtype)
-                ntp_sum = ntp_sum - (own * log_p).sum()  # Σ −log p(y_s)
+                grad, log_p, ce_mixed = gradient_by_logits(logits, y, lam_m, scale[rows], scale_mixed)
+                ntp_sum = ntp_sum - (share[rows] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
                     log_p_out[rows] = log_p[:, 0].to(log_p_out.dtype)
@@ -201,15 +199,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-def _gradient_by_logits(logits, y, own, lam, a: float, b: float, sum_dtype):
+def _gradient_by_logits(logits, y, lam, scale, scale_mixed):
     """Everything about a chunk that is no matrix product, in place where it can be; on a GPU fused into a few kernels.
 
-    logits [R, V], y int64 and own [R, 1], lam [k, 1] -> (gradient of the loss by the logits [R, V], log p(y) [R, 1],
-    H(ỹ, p̃) [k, 1]); rows are laid out as `_ChunkedLoss` lays them out.
+    logits [R, V], y int64 [R, 1], lam [k, 1], and what a position counts for: scale [R, 1], scale_mixed [] ->
+    (gradient of the loss by the logits [R, V], log p(y) [R, 1], H(ỹ, p̃) [k, 1]). Of the rows, k are confident and the
+    next k unconfident.
     """
     k = len(lam)
     y_c, y_u = y[:k], y[k : 2 * k]
-    product_dtype, logits = logits.dtype, logits.to(sum_dtype)
+    product_dtype, logits = logits.dtype, logits.to(scale.dtype)
     mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
     total, (log_p,) = _exponentiate_(logits, y)
     total_mixed, (log_p_c, log_p_u) = _exponentiate_(mixed, y_c, y_u)
@@ -217,8 +216,9 @@ def _gradient_by_logits(logits, y, own, lam, a: float, b: float, sum_dtype):
 
     # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2 λ of that
     # flows to the confident row and 1−λ to the unconfident one.
-    grad = logits.mul_(a * own / total).scatter_add_(1, y, -a * own)
-    grad_mixed = mixed.mul_(b / total_mixed).scatter_add_(1, y_c, -b * lam).scatter_add_(1, y_u, b * (lam - 1))
+    grad = _take_(logits.mul_(scale / total), y, scale)
+    grad_mixed = _take_(mixed.mul_(scale_mixed / total_mixed), y_c, scale_mixed * lam)
+    grad_mixed = _take_(grad_mixed, y_u, scale_mixed * (1 - lam))
     grad[:k].addcmul_(lam, grad_mixed)
     grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
     return grad.to(product_dtype), log_p, ce_mixed
@@ -230,6 +230,13 @@ def _exponentiate_(logits, *gold):
     above = [logits.gather(1, y) - top for y in gold]
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     return total, [x - total.log() for x in above]
+
+
+def _take_(grad, y, amount):
+    """Take `amount` [R, 1] from the entries y [R, 1] of grad [R, V], in place."""
+    if torch.compiler.is_compiling():  # a look at every entry fuses with what is done to it anyway; a scatter does not
+        return grad.sub_(amount * (torch.arange(grad.shape[1], device=grad.device) == y))
+    return grad.scatter_add_(1, y, -amount)
 
 
 @functools.cache
