@@ -1,24 +1,32 @@
 """Formats, encoding, packing, who is trained on when, and the demo corpus."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import data as data_module
 from data import (
     IGNORE_INDEX,
+    Dataset,
     Example,
+    ahead,
+    cache_folder,
     demo_corpus,
     draw_lambda,
     encode_example,
     encode_examples,
+    encode_file,
     epoch_order,
     load_examples,
+    open_encoded,
     pack,
     paired_order,
     split_batch,
 )
+from tokenizer import Tokenizer
 
 TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 FORMATS = {
@@ -158,6 +166,84 @@ def test_truncation_keeps_the_beginning_and_teaches_no_false_end(tokenizer):
     cut_tokens, cut_targets = encode_example(DOG, tokenizer, "alpaca", length)
     assert (cut_tokens, cut_targets) == (tokens[:length], targets[:length])
     assert tokenizer.eos_id not in cut_targets
+
+
+WORDS = ["the quick brown fox", "a lazy dog sleeps on", "what is it?", "1 2 3 4 5!", "fox and dog and fox"]
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    """60 records, of which 20 are repeats, some too long, and one that has nothing to learn within 150 tokens."""
+    records = [{"instruction": WORDS[i % 5] * (1 + i % 4), "output": WORDS[i % 3] * (1 + i % 20)} for i in range(40)]
+    records += [{"prompt": "a " * 200, "completion": "b"}, *records[:20]]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("part_bytes", [300, 10**6])
+def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_file, tokenizer, tmp_path, part_bytes):
+    """In several processes, a few records each, and in one; from the disk as from memory."""
+    monkeypatch.setattr(data_module, "PART_BYTES", part_bytes)
+    encode_file(data_file, tokenizer, "alpaca", 150, tmp_path / "encoded")
+    dataset, examples = open_encoded(tmp_path / "encoded"), load_examples(data_file)
+    expected = {example.id: encode_example(example, tokenizer, "alpaca", 150) for example in examples}
+    expected = {i: pair for i, pair in expected.items() if set(pair[1]) != {IGNORE_INDEX}}
+    assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.dropped == 1
+    assert isinstance(dataset.ids_end_to_end, np.memmap)
+    for (tokens, targets), (ids, learnt), length, count in zip(
+        dataset, expected.values(), dataset.lengths, dataset.num_supervised, strict=True
+    ):
+        assert (tokens.tolist(), targets.tolist()) == (ids, learnt)
+        assert (length, count) == (len(ids), sum(t != IGNORE_INDEX for t in learnt))
+    in_memory = encode_examples(examples, tokenizer, "alpaca", 150)
+    assert in_memory.truncated == dataset.truncated > 0
+    again = Dataset.of(list(in_memory), in_memory.ids)
+    for one, two, three in zip(dataset, in_memory, again, strict=True):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
+    assert again.ids == dataset.ids
+
+
+def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp_path):
+    def key(path=data_file, tokenizer=tokenizer, template="alpaca", max_length=90):
+        return cache_folder(path, tokenizer, template, max_length, tmp_path)
+
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(data_file.read_bytes())
+    assert key() == key(copy)
+    copy.write_bytes(data_file.read_bytes() + b"\n")
+    other = Tokenizer.train(WORDS * 5, 300)
+    assert len({key(), key(copy), key(tokenizer=other), key(template="mistral"), key(max_length=91)}) == 5
+
+
+def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, data_file, tokenizer, tmp_path):
+    monkeypatch.setattr(data_module, "PART_BYTES", 300)
+    lines = data_file.read_text().splitlines()
+    data_file.write_text("\n".join([*lines[:45], "{broken", *lines[45:]]))
+    with pytest.raises(ValueError, match=r"data\.jsonl:46: not a JSON record"):
+        encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):
+    encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
+    (tmp_path / "encoded" / "learnt").write_bytes(b"123")
+    with pytest.raises(ValueError, match="encoded: damaged; remove that folder"):
+        open_encoded(tmp_path / "encoded")
+
+
+def test_what_is_made_ahead_is_one_item_and_errors_come_through():
+    made = []
+
+    def make(i):
+        made.append(i)
+        return 1 // (3 - i)
+
+    with pytest.raises(ZeroDivisionError):
+        for number, _ in enumerate(ahead(make, range(5))):
+            time.sleep(0.05)
+            assert made == list(range(min(number + 2, 5)))
+    assert made[-1] <= 4
 
 
 def test_truncated_and_dropped_examples_are_counted(tokenizer):

@@ -215,6 +215,36 @@ def test_float32_is_close_and_bf16_autocast_keeps_float32_sums():
         torch.testing.assert_close(one, other.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_log_p_is_filled_with_that_of_the_gold_tokens(monkeypatch, repeats):
+    monkeypatch.setattr(mixup_module, "chunk_rows", lambda *_: 4)
+    hidden, weight, targets, *rest = case(repeats=repeats)
+    log_p = torch.full((len(targets),), float("nan"))
+    loss = sftmix_loss(hidden, weight, targets, *rest, 0.7, log_p=log_p)[0]
+    expected = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(log_p, expected.detach().float())
+    torch.testing.assert_close(loss, sftmix_loss(hidden, weight, targets, *rest, 0.7)[0])
+
+
+def test_the_element_wise_part_gives_the_same_compiled_whatever_the_size_and_the_numbers():
+    """As it is on a GPU, where it is traced and fused; here it is traced alone, which counts how often."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(mixup_module._gradient_by_logits, dynamic=True, backend=backend)
+    for k, others, scale_mixed in ((5, 0, 0.1), (0, 7, 0.2), (6, 0, 0.3), (0, 9, 0.4), (9, 0, 0.5)):
+        logits, y = torch.randn(2 * k + others, 30), torch.randint(30, (2 * k + others, 1))
+        rest = y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(scale_mixed)
+        expected = mixup_module._gradient_by_logits(logits.clone(), *rest)
+        for one, other in zip(compiled(logits.clone(), *rest), expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(graphs) == 2  # with pairs and without
+    assert not any("scatter" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
 def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
     """The largest tensor any operation makes stays at a chunk, where the literal form makes [S, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,8 +10,9 @@ import torch
 from conftest import random_encoded, run_script, tiny_model
 from safetensors.torch import load_file
 
+import model as model_module
 from benchmarks.scaling import peak_of
-from confidence import Dynamics
+from confidence import Dynamics, Tally, load_dataset, score_examples, split_by_confidence
 from confidence import main as confidence_main
 from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
 from mixup import sftmix_loss_literal
@@ -82,6 +83,8 @@ def test_flags_override_the_demos_settings():
         (["--eval_data", "d"], "--eval_data d: needs --model too"),
         (["--output", ""], "--output: must not be empty"),
         (["--stage", "confidence", "--confidence", "c"], "--confidence c: leaves nothing to do for --stage confidence"),
+        (["--confidence", "online", "--pairing", "random"], "--pairing random makes no use of it"),
+        (["--confidence", "online", "--epochs", "1", "--batch_size", "6"], "--batch_size 6: must be a multiple of 4"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys):
@@ -166,6 +169,44 @@ def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, m
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["probability", "perplexity"])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 90, 10_000])
+def test_fours_are_split_by_the_model_itself_for_any_micro_batches(by, micro_batch_tokens):
+    """Each four's two surer examples against its others, in a loop, divided by what was to be expected."""
+    model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25, 30, 5, 11, 9, 21])
+    chosen, lam = np.array([4, 1, 0, 7, 2, 8, 3, 5, 6, 9]), draw_lambda(4, 0.5, 0, 0)
+    scores = dict(enumerate(score_examples(model, dataset)[0 if by == "probability" else 1]))
+    order, expected_mixed = [], 0.0
+    for four in (chosen[:4], chosen[4:8]):
+        ranked = sorted(four, key=lambda i: scores[i], reverse=by == "probability")
+        confident, unconfident = ([i for i in four if i in half] for half in (ranked[:2], ranked[2:]))
+        order += [confident[0], unconfident[0], confident[1], unconfident[1]]
+        count = [dataset.num_supervised[i] for i in four]
+        ways = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
+        expected_mixed += sum(min(count[i], count[j]) for way in ways for i, j in way) / 3
+    mixed = sum(min(dataset.num_supervised[order[i : i + 2]]) for i in range(0, 8, 2))
+    mu = 0.7 * mixed / expected_mixed  # the literal form divides by what there is
+    expected_losses, expected = literal_gradients(model, dataset, [*order, 6, 9], lam, mu=mu)
+    model.zero_grad()
+    step = make_step(dataset, chosen, 4, lam, micro_batch_tokens)
+    assert step.num_mixed == pytest.approx(expected_mixed) and mixed != expected_mixed
+    losses = compute_gradients(model, step, 0.7, 1.0, "fp32", by=by)
+    torch.testing.assert_close(losses[:2], expected_losses[:2], rtol=1e-5, atol=1e-6)
+    assert float(losses[2]) == pytest.approx(float(expected_losses[2]) * mixed / expected_mixed, rel=1e-5)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tally_reads_off_what_scoring_would_find():
+    model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25])
+    tally = Tally(dataset.num_supervised, "cpu")
+    for group in (1, 2, 4):
+        step = make_step(dataset, np.array([3, 1, 4, 0, 2]), group, torch.full((5 // group * (group // 2),), 0.3), 50)
+        compute_gradients(model, step, 0.5, 1.0, "fp32", tally)
+        for one, other in zip(tally.scores(), score_examples(model, dataset), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
     dataset = dataset_of(list(range(3, 14)))
     step = make_step(dataset, np.arange(11), 2, torch.arange(5) / 10, micro_batch_tokens=30)
@@ -236,6 +277,35 @@ def test_a_diverged_run_ends_with_what_to_do():
     config = TrainConfig(lr=1e38, epochs=3, batch_size=4, dtype="fp32", log_every=1)
     with pytest.raises(ValueError, match=r"step 2: the run has diverged \(loss nan\); try a lower --lr than 1e\+38"):
         trained(config, lambda epoch: np.arange(7), mixing=False)
+
+
+def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model_module._compute_block, dynamic=True, backend=backend)
+    monkeypatch.setattr(model_module, "_compiled_block", lambda: compiled)
+    weights = []
+    for compiling in (False, True):
+        model = tiny_model()
+        if compiling:
+            model.compile_blocks()
+        dataset = dataset_of([12, 30, 7, 22, 9, 15, 28, 40, 33, 18])
+        config, counts = TrainConfig(lr=1e-3, epochs=3, batch_size=4, dtype="fp32", log_every=1), []
+        train(
+            model,
+            dataset,
+            config,
+            lambda epoch: epoch_order(10, 0, epoch),
+            lambda record, counts=counts: counts.append(len(graphs)),
+            group=lambda epoch: 2,
+        )
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    assert 0 < counts[1] == counts[-1] <= 5  # the parts between which attention, a loop, is left out
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -356,6 +426,57 @@ def test_given_scores_take_the_place_of_the_confidence_stage(finished, folder, t
     assert not (tmp_path / "o" / "confidence.jsonl").exists()
     one, other = (load_file(path / "sftmix" / "model.safetensors") for path in (finished, tmp_path / "o"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def online(folder):
+    main(flags(folder, folder / "online", "--confidence", "online"))
+    return folder / "online"
+
+
+def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder, tokenizer):
+    """The run again, by hand, from the scores that it left: NTP, then Mixup by the mean over the epochs before."""
+    assert sorted(p.name for p in online.iterdir()) == [
+        "confidence.jsonl", "config.json", "metrics.jsonl", "results.json", "sftmix",
+    ]  # fmt: skip
+    dynamics = Dynamics.load(online / "confidence.jsonl")
+    assert dynamics.probability.shape == (2, 20)
+    results = json.loads((online / "results.json").read_text())
+    assert list(results) == ["base", "confidence", "sftmix"] and results["sftmix"]["loss"] < results["base"]["loss"]
+
+    config = parse_config(flags(folder, "none", "--confidence", "online", "--template", "alpaca"))
+    dataset = load_dataset(config.data, tokenizer, "alpaca", 200)
+    halves = split_by_confidence(dynamics.probability[0])
+    orders = [epoch_order(20, 0, 0), paired_order(*halves, 0, 1)]
+    model = open_model(folder / "model", "fp32", "cpu").train()
+    train(model, dataset, config, lambda e: orders[e], lambda record: None, group=lambda e: [1, 2][e])
+    saved = load_file(online / "sftmix" / "model.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+
+
+def test_one_epoch_online_and_a_run_by_its_word(folder, tmp_path):
+    main(flags(folder, tmp_path / "o", "--confidence", "online", "--epochs", 1, "--batch_size", 8))
+    assert Dynamics.load(tmp_path / "o" / "confidence.jsonl").probability.shape == (1, 20)
+    metrics = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["mix"] > 0 for record in metrics)
+
+
+def test_two_processes_end_online_where_one_does(online, folder, tmp_path):
+    done = run_script("train.py", *flags(folder, tmp_path / "o", "--confidence", "online"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (Dynamics.load(path / "confidence.jsonl") for path in (online, tmp_path / "o"))
+    np.testing.assert_allclose(one.probability, two.probability, rtol=1e-3)
+    one, two = (load_file(path / "sftmix" / "model.safetensors") for path in (online, tmp_path / "o"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
+
+
+def test_data_is_encoded_once(folder, tmp_path, monkeypatch):
+    arguments = flags(folder, tmp_path / "o", "--stage", "base", "--cache", tmp_path / "cache")
+    main(arguments)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # training and held-out examples
+    monkeypatch.setattr("confidence.encode_file", None)
+    main([*arguments[: arguments.index("--output")], "--output", str(tmp_path / "p"), *arguments[8:]])
 
 
 def test_without_held_out_data_the_figures_are_null(folder, tmp_path):
