@@ -27,21 +27,22 @@ import numpy as np
 import torch
 
 from data import (
-    IGNORE_INDEX,
     Batch,
     Dataset,
     ahead,
     cache_folder,
     encode_file,
-    num_supervised,
     open_encoded,
     pack,
+    sizes,
     split_batch,
+    to_device,
 )
 from model import (
     CommandLine,
     Transformer,
     autocast,
+    barrier,
     empty_model,
     fastest_dtype,
     find_weights,
@@ -70,24 +71,19 @@ def score_examples(
     scored exactly once, and all get all scores.
     """
     device = model.head_weight.device
-    tally = Tally([num_supervised(targets) for _, targets in encoded], device)
-    batches = split_batch([len(tokens) for tokens, _ in encoded], micro_batch_tokens, world_size())
+    lengths, counts = sizes(encoded)
+    tally = Tally(counts, device)
+    batches = split_batch(lengths.tolist(), micro_batch_tokens, world_size())
 
     def prepare(examples: list[int]):
         batch = pack([encoded[i] for i in examples])
-        rows = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]  # [S]
-        owner = owners(examples, batch)[rows]
-        return batch.to(device), rows.to(device, non_blocking=True), owner.to(device, non_blocking=True)
+        rows = batch.supervised  # [S]
+        owner = torch.tensor(examples, dtype=torch.int64)[batch.example[rows]]  # [S]
+        return batch.to(device), to_device(rows, device), to_device(owner, device)
 
     for batch, rows, owner in ahead(prepare, batches[rank() :: world_size()]):
         tally.add(owner, gold_log_probs(model, batch, rows, dtype))
     return tally.scores()
-
-
-def owners(examples: Sequence[int], batch: Batch) -> torch.Tensor:
-    """Which of the `examples`, laid end to end in a row, each of its tokens belongs to: int64 [N]"""
-    examples = torch.as_tensor(examples or [0])  # an idle row's token is nobody's, and is not supervised
-    return torch.repeat_interleave(examples, batch.cu_seqlens.diff().long())
 
 
 class Tally:
@@ -354,8 +350,13 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
     folder = cache_folder(path, tokenizer, template, max_length, cache)
     if rank() == 0 and not folder.exists():
         encode_file(path, tokenizer, template, max_length, folder)
-    while not folder.exists():  # no barrier, whose patience ends: a large file takes its time
+    barrier()
+    for _ in range(100):  # another node may learn of a new folder a little later
+        if folder.exists():
+            break
         time.sleep(0.1)
+    else:
+        raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
     dataset = open_encoded(folder)
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
     say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)

@@ -15,12 +15,13 @@ import math
 import multiprocessing
 import os
 import shutil
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -214,10 +215,15 @@ def encode_example(example: Example, tokenizer: Tokenizer, template: str, max_le
     supervised. The very last token is a target alone. What `max_length` cuts off is lost, its end token too: a
     truncated response is never taught to end where it was cut.
     """
-    ids, supervised = tokenizer.apply_template(example.messages, template)
-    ids, supervised = ids[: max_length + 1], supervised[: max_length + 1]
+    ids, supervised, _ = _apply(example, tokenizer, template, max_length)
     targets = [token if learn else IGNORE_INDEX for token, learn in zip(ids, supervised, strict=True)]
     return ids[:-1], targets[1:]
+
+
+def _apply(example: Example, tokenizer: Tokenizer, template: str, max_length: int) -> tuple[list, list, bool]:
+    """Ids of an example, one more than `max_length` at most, whether each is learnt, and whether something was cut."""
+    ids, supervised = tokenizer.apply_template(example.messages, template)
+    return ids[: max_length + 1], supervised[: max_length + 1], len(ids) > max_length + 1
 
 
 def num_supervised(targets: torch.Tensor) -> int:
@@ -232,25 +238,24 @@ class Dataset(Sequence):
     What it is made of are arrays, all examples end to end, which may lie on disk and be mapped into memory.
     """
 
-    ids_end_to_end: np.ndarray  # int32: each example's tokens and the one after its last
+    tokens_end_to_end: np.ndarray  # int32: each example's tokens and the one after its last
     learnt: np.ndarray  # bool, of the same length: whether it is a target
     lengths: np.ndarray  # int64 [N] tokens of each example
     num_supervised: np.ndarray  # int64 [N] targets of each example
-    names: np.ndarray  # bytes [N]: the examples' ids
+    example_ids: np.ndarray  # bytes [N], see `Example`
     truncated: int = 0  # longer than max_length; their first max_length positions are here
     dropped: int = 0  # not here: nothing supervised within max_length
 
     @classmethod
-    def of(cls, encoded: Sequence[tuple], names: Sequence[str] | None = None) -> "Dataset":
-        """A data set of (tokens, targets), in memory; without `names` the examples' ids are their numbers."""
+    def of(cls, encoded: Sequence[tuple], example_ids: Sequence[str] | None = None) -> "Dataset":
+        """A data set of (tokens, targets), in memory; where no ids are given, numbers are the examples' ids."""
         ids = [torch.cat([tokens, targets[-1:].clamp(min=0)]) for tokens, targets in encoded]
         learnt = [F.pad(targets != IGNORE_INDEX, (1, 0)) for _, targets in encoded]
         return cls(
             torch.cat(ids).int().numpy(),
             torch.cat(learnt).numpy(),
-            np.array([len(tokens) for tokens, _ in encoded]),
-            np.array([num_supervised(targets) for _, targets in encoded]),
-            np.array(names or range(len(encoded))).astype(bytes),
+            *sizes(encoded),
+            np.array(example_ids or range(len(encoded))).astype(bytes),
         )
 
     def __len__(self) -> int:
@@ -263,38 +268,46 @@ class Dataset(Sequence):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         end = self._ends[i]
         span = slice(end - self.lengths[i] - 1, end)
-        ids, learnt = torch.from_numpy(self.ids_end_to_end[span].copy()), torch.from_numpy(self.learnt[span].copy())
+        ids, learnt = torch.from_numpy(self.tokens_end_to_end[span].copy()), torch.from_numpy(self.learnt[span].copy())
         return ids[:-1], ids[1:].masked_fill(~learnt[1:], IGNORE_INDEX)
 
     @property
     def ids(self) -> list[str]:
         """The examples' ids, in order."""
-        return [name.decode() for name in self.names.tolist()]
+        return [example_id.decode() for example_id in self.example_ids.tolist()]
+
+
+def sizes(encoded: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens and how many targets each of the encoded examples has: int64 [N], [N]"""
+    if isinstance(encoded, Dataset):
+        return encoded.lengths, encoded.num_supervised
+    counts = [(len(tokens), num_supervised(targets)) for tokens, targets in encoded]
+    lengths, supervised = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+    return lengths, supervised
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
     """Encode all examples, leaving out (and counting) those whose response starts beyond `max_length`."""
-    ids, learnt, lengths, counts, names = array("i"), bytearray(), [], [], []
+    tokens, learnt, lengths, counts, example_ids = array("i"), bytearray(), [], [], []
     truncated = dropped = 0
     for example in examples:
-        new, new_learnt = tokenizer.apply_template(example.messages, template)
-        kept, kept_learnt = new[: max_length + 1], new_learnt[: max_length + 1]
-        count = sum(kept_learnt[1:])
+        ids, supervised, cut_short = _apply(example, tokenizer, template, max_length)
+        count = sum(supervised[1:])
         if count == 0:
             dropped += 1
             continue
-        truncated += len(new) > len(kept)
-        ids.extend(kept)
-        learnt.extend(kept_learnt)
-        lengths.append(len(kept) - 1)
+        truncated += cut_short
+        tokens.extend(ids)
+        learnt.extend(supervised)
+        lengths.append(len(ids) - 1)
         counts.append(count)
-        names.append(example.id)
+        example_ids.append(example.id)
     return Dataset(
-        np.array(ids, dtype=np.int32),
+        np.array(tokens, dtype=np.int32),
         np.frombuffer(learnt, dtype=np.bool_),
         np.array(lengths, dtype=np.int64),
         np.array(counts, dtype=np.int64),
-        np.array(names, dtype=_ARRAYS["names"]),
+        np.array(example_ids, dtype=_ARRAYS["example_ids"]),
         truncated,
         dropped,
     )
@@ -302,7 +315,7 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template:
 
 # --- The cache: a file is encoded once --------------------------------------------------------------------------------
 
-_ARRAYS = {"ids_end_to_end": "<i4", "learnt": "?", "lengths": "<i8", "num_supervised": "<i8", "names": "S32"}
+_ARRAYS = {"tokens_end_to_end": "<i4", "learnt": "?", "lengths": "<i8", "num_supervised": "<i8", "example_ids": "S32"}
 
 
 def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
@@ -320,25 +333,26 @@ def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cac
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(cache or users / "sftmix") / digest.hexdigest()[:32]
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftmix"
+    return Path(cache) / digest.hexdigest()[:32]
 
 
 def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
     """Encode a data file into `folder`, part by part and with as many processes as there are cores.
 
-    Neither the text nor the ids are ever in memory as a whole. The folder is there only once all of it is.
+    Of a `.jsonl` file, text and ids are never in memory as a whole. The folder is there only once all of it is.
     Raises ValueError where `load_examples` would, and where no example is left.
     """
     path = Path(path)
     parts = _parts(path)
     encode = partial(_encode_part, path, tokenizer, template, max_length)
-    partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}")
-    partial_folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    aside.chmod(folder.parent.stat().st_mode)  # which mkdtemp keeps to the owner alone
     counts, repeats = Counter(), Counter()
     try:
         with ExitStack() as stack:
-            files = {name: stack.enter_context(open(partial_folder / name, "wb")) for name in _ARRAYS}
+            files = {name: stack.enter_context(open(aside / name, "wb")) for name in _ARRAYS}
             for dataset in _over_cores(encode, parts, stack):
                 counts += Counter(
                     examples=len(dataset),
@@ -346,18 +360,21 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
                     truncated=dataset.truncated,
                     dropped=dataset.dropped,
                 )
-                names = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["names"])
+                example_ids = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["example_ids"])
                 for name, file in files.items():
-                    (names if name == "names" else getattr(dataset, name)).tofile(file)
+                    getattr(replace(dataset, example_ids=example_ids), name).tofile(file)
         if counts["examples"] + counts["dropped"] == 0:
             raise ValueError(f"{path}: no records in it")
         if counts["examples"] == 0:
             raise ValueError(f"{path}: no response starts within --max_length {max_length}")
-        (partial_folder / "counts.json").write_text(json.dumps(counts))
-        if not folder.exists():
-            partial_folder.rename(folder)
+        (aside / "counts.json").write_text(json.dumps(counts))
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # another run may have been faster
+                raise
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _encode_part(path: Path, tokenizer: Tokenizer, template: str, max_length: int, part: _Part) -> Dataset:
@@ -429,15 +446,26 @@ class Batch:
     positions: torch.Tensor  # int64 [N]: 0, 1, 2 … anew in each example
     cu_seqlens: torch.Tensor  # int32 [B+1]: 0, then where each example ends
 
+    @property
+    def supervised(self) -> torch.Tensor:
+        """Where something is to be predicted: int64 [S]"""
+        return (self.targets != IGNORE_INDEX).nonzero()[:, 0]
+
+    @property
+    def example(self) -> torch.Tensor:
+        """Whose token each is, by number in the batch: int64 [N]"""
+        return torch.repeat_interleave(self.cu_seqlens.diff().long())
+
     def to(self, device) -> "Batch":
         """The same batch on `device`, but for cu_seqlens, which stay in main memory: the work is laid out by them."""
         return Batch(*(to_device(x, device) for x in (self.tokens, self.targets, self.positions)), self.cu_seqlens)
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on `device`; nobody waits for the copy, which a GPU makes from pinned memory while it computes."""
+    """The tensor on `device`; nobody waits for the copy, which a GPU makes from pinned memory in its turn."""
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
+        with torch.cuda.device(device):  # which a thread in the background has not chosen
+            tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from confidence import add_data_flags, choose_template, load_dataset, load_tokenizer, score_examples, usable_length
-from data import Dataset, Example, load_examples, num_supervised, pack
+from data import Dataset, Example, load_examples, pack, sizes
 from model import (
     CommandLine,
     KVCache,
@@ -43,7 +43,7 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
     ratio of sums with examples as the independent units (delta method), since tokens of one example are not.
     """
     _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
-    count = np.array([num_supervised(targets) for _, targets in encoded])  # [N] tokens of each example
+    _, count = sizes(encoded)  # [N] tokens of each example
     total = count * np.log(perplexity)  # [N] nats of each example
     loss, n, interval = total.sum() / count.sum(), len(count), None
     if n > 1:  # one example says nothing about the spread
@@ -77,8 +77,9 @@ def generate(
     for start in range(0, math.ceil(len(prompts) / world_size()), batch_size):
         chosen = torch.tensor(mine[start : start + batch_size], dtype=torch.int64, device=device)
         batch = pack([(prompts[i], prompts[i]) for i in chosen.tolist()]).to(device)  # any targets
-        lengths = batch.cu_seqlens.diff().long()  # [B]
-        longest = max(int(lengths.max()), min(int(lengths.max()) + max_new_tokens, model.config.max_length))
+        longest = int(batch.cu_seqlens.diff().max())
+        longest = max(longest, min(longest + max_new_tokens, model.config.max_length))
+        lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
         cache = KVCache(model.config, len(lengths), longest)
         running = torch.full((len(lengths),), len(chosen) > 0, device=device)  # [B]; a row that idles has ended already
         tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens

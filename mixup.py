@@ -18,6 +18,8 @@ row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabu
 """
 
 import functools
+import os
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -164,11 +166,11 @@ class _ChunkedLoss(torch.autograd.Function):
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
         gradient_by_logits = _fused() if device.type == "cuda" else _gradient_by_logits
 
-        order, times, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
-        order, times = order.to(device, non_blocking=True), times.to(device, non_blocking=True)
-        share = 1 / times.to(sum_dtype)[:, None]  # [S, 1]
-        scale, scale_mixed = a * share, torch.full((), b, dtype=sum_dtype, device=device)  # tensors: numbers would be
-        # compiled in, and they are others in every step
+        order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
+        order, uses = (_without_waiting(x, device) for x in (order, uses))
+        share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]
+        # Tensors, since numbers would be compiled in, and they are others in every step.
+        scale, scale_mixed = a * share, torch.full((), b, dtype=sum_dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             W = weight.to(product_dtype)
             for of_rows, of_mixed in chunks:
@@ -216,9 +218,9 @@ def _gradient_by_logits(logits, y, lam, scale, scale_mixed):
 
     # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2 λ of that
     # flows to the confident row and 1−λ to the unconfident one.
-    grad = _take_(logits.mul_(scale / total), y, scale)
-    grad_mixed = _take_(mixed.mul_(scale_mixed / total_mixed), y_c, scale_mixed * lam)
-    grad_mixed = _take_(grad_mixed, y_u, scale_mixed * (1 - lam))
+    grad = _subtract_at_(logits.mul_(scale / total), y, scale)
+    grad_mixed = _subtract_at_(mixed.mul_(scale_mixed / total_mixed), y_c, scale_mixed * lam)
+    grad_mixed = _subtract_at_(grad_mixed, y_u, scale_mixed * (1 - lam))
     grad[:k].addcmul_(lam, grad_mixed)
     grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
     return grad.to(product_dtype), log_p, ce_mixed
@@ -227,12 +229,12 @@ def _gradient_by_logits(logits, y, lam, scale, scale_mixed):
 def _exponentiate_(logits, *gold):
     """Turn logits [R, V] into exp(logits − max), in place: -> (their sums [R, 1], log p of each gold token [R, 1])."""
     top = logits.amax(-1, keepdim=True)
-    above = [logits.gather(1, y) - top for y in gold]
+    below_top = [logits.gather(1, y) - top for y in gold]
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return total, [x - total.log() for x in above]
+    return total, [x - total.log() for x in below_top]
 
 
-def _take_(grad, y, amount):
+def _subtract_at_(grad, y, amount):
     """Take `amount` [R, 1] from the entries y [R, 1] of grad [R, V], in place."""
     if torch.compiler.is_compiling():  # a look at every entry fuses with what is done to it anyway; a scatter does not
         return grad.sub_(amount * (torch.arange(grad.shape[1], device=grad.device) == y))
@@ -241,8 +243,16 @@ def _take_(grad, y, amount):
 
 @functools.cache
 def _fused():
-    """`_gradient_by_logits`, compiled for chunks of any size."""
+    """`_gradient_by_logits`, compiled for chunks of any size; as it is where there is no C compiler to do it with."""
+    compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    if not any(shutil.which(name) for name in compilers if name):
+        return _gradient_by_logits
     return torch.compile(_gradient_by_logits, dynamic=True)
+
+
+def _without_waiting(tensor, device):
+    """A tensor in main memory, copied to the device in its turn, from where it can be copied without the CPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _add_product_(total, a, b):
@@ -254,7 +264,7 @@ def _add_product_(total, a, b):
 
 
 def _chunks(num_rows: int, index_c, index_u, size: int):
-    """Cut rows into chunks of at most `size`, pairs together: -> (order of the rows, times [S], chunks).
+    """Cut rows into chunks of at most `size`, pairs together: -> (order of the rows, uses [S], chunks).
 
     A chunk is a slice of that order and a slice of the mixed positions. A row that k mixed positions use comes by k
     times, and each time brings 1/k of its own −log p.

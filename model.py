@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -490,7 +491,7 @@ class Transformer(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def compile_blocks(self) -> None:
-        """Compile the blocks at their first use, with `torch.compile`; names and results stay as they are."""
+        """Compile the blocks at their first use, with `torch.compile`; names stay, and results but for rounding."""
         for block in self.model.layers:
             block.compiled = True
 
@@ -525,7 +526,7 @@ class Transformer(nn.Module):
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, row, cache, use_reentrant=False)
+                x = checkpoint(block, x, row, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, row, cache)
         hidden = self.model.norm(x)
@@ -965,7 +966,8 @@ def processes():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        patience = timedelta(hours=6)  # for as long as process 0 may take to encode the data; torchrun ends the rest
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     try:
         yield device
     except (ValueError, OSError) as error:
@@ -1022,9 +1024,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def fastest_dtype(device) -> str:
-    """`bf16` on a GPU, and on a CPU with tiles for it (AMX); on others bf16 products are slower than float32's."""
-    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16" if torch.device(device).type == "cuda" or tiles else "fp32"
+    """`bf16` on a GPU since Ampere, and on a CPU with tiles for it (AMX); on others its products are no faster."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
 
 
 def autocast(device, dtype: str):

@@ -168,7 +168,7 @@ class TrainConfig:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
         if self.online and self.pairing == "random":
             raise ValueError("--confidence online: --pairing random makes no use of it")
-        if self.online and self.epochs == 1 and self.batch_size % 4:
+        if self.batch_size % self.mixing_group and self.mixing_group == 4:
             raise ValueError(f"--batch_size {self.batch_size}: must be a multiple of 4 for one epoch online")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
         for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
@@ -179,6 +179,11 @@ class TrainConfig:
     def online(self) -> bool:
         """Whether the SFTMix run finds out by itself who is confident."""
         return self.confidence == "online"
+
+    @property
+    def mixing_group(self) -> int:
+        """How many neighbours stay together in a step that mixes: a pair, or four yet to be split into two."""
+        return 4 if self.online and self.epochs == 1 else 2
 
 
 # The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
@@ -247,15 +252,15 @@ class MicroBatch:
 
     batch: Batch
     rows: torch.Tensor  # int64 [S]: the supervised positions
-    example: torch.Tensor  # int64 [S]: whose they are, by number in the batch
+    owner: torch.Tensor  # int64 [S]: whose they are, by number in the batch
     members: torch.Tensor  # int64 [B]: the examples of the batch, by number in the data set
-    lam: torch.Tensor  # float32 [P]: of each pair
-    # Who meets whom, from `pair_positions`, in main memory; None where the model has yet to say who is confident.
-    meeting: tuple | None
+    lam: torch.Tensor  # float32 [M]: of each mixed position; [P] of each pair while it is open who meets whom
+    # index_c and index_u of `pair_positions`, in main memory; None where the model has yet to say who is confident.
+    meeting: list | None
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`, copied while the device is at work: nobody waits."""
-        tensors = (self.rows, self.example, self.members, self.lam)
+        tensors = (self.rows, self.owner, self.members, self.lam)
         return MicroBatch(self.batch.to(device), *(to_device(x, device) for x in tensors), self.meeting)
 
 
@@ -270,7 +275,9 @@ class Step:
 
 
 def deal(lengths: list[int], group: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
-    """Deal examples into micro-batches, as many for each process (some may be empty), neighbours by the `group`.
+    """Deal examples into micro-batches, as many for each process (some may be empty).
+
+    Each run of `group` neighbours stays in one micro-batch; those left over go singly.
 
     >>> deal([30, 10, 20, 20, 5], group=2, max_tokens=50, num_processes=1)
     [[(0, 1), (4,)], [(2, 3)]]
@@ -294,12 +301,13 @@ def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch
         members = [i for unit in units for i in unit]
         batch = pack([dataset[i] for i in chosen[members]])
         pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
-        rows = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]
-        example = torch.repeat_interleave(batch.cu_seqlens.diff().long())[rows]
-        neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
-        meeting = None if group == 4 else pair_positions(batch.targets, batch.cu_seqlens, neighbours)
-        members = torch.from_numpy(chosen[members])
-        micro_batches.append(MicroBatch(batch, rows, example, members, lam[pairs], meeting).to(device))
+        owner, lam_here, meeting = batch.example[batch.supervised], lam[pairs], None
+        if group != 4:
+            neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
+            *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
+            lam_here = lam_here[pair]
+        numbers = torch.from_numpy(chosen[members])
+        micro_batches.append(MicroBatch(batch, batch.supervised, owner, numbers, lam_here, meeting).to(device))
     return Step(micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
 
 
@@ -307,7 +315,7 @@ def expected_mixed(counts: np.ndarray, group: int) -> float:
     """How many positions will be mixed: Σ min(N^c, N^u), averaged over the ways in which a group can fall into pairs.
 
     Among 4 there are 3 ways, and each two meet in one of them. What the mean divides by must be known before any of
-    the batch is computed on.
+    the batch is computed on; where the confident two are the shorter two, fewer positions than this are mixed.
 
     >>> expected_mixed(np.array([5, 7]), group=2), expected_mixed(np.array([1, 2, 3, 9]), group=4)
     (5.0, 3.3333333333333335)
@@ -344,7 +352,11 @@ def compute_loss(
 
     def loss_of(hidden):
         z, y = hidden[rows], batch.targets[rows]  # [S, D], [S]
-        index_c, index_u, pair = micro_batch.meeting or meet_in_fours(model, micro_batch, z, y, by)
+        if micro_batch.meeting is None:
+            index_c, index_u, pair = meet_in_fours(model, micro_batch, z, y, by)
+            lam = micro_batch.lam[pair]
+        else:
+            (index_c, index_u), lam = micro_batch.meeting, micro_batch.lam
         log_p = None if tally is None else torch.empty(len(y), device=y.device)
         loss = sftmix_loss(
             z,
@@ -352,7 +364,7 @@ def compute_loss(
             y,
             index_c,
             index_u,
-            micro_batch.lam[pair.to(y.device, non_blocking=True)],
+            lam,
             mu=mu,
             ntp_weight=ntp_weight,
             num_supervised=step.num_supervised,
@@ -360,7 +372,7 @@ def compute_loss(
             log_p=log_p,
         )
         if tally is not None:
-            tally.add(micro_batch.members[micro_batch.example], log_p)
+            tally.add(micro_batch.members[micro_batch.owner], log_p)
         return loss
 
     with autocast(batch.tokens.device, dtype):
@@ -368,10 +380,13 @@ def compute_loss(
 
 
 def meet_in_fours(model: Transformer, micro_batch: MicroBatch, z, y, by: str):
-    """`pair_positions` of a micro-batch whose groups of four the model splits now, by its probabilities as they are."""
-    log_p, example = model.gold_log_probs(z, y), micro_batch.example  # [S]
+    """`pair_positions` of a micro-batch whose groups of four the model splits now, by what it predicts as it is.
+
+    How many positions that mixes decides the shapes of what follows: here, and only here, the GPU is waited for.
+    """
+    log_p = model.gold_log_probs(z, y)  # [S]
     values = torch.stack([log_p.exp() if by == "probability" else log_p, torch.ones_like(log_p)])
-    total, count = values.new_zeros(2, len(micro_batch.members)).index_add_(1, example, values)  # [B]
+    total, count = values.new_zeros(2, len(micro_batch.members)).index_add_(1, micro_batch.owner, values)  # [B]
     scores = (total / count)[: 2 * len(micro_batch.lam)]
     return pair_positions(micro_batch.batch.targets.cpu(), micro_batch.batch.cu_seqlens, split_fours(scores.cpu()))
 
@@ -388,13 +403,13 @@ def train(
     *,
     group: Callable[[int], int] = lambda epoch: 1,
     tally: Tally | None = None,
-    after_step: Callable[[int, int], None] = lambda step, total_steps: None,
+    after_step: dict[int, Callable[[], None]] | None = None,
 ) -> dict:
     """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing in a `group(epoch)` of neighbours.
 
     In a group of 1, the default, nobody meets anybody: what is left of L is L_NTP. A `tally` takes note of log p(y) of
-    what is trained on. `log` gets a progress record every `config.log_every` steps, `after_step(step, total_steps)` is
-    called after each, counted from 1. Between progress records nothing waits for a GPU.
+    what is trained on. `log` gets a progress record every `config.log_every` steps, `after_step` says what to call
+    after which steps, counted from 1. Between these nothing waits for a GPU, but where fours are split.
     -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
     """
     optimizer, device = make_optimizer(model, config), model.head_weight.device
@@ -426,8 +441,9 @@ def train(
                         f"try a lower --lr than {config.lr}"
                     )
                 log(record)
-            with progress.paused():
-                after_step(step + 1, total_steps)
+            if after_step and step + 1 in after_step:
+                with progress.paused():
+                    after_step[step + 1]()
     model.eval()
     return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
@@ -471,6 +487,8 @@ class Progress:
     @contextlib.contextmanager
     def paused(self):
         """Time spent inside does not count."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         begun = time.perf_counter()
         yield
         pause = time.perf_counter() - begun
@@ -539,9 +557,10 @@ class Inputs:
 
 
 def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
-    """Say so where a batch has too few pairs to give every process one."""
-    if config.batch_size < 2 * num_processes:
-        say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
+    """Say so where a batch has too few pairs (or fours) to give every process one."""
+    if config.batch_size < config.mixing_group * num_processes:
+        unit = "a pair" if config.mixing_group == 2 else "four examples"
+        say(f"warning: --batch_size {config.batch_size} is less than {unit} for each of {num_processes} processes")
 
 
 def settled(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
@@ -568,8 +587,8 @@ def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
         say("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
     held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
-    names = set(held_out.names.tolist())
-    if shared := sum(name in names for name in dataset.names.tolist()):
+    example_ids = set(held_out.example_ids.tolist())
+    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
         say(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
     return Inputs(tokenizer, dataset, held_out)
 
@@ -606,12 +625,13 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
     model = model_to_train(config, device)
     folder = Path(config.output) / "reference"
 
-    def save_checkpoint(step: int, total_steps: int) -> None:
-        if step in {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}:
-            save(model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
-
+    total_steps = math.ceil(len(inputs.train) / config.batch_size) * config.epochs
+    steps = {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}
+    saves = {
+        step: partial(save, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config) for step in steps
+    }
     order = partial(epoch_order, len(inputs.train), config.seed)
-    spent = train(model, inputs.train, config, order, log, after_step=save_checkpoint)
+    spent = train(model, inputs.train, config, order, log, after_step=saves)
     save_finished(model, folder, inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
@@ -694,7 +714,7 @@ def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
         return order_by_halves(dynamics(), config, epoch)
 
     def group(epoch: int) -> int:
-        return 4 if config.epochs == 1 else 1 if epoch == 0 else 2
+        return config.mixing_group if epoch > 0 or config.epochs == 1 else 1
 
     model = model_to_train(config, device)
     spent = train(model, dataset, config, order, log, group=group, tally=tally)
@@ -729,7 +749,7 @@ def heaviest_work(dataset: Dataset, config: TrainConfig, num_processes: int) -> 
     for start in range(0, len(dataset), config.batch_size):
         chosen = order[start : start + config.batch_size]
         lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
-        micro_batches = deal(lengths.tolist(), 2, config.micro_batch_tokens, num_processes)
+        micro_batches = deal(lengths.tolist(), config.mixing_group, config.micro_batch_tokens, num_processes)
         accumulates |= len(micro_batches) > num_processes
         for units in micro_batches:
             members = [i for unit in units for i in unit]
@@ -807,7 +827,7 @@ def estimate_flops(model: Transformer, tokens: int, supervised: int, config: Tra
 
 
 def dry_run(config: TrainConfig, device) -> None:
-    """Say what a run would take, and show an example as it will be trained on; nothing is written."""
+    """Say what a run would take, and show an example as it will be trained on; all that is written is the cache."""
     config, tokenizer = settled(config, device)
     inputs = load_inputs(config, tokenizer)
     num_processes, dataset = config.dry_run or world_size(), inputs.train
@@ -820,7 +840,9 @@ def dry_run(config: TrainConfig, device) -> None:
     tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
     stored = (parameters - trainable if config.lora_rank else parameters) * DTYPES[config.save_dtype].itemsize
-    models = min(config.num_checkpoints, config.epochs * steps) + 2
+    models, what = min(config.num_checkpoints, config.epochs * steps) + 2, "checkpoints, reference, sftmix"
+    if config.online:
+        models, what = 1, "sftmix"
     if config.confidence is not None and not config.online:
         scores_of(config, dataset)
 
@@ -829,7 +851,7 @@ def dry_run(config: TrainConfig, device) -> None:
     say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
     say(f"micro-batches  of at most {work.tokens:,} tokens, on {num_processes} x {device.type}")
     say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
-    say(f"disk           {gigabytes(models * stored)} for {models} models: checkpoints, reference, sftmix")
+    say(f"disk           {gigabytes(models * stored)} for {models} models: {what}")
     say("memory         of a process, estimated:")
     for name, size in memory.items():
         say(f"  {name:17}{gigabytes(size):>10}" + (" at the peak, where not all is there at once" * (name == "total")))

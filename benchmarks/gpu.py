@@ -3,7 +3,7 @@
     python benchmarks/gpu.py            hidden 2048, 16 layers, 32 heads on 8, vocabulary 128,256; 16,384 tokens a step
     python benchmarks/gpu.py --small    the same script at a size that a CPU can do, to see that it runs
 
-Prints a table: the rate of a plain bf16 product, tokens/s and model FLOPs utilisation of NTP and SFTMix steps (6 FLOPs a
+Prints a table: the rate of a bf16 product, tokens/s and model FLOPs utilisation of NTP and SFTMix steps (6 FLOPs a
 parameter and token, and attention's; what is computed twice does not count twice), scoring, the loss's peak memory, and
 attention by each of the kernels at hand.
 """

@@ -191,10 +191,10 @@ def loss(args, folder: Path) -> None:
 
 
 def recipe(args, folder: Path) -> None:
-    """Three epochs over 320 examples: NTP alone, the whole recipe, SFTMix in one run; and one epoch of each."""
+    """Three epochs over 192 examples: NTP alone, the whole recipe, SFTMix in one run; and one epoch of each."""
     make_model(folder, args.tokenizer)
     with open(args.data, encoding="utf-8") as file:
-        (folder / "data.jsonl").write_text("".join(next(file) for _ in range(320)))
+        (folder / "data.jsonl").write_text("".join(next(file) for _ in range(192)))
     given = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--max_length", "1024"]
     given += ["--lr", "1e-4", "--cache", str(folder / "cache"), "--log_every", "1000"]
     runs = {

@@ -190,7 +190,7 @@ def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_fil
     expected = {example.id: encode_example(example, tokenizer, "alpaca", 150) for example in examples}
     expected = {i: pair for i, pair in expected.items() if set(pair[1]) != {IGNORE_INDEX}}
     assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.dropped == 1
-    assert isinstance(dataset.ids_end_to_end, np.memmap)
+    assert isinstance(dataset.tokens_end_to_end, np.memmap)
     for (tokens, targets), (ids, learnt), length, count in zip(
         dataset, expected.values(), dataset.lengths, dataset.num_supervised, strict=True
     ):

@@ -215,9 +215,9 @@ def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
     for micro_batch in step.micro_batches:
         lengths = micro_batch.batch.cu_seqlens.diff().tolist()
         seen += [length - 3 for length in lengths]
-        index_c, index_u, pair = micro_batch.meeting
-        whose = [micro_batch.members[micro_batch.example[index]].tolist() for index in (index_c, index_u)]
-        lam_of_pair |= dict(zip(zip(*whose, strict=True), micro_batch.lam[pair].tolist(), strict=True))
+        index_c, index_u = micro_batch.meeting
+        whose = [micro_batch.members[micro_batch.owner[index]].tolist() for index in (index_c, index_u)]
+        lam_of_pair |= dict(zip(zip(*whose, strict=True), micro_batch.lam.tolist(), strict=True))
     assert sorted(seen) == list(range(11))
     assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
 
