@@ -160,6 +160,8 @@ class _ChunkedLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device.type)
         product_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype  # of matrix products alone
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of everything that is summed or exponentiated
+        # On a CPU the product itself adds to W's gradient, in float32; on a GPU a bf16 product is worth the sum apart.
+        grad_dtype = product_dtype if device.type == "cuda" else sum_dtype
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if want_hidden else None  # [S, D]
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if want_weight else None  # [V, D]
@@ -178,15 +180,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 rows, lam_m = order[of_rows], lam[of_mixed, None]  # [R], [k, 1]
                 z, y = hidden[rows].to(product_dtype), targets[rows, None]  # [R, D], [R, 1]
                 logits = z @ W.T  # [R, V]: the one lm_head product
-                grad, log_p, ce_mixed = gradient_by_logits(logits, y, lam_m, scale[rows], scale_mixed)
+                grad, log_p, ce_mixed = gradient_by_logits(logits, y, lam_m, scale[rows], scale_mixed, grad_dtype)
                 ntp_sum = ntp_sum - (share[rows] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
                     log_p_out[rows] = log_p[:, 0].to(log_p_out.dtype)
                 if want_hidden:
-                    grad_hidden.index_add_(0, rows, (grad @ W).to(sum_dtype))
+                    grad_hidden.index_add_(0, rows, (grad.to(product_dtype) @ W).to(sum_dtype))
                 if want_weight:
-                    _add_product_(grad_weight, grad.T, z)
+                    _add_product_(grad_weight, grad.T, z.to(grad_dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(ntp_sum, mix_sum)
@@ -201,16 +203,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-def _gradient_by_logits(logits, y, lam, scale, scale_mixed):
+def _gradient_by_logits(logits, y, lam, scale, scale_mixed, grad_dtype):
     """Everything about a chunk that is no matrix product, in place where it can be; on a GPU fused into a few kernels.
 
     logits [R, V], y int64 [R, 1], lam [k, 1], and what a position counts for: scale [R, 1], scale_mixed [] ->
-    (gradient of the loss by the logits [R, V], log p(y) [R, 1], H(ỹ, p̃) [k, 1]). Of the rows, k are confident and the
-    next k unconfident.
+    (gradient of the loss by the logits [R, V] in grad_dtype, log p(y) [R, 1], H(ỹ, p̃) [k, 1]). Of the rows, k are
+    confident and the next k unconfident.
     """
     k = len(lam)
     y_c, y_u = y[:k], y[k : 2 * k]
-    product_dtype, logits = logits.dtype, logits.to(scale.dtype)
+    logits = logits.to(scale.dtype)
     mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
     total, (log_p,) = _exponentiate_(logits, y)
     total_mixed, (log_p_c, log_p_u) = _exponentiate_(mixed, y_c, y_u)
@@ -223,7 +225,7 @@ def _gradient_by_logits(logits, y, lam, scale, scale_mixed):
     grad_mixed = _subtract_at_(grad_mixed, y_u, scale_mixed * (1 - lam))
     grad[:k].addcmul_(lam, grad_mixed)
     grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
-    return grad.to(product_dtype), log_p, ce_mixed
+    return grad.to(grad_dtype), log_p, ce_mixed
 
 
 def _exponentiate_(logits, *gold):

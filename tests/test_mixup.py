@@ -237,7 +237,7 @@ def test_the_element_wise_part_gives_the_same_compiled_whatever_the_size_and_the
     compiled = torch.compile(mixup_module._gradient_by_logits, dynamic=True, backend=backend)
     for k, others, scale_mixed in ((5, 0, 0.1), (0, 7, 0.2), (6, 0, 0.3), (0, 9, 0.4), (9, 0, 0.5)):
         logits, y = torch.randn(2 * k + others, 30), torch.randint(30, (2 * k + others, 1))
-        rest = y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(scale_mixed)
+        rest = y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(scale_mixed), torch.float32
         expected = mixup_module._gradient_by_logits(logits.clone(), *rest)
         for one, other in zip(compiled(logits.clone(), *rest), expected, strict=True):
             torch.testing.assert_close(one, other)
