@@ -266,7 +266,7 @@ def area_under_roc(scores, positive) -> float:
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-# --- Picture and command line -----------------------------------------------------------------------------------------
+# --- The data map -----------------------------------------------------------------------------------------------------
 
 
 def require_matplotlib():
@@ -299,6 +299,9 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
         handle.set_alpha(1)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# --- What every tool opens: model folders and data files --------------------------------------------------------------
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -363,6 +366,9 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
     if dataset.truncated or dataset.dropped:
         say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)
     return dataset
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 
 def add_data_flags(parser: CommandLine) -> None:

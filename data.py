@@ -519,7 +519,7 @@ def draw_lambda(num_pairs: int, alpha: float, seed: int, step: int) -> torch.Ten
 
 
 def split_batch(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Deal units of `sizes` tokens into micro-batches of at most `max_tokens`, as even as can be, largest first.
+    """Deal units of `sizes` tokens into micro-batches of at most `max_tokens`: the largest first, each where least is.
 
     The number of micro-batches is a multiple of `multiple` (the processes, so that each has as many), and some may be
     empty. A unit that is larger than `max_tokens` has one to itself.

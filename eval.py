@@ -13,7 +13,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from confidence import add_data_flags, choose_template, load_dataset, load_tokenizer, score_examples, usable_length
+from confidence import (
+    add_data_flags,
+    check_models,
+    choose_template,
+    load_dataset,
+    load_tokenizer,
+    score_examples,
+    usable_length,
+)
 from data import Dataset, Example, load_examples, pack, sizes
 from model import (
     CommandLine,
@@ -185,6 +193,7 @@ def main(argv=None) -> None:
     add_data_flags(parser)
     args = parser.parse_args(argv)
     with processes() as device:
+        check_models([args.model])
         tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
         template = choose_template(tokenizer, args.template, sys.stderr)
         dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)

@@ -407,6 +407,7 @@ def train(
 ) -> dict:
     """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing in a `group(epoch)` of neighbours.
 
+    `order` is asked once an epoch, when all before it are done.
     In a group of 1, the default, nobody meets anybody: what is left of L is L_NTP. A `tally` takes note of log p(y) of
     what is trained on. `log` gets a progress record every `config.log_every` steps, `after_step` says what to call
     after which steps, counted from 1. Between these nothing waits for a GPU, but where fours are split.
@@ -708,6 +709,7 @@ def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
         return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*epochs, strict=True)))
 
     def order(epoch: int) -> np.ndarray:
+        """As of what the epochs before have shown, the last of which ends here."""
         if epoch == 0:
             return epoch_order(len(dataset), config.seed, epoch)
         epochs.append(tally.scores())

@@ -1,5 +1,6 @@
 """Configuration, schedule, the step, the loop and the stages, in one process and in two."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tokenizer import Tokenizer
 from train import (
     DEMO,
     STAGES,
+    Progress,
     TrainConfig,
     compute_gradients,
     estimate_memory,
@@ -205,6 +207,24 @@ def test_a_tally_reads_off_what_scoring_would_find():
         compute_gradients(model, step, 0.5, 1.0, "fp32", tally)
         for one, other in zip(tally.scores(), score_examples(model, dataset), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_step_never_looks_at_what_is_on_the_device(monkeypatch):
+    """On the meta device there are no numbers: whoever asks for one, or for a shape that depends on one, fails.
+
+    So would a GPU be waited for. Where fours are split somebody must ask, which shows that this test can fail.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # unknown there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    dataset, meta = dataset_of([40, 30, 20, 25]), torch.device("meta")
+    model = tiny_model().to(meta)
+    tally, progress = Tally(dataset.num_supervised, meta), Progress(1, meta)
+    for group, lam in ((1, torch.zeros(0)), (2, torch.rand(2)), (4, torch.rand(2))):
+        step = make_step(dataset, np.arange(4), group, lam, 60, meta)
+        assert len(step.micro_batches) == (1 if group == 4 else 2)
+        with pytest.raises(NotImplementedError, match="no data") if group == 4 else contextlib.nullcontext():
+            progress.add(compute_gradients(model, step, 0.2, 1.0, "fp32", tally), step.num_tokens)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
 def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
