@@ -221,7 +221,6 @@ def test_a_step_never_looks_at_what_is_on_the_device(monkeypatch):
     tally, progress = Tally(dataset.num_supervised, meta), Progress(1, meta)
     for group, lam in ((1, torch.zeros(0)), (2, torch.rand(2)), (4, torch.rand(2))):
         step = make_step(dataset, np.arange(4), group, lam, 60, meta)
-        assert len(step.micro_batches) == (1 if group == 4 else 2)
         with pytest.raises(NotImplementedError, match="no data") if group == 4 else contextlib.nullcontext():
             progress.add(compute_gradients(model, step, 0.2, 1.0, "fp32", tally), step.num_tokens)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
