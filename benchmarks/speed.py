@@ -313,13 +313,13 @@ def report(args, folder: Path) -> None:
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
     print("| tokens/s | fp32 | ours over it | bf16 | ours over it |\n|---|---|---|---|---|")
-    for name in CONTENDERS:
+    for name, (who, _, _) in CONTENDERS.items():
         cells = []
         for dtype in ("fp32", "bf16"):
             rates = of("training", "rate", name=name, dtype=dtype)
-            mixes = name == "literal SFTMix" or name.startswith("SFTMix")
-            base = of("training", "rate", name="SFTMix" if mixes else "NTP", dtype=dtype)
-            cells += [spread(rates, ",.0f"), spread(ratios(base, rates))] if rates else ["–", "–"]
+            base = of("training", "rate", name="SFTMix" if name == "literal SFTMix" else "NTP", dtype=dtype)
+            ratio = spread(ratios(base, rates)) if rates and who == "peers" else ""
+            cells += [spread(rates, ",.0f") if rates else "not run", ratio]
         print(f"| {name} | {' | '.join(cells)} |")
     print("\n| ratio, by rounds | fp32 | bf16 |\n|---|---|---|")
     for one, other in (("SFTMix", "NTP"), ("SFTMix, --compile", "SFTMix"), ("scoring", "NTP")):
