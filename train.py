@@ -792,10 +792,14 @@ def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_pro
     else:  # autocast's bf16 copies, which it keeps to the end of a pass
         gathered = 2 * (head + block * len(layers)) if bf16 else 0
     rows = min(chunk_rows(vocab_size, device_type), work.supervised)
-    made = 8 * head + (product + 4) * (block if num_processes > 1 else 0)  # gradients on their way to being a share
+    made = 4 * head
+    if num_processes > 1:  # gradients on their way to being a share
+        made += 4 * head + (product + 4) * block
     block_bytes, around = activation_bytes(model.config, config, device_type)
     activations = work.tokens * (around + block_bytes * len(layers))
     at_work = rows * vocab_size * (8 if bf16 else 6)  # logits of rows, and of half as many mixed ones
+    if not config.lora_rank:
+        at_work = max(at_work, 4 * head)  # when they are gone, the head's gradient is there twice for a moment
     if config.activation_checkpointing:  # the blocks' inputs; the loss is done when the first block is computed again
         activations = work.tokens * (around + 4 * model.config.hidden_size * len(layers))
         at_work = max(at_work, work.tokens * block_bytes)
