@@ -361,8 +361,9 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
                     dropped=dataset.dropped,
                 )
                 example_ids = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["example_ids"])
+                dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
-                    getattr(replace(dataset, example_ids=example_ids), name).tofile(file)
+                    getattr(dataset, name).tofile(file)
         if counts["examples"] + counts["dropped"] == 0:
             raise ValueError(f"{path}: no records in it")
         if counts["examples"] == 0:

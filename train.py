@@ -168,7 +168,7 @@ class TrainConfig:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
         if self.online and self.pairing == "random":
             raise ValueError("--confidence online: --pairing random makes no use of it")
-        if self.batch_size % self.mixing_group and self.mixing_group == 4:
+        if self.mixing_group == 4 and self.batch_size % 4:
             raise ValueError(f"--batch_size {self.batch_size}: must be a multiple of 4 for one epoch online")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
         for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
@@ -301,13 +301,13 @@ def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch
         members = [i for unit in units for i in unit]
         batch = pack([dataset[i] for i in chosen[members]])
         pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
-        owner, lam_here, meeting = batch.example[batch.supervised], lam[pairs], None
+        rows, lam_here, meeting = batch.supervised, lam[pairs], None
         if group != 4:
             neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
             *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
             lam_here = lam_here[pair]
-        numbers = torch.from_numpy(chosen[members])
-        micro_batches.append(MicroBatch(batch, batch.supervised, owner, numbers, lam_here, meeting).to(device))
+        owner, numbers = batch.example[rows], torch.from_numpy(chosen[members])
+        micro_batches.append(MicroBatch(batch, rows, owner, numbers, lam_here, meeting).to(device))
     return Step(micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
 
 
@@ -416,14 +416,14 @@ def train(
     optimizer, device = make_optimizer(model, config), model.head_weight.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
-    total_steps = steps_per_epoch * config.epochs
+    epoch_steps = steps_per_epoch(dataset, config)
+    total_steps = epoch_steps * config.epochs
     progress = Progress(total_steps, device)
     model.train()
     for epoch in range(config.epochs):
         prepare = partial(prepare_step, dataset, config, order(epoch), group(epoch), device)
         mu, ntp_weight = (config.mu, config.ntp_weight) if group(epoch) > 1 else (0.0, 1.0)
-        steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+        steps = range(epoch * epoch_steps, (epoch + 1) * epoch_steps)
         for step, work in zip(steps, ahead(prepare, steps), strict=True):
             losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
@@ -449,9 +449,14 @@ def train(
     return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
+def steps_per_epoch(dataset: Dataset, config: TrainConfig) -> int:
+    """How many steps go through the data once, the last of them perhaps with fewer examples."""
+    return math.ceil(len(dataset) / config.batch_size)
+
+
 def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, group: int, device, step: int) -> Step:
     """The global batch of a step (counted from 0), given its epoch's order, dealt out and on the device."""
-    start = step * config.batch_size % (math.ceil(len(dataset) / config.batch_size) * config.batch_size)
+    start = step % steps_per_epoch(dataset, config) * config.batch_size
     chosen = indices[start : start + config.batch_size]
     num_pairs = len(chosen) // group * (group // 2)
     lam = draw_lambda(num_pairs, config.alpha, config.seed, step)
@@ -626,7 +631,7 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
     model = model_to_train(config, device)
     folder = Path(config.output) / "reference"
 
-    total_steps = math.ceil(len(inputs.train) / config.batch_size) * config.epochs
+    total_steps = steps_per_epoch(inputs.train, config) * config.epochs
     steps = {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}
     saves = {
         step: partial(save, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config) for step in steps
@@ -838,7 +843,7 @@ def dry_run(config: TrainConfig, device) -> None:
     model = empty_model(config.model, config.dtype, config.lora_rank, config.lora_alpha)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = math.ceil(len(dataset) / config.batch_size)
+    steps = steps_per_epoch(dataset, config)
     work = heaviest_work(dataset, config, num_processes)
     memory = estimate_memory(model, work, config, num_processes, device.type)
     tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
