@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from data import (
     Batch,
@@ -54,6 +55,7 @@ from model import (
     say,
     sum_over_processes,
     world_size,
+    written_aside,
 )
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -86,25 +88,52 @@ def score_examples(
     return tally.scores()
 
 
-class Tally:
-    """Adds up p and log p over the supervised tokens of each example, from packed rows in any order."""
+IMPOSSIBLE = -690.0  # log p of a gold token that a model gives no number, or less than this: p = 10⁻³⁰⁰
 
-    def __init__(self, num_supervised: Sequence[int], device):
+
+class Tally:
+    """Adds up p and log p over the supervised tokens of each example, from packed rows in any order.
+
+    It can be closed `epochs` times, each time keeping the scores and beginning anew.
+    """
+
+    def __init__(self, num_supervised: Sequence[int], device, epochs: int = 0):
         self.num_supervised = np.asarray(num_supervised)  # [N]
-        self.sums = torch.zeros(2, len(num_supervised), dtype=torch.float64, device=device)  # Σ p and Σ log p
+        # Σ p, Σ log p, and the number of tokens without a finite log p.
+        self.sums = torch.zeros(3, len(num_supervised), dtype=torch.float64, device=device)
+        self.closed = 0
+        self.history = torch.zeros(epochs, 2, len(num_supervised), dtype=torch.float64)  # scores of closed epochs
 
     def add(self, owner, log_p) -> None:
         """Take note of log p(y) [S] at positions of the examples `owner` [S]."""
-        log_p = log_p.double()
-        self.sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p]))
+        log_p, broken = log_p.double(), ~log_p.isfinite()
+        log_p = log_p.nan_to_num(nan=IMPOSSIBLE).clamp(min=IMPOSSIBLE)
+        self.sums.index_add_(1, owner, torch.stack([log_p.exp(), log_p, broken.double()]))
+
+    def close(self) -> None:
+        """Keep the scores of the epoch that ends here."""
+        self.history[self.closed] = torch.from_numpy(np.stack(self.scores()))
+        self.closed += 1
+
+    def epochs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(probability [C, N], perplexity [C, N]) of the C epochs closed so far."""
+        return tuple(self.history[: self.closed].transpose(0, 1).numpy())
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
         """(probability [N], perplexity [N]) of what all processes have noted, each token once; it then begins anew."""
-        probability, log_probability = sum_over_processes(self.sums).cpu().numpy() / self.num_supervised
+        sums = sum_over_processes(self.sums).cpu().numpy()
+        probability, log_probability = sums[:2] / self.num_supervised
+        broken = np.flatnonzero(sums[2])
         self.sums.zero_()
-        if not np.isfinite(log_probability).all():
+        if len(broken) == len(probability):
             raise ValueError(
                 "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
+            )
+        if len(broken):
+            say(
+                f"warning: of {len(broken):,} examples some tokens get no finite probability, and count as impossible: "
+                f"number {', '.join(str(i + 1) for i in broken[:8])}{' …' if len(broken) > 8 else ''} of those kept",
+                sys.stderr,
             )
         # p_c(i) = (1/N) Σ_n p_c(y_n), and the perplexity exp(−(1/N) Σ_n log p_c(y_n))
         return probability, np.exp(-log_probability)
@@ -121,9 +150,13 @@ def gold_log_probs(model: Transformer, batch: Batch, rows, dtype: str):
         )
 
 
-def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype: str, device, file=None) -> "Dynamics":
+def score_checkpoints(
+    folders, dataset: Dataset, micro_batch_tokens: int, dtype: str, device, file=None, kept: Path | None = None
+) -> "Dynamics":
     """Score all examples with each checkpoint, oldest first, with a line of progress on `file` for each.
 
+    Scores in the folder `kept`, where one is given, are taken from there, and new ones left there, checkpoint by
+    checkpoint: whoever is stopped on the way goes on with the next.
     While one is at work the next is read from the disk, into the system's cache: as fast to open from there as from
     this process's memory, which never holds two models.
     """
@@ -131,7 +164,18 @@ def score_checkpoints(folders, dataset: Dataset, micro_batch_tokens: int, dtype:
     with ThreadPoolExecutor(1) as background:
         for folder, following in zip(folders, [*folders[1:], None], strict=True):
             background.submit(read_ahead, following)
-            scores.append(score_examples(open_model(folder, dtype, device), dataset, micro_batch_tokens, dtype))
+            known = kept and kept / f"{Path(folder).name}.safetensors"
+            if known and known.is_file():
+                scores.append(load_file(known)["scores"])
+                continue
+            scores.append(
+                np.stack(score_examples(open_model(folder, dtype, device), dataset, micro_batch_tokens, dtype))
+            )
+            if known and rank() == 0:
+                kept.mkdir(parents=True, exist_ok=True)
+                with written_aside(known) as aside:
+                    save_file({"scores": scores[-1]}, aside)
+            barrier()
             say(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
@@ -177,7 +221,7 @@ class Dynamics:
         names = ("id", "confidence", "variance", "perplexity", "probabilities", "perplexities")
         means = self.confidence, self.variance, self.mean_perplexity
         columns = self.ids, *(scores.tolist() for scores in (*means, self.probability.T, self.perplexity.T))
-        with open(path, "w", encoding="utf-8") as file:
+        with written_aside(Path(path)) as aside, open(aside, "w", encoding="utf-8") as file:
             for row in zip(*columns, strict=True):
                 file.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
 

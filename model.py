@@ -16,14 +16,18 @@ import contextlib
 import difflib
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -697,6 +701,8 @@ def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alph
     model = empty_model(path, dtype, lora_rank, lora_alpha)
     if world_size() > 1:
         shard(model, dtype, device)
+    if _speaks_for_its_machine():
+        check_manifest(Path(path))
     read_weights(model, path, device)
     if lora_rank:
         reset_lora(model, seed)
@@ -761,7 +767,9 @@ def read_weights(model: Transformer, path, device) -> None:
                 parameter = model.get_parameter(name)
                 first, end = row_range(parameter)
                 if first < end:
-                    own_rows(parameter).copy_(weights.get_slice(name)[first:end])
+                    rows = own_rows(parameter).copy_(weights.get_slice(name)[first:end])
+                    if not all(map(math.isfinite, rows.aminmax())):  # which makes no copy
+                        raise ValueError(f"{file}: {name} holds numbers that are not finite")
 
 
 def read_ahead(path) -> None:
@@ -815,20 +823,30 @@ def save_model(
 
     Weights are kept in `dtype` (None: as they are), adapters merged into them, in shards of at most `max_shard_bytes`.
     The `files`, by name, go along. Of a sharded model all processes must take part; process 0 writes, and never holds
-    more of it than one shard. All is written aside and moved in when it is there, config.json last: a folder that has
-    one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
+    more of it than one shard. All is written aside and moved in when it is on the disk, config.json last: a folder that
+    has one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
     """
     path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps
     if (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
+    drop_gathered(model)
+    with folder_aside(path / "partial") as aside:
+        _write_model(model, aside, files or {}, dtype, max_shard_bytes)
+        if rank() == 0:
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+                flush(file)
+                file.rename(path / file.name)
+            flush(path)
+
+
+def drop_gathered(model: Transformer) -> None:
+    """Drop the weights that a sharded model's forward pass has gathered: rounded copies, where it computes in bf16."""
     for module in model.modules():
         if hasattr(module, "reshard"):
-            module.reshard()  # what a forward pass has gathered is a rounded copy
-    aside = path / "partial"
-    if rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+            module.reshard()
 
+
+def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtype, max_shard_bytes: int) -> None:
     sizes = {
         name: parameter.numel() * (dtype or parameter.dtype).itemsize for name, parameter in _folder_parameters(model)
     }
@@ -842,26 +860,27 @@ def save_model(
             if rank() == 0:
                 weights[name] = tensor.detach().to("cpu", dtype or model.get_parameter(name).dtype).contiguous()
         if rank() == 0:
-            _write_weights(weights, aside / file)
+            _write_weights(weights, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if rank() != 0:
         return
 
     if len(shards) > 1:
-        write_json(aside / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    write_json(aside / "config.json", model.config.to_dict() | {"torch_dtype": stored})
-    for name, content in (files or {}).items():
-        (aside / name).write_bytes(content)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-        file.rename(path / file.name)
-    aside.rmdir()
+    write_json(folder / MANIFEST, checksums(sorted(folder.glob("*.safetensors"))))
+    write_json(folder / "config.json", model.config.to_dict() | {"torch_dtype": stored})
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_weights(weights: dict, file: Path) -> None:
     file.touch()
     mode = file.stat().st_mode
-    save_file(weights, file, metadata={"format": "pt"})
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: not written ({error})") from None
     file.chmod(mode)  # which safetensors keeps to the owner alone
 
 
@@ -905,8 +924,7 @@ def save_adapter(model: Transformer, path, base) -> None:
     if rank() != 0:
         return
     path, any_of_them = Path(path), next(iter(adapters.values()))
-    path.mkdir(parents=True)
-    _write_weights(weights, path / "adapter_model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -918,12 +936,101 @@ def save_adapter(model: Transformer, path, base) -> None:
         "target_modules": sorted({name.rpartition(".")[2] for name in adapters}),
         "inference_mode": True,
     }
-    write_json(path / "adapter_config.json", description)
+    with written_aside(path) as aside:
+        aside.mkdir()
+        _write_weights(weights, aside / "adapter_model.safetensors")
+        write_json(aside / "adapter_config.json", description)
+
+
+# --- What is written is whole, or it is not there ---------------------------------------------------------------------
+
+MANIFEST = "manifest.json"  # the sizes and checksums of a folder's files, as they were written
+
+
+@contextlib.contextmanager
+def written_aside(path: Path):
+    """Yield where to write a file or a folder, which becomes `path` once all of it is on the disk.
+
+    A crash at any moment leaves whole what is at `path`: the old, or the new. An error leaves nothing of the new.
+    """
+    aside = path.with_name(path.name + ".partial")
+    _remove(aside)
+    try:
+        yield aside
+        for part in [*aside.rglob("*"), aside]:
+            flush(part)
+        aside.replace(path)
+        flush(path.parent)
+    finally:
+        _remove(aside)
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path):
+    """Yield an empty folder for all processes to write to, of which at the end nothing stays."""
+    if rank() == 0:
+        _remove(path)
+        path.mkdir(parents=True)
+    barrier()
+    try:
+        yield path
+    finally:
+        if rank() == 0:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the list of what is in a folder, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(file: Path, values) -> None:
-    """Write a JSON file for people to read too."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON file for people to read too; what was there before is replaced at once and as a whole."""
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def checksums(files: Iterable[Path]) -> dict[str, dict]:
+    """The size and the SHA-256 of files, by name."""
+    files = list(files)
+    with ThreadPoolExecutor(min(8, len(files) or 1)) as threads:
+        return {file.name: checksum for file, checksum in zip(files, threads.map(_checksum, files), strict=True)}
+
+
+def _checksum(file: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise ValueError, naming the file, where one is no longer what the folder's manifest, if it has one, says."""
+    if not (folder / MANIFEST).is_file():
+        return
+    expected = read_json(folder / MANIFEST)
+    for name in expected:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: not found, but {MANIFEST} says that it is there")
+    found = checksums(folder / name for name in expected)
+    for name in expected:
+        if found[name] != expected[name]:
+            raise ValueError(
+                f"{folder / name}: damaged, it is not what was written; bring back a copy of it (or, if you have "
+                f"changed it, remove {MANIFEST})"
+            )
 
 
 # --- Where a model runs: command line, processes, devices -------------------------------------------------------------
@@ -959,29 +1066,59 @@ def _speaks_for_its_machine() -> bool:
 def processes():
     """Join the processes `torchrun` started (or be the only one) and yield this one's device.
 
-    A ValueError or OSError inside is something the user can mend: it becomes one line on stderr and exit code 1.
+    A ValueError or OSError inside is something the user can mend: it becomes one line on stderr and exit code 1. So
+    does memory that runs out, and the end of another process, and (with the exit code it has by convention) Ctrl-C.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        patience = timedelta(hours=6)  # for as long as process 0 may take to encode the data; torchrun ends the rest
+        patience = timedelta(hours=1)  # for as long as process 0 may take to encode the data; torchrun ends the rest
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     try:
         yield device
     except (ValueError, OSError) as error:
         if not _speaks_for_its_machine():
             time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _end(str(error).replace("\n", " "))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _end(f"out of memory ({str(error).splitlines()[:1]}); a lower --micro_batch_tokens takes less")
     except RuntimeError as error:
-        if "closed by peer" not in str(error):
+        if not (isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", str(error))):
             raise
-        sys.exit(1)  # another process has ended, and has said why
+        _end("another process of this run has ended, and without it this one cannot go on")
+    except KeyboardInterrupt:
+        _end("stopped", 128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end(why: str, code: int = 1):
+    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Yield a list. Inside, SIGTERM and SIGINT do not end this process but are noted in it.
+
+    Of one process alone the second one ends it: somebody is in a hurry.
+    """
+    noted = []
+
+    def note(number, frame):
+        if noted and world_size() == 1:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rank() -> int:

@@ -10,15 +10,21 @@ Four stages, each of which leaves its product in the output folder:
     confidence   how well those checkpoints predict each training example                 confidence.jsonl
     sftmix       from the base again, L = L_NTP + μ L_Mixup between the two halves        sftmix/
 
+A run that was stopped, anywhere and by whatever, goes on with --resume and ends at the same weights, bit for bit.
 Every model is evaluated on the held-out data; `results.json` and the last table set them side by side.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -60,39 +66,58 @@ from eval import evaluate, table
 from mixup import chunk_rows, pair_positions, sftmix_loss
 from model import (
     DTYPES,
+    MANIFEST,
     CommandLine,
     ModelConfig,
     Transformer,
     autocast,
     barrier,
+    check_manifest,
+    checksums,
+    drop_gathered,
     empty_model,
     fastest_dtype,
+    flush,
+    folder_aside,
     open_model,
+    own_rows,
     peak_memory_bytes,
     processes,
     rank,
+    read_json,
     save_adapter,
     save_model,
     say,
     shard,
+    signals_noted,
     sum_over_processes,
     whole,
     world_size,
     write_json,
+    written_aside,
 )
 from tokenizer import TEMPLATES, Tokenizer
 
 MAX_GRAD_NORM = 1.0
 PRODUCTS = {"base": "base", "reference": "reference", "confidence": "confidence.jsonl", "sftmix": "sftmix"}
 STAGES = tuple(PRODUCTS)  # in order; each leaves its product in the output folder
+RESULTS = {
+    "base": "base",
+    "reference": "ntp",
+    "confidence": "confidence",
+    "sftmix": "sftmix",
+}  # and this in results.json
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
 
-def _flag(default, help: str, choices=None, above=None, at_least=None, below=None):
-    """A field of TrainConfig: its default, what it is, and which values make sense."""
+def _flag(default, help: str, choices=None, above=None, at_least=None, below=None, free=False):
+    """A field of TrainConfig: its default, what it is, and which values make sense.
+
+    What is `free` may change when a run is resumed: results do not depend on it, or not by its name.
+    """
     bounds = {"above": above, "at_least": at_least, "below": below}
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "free": free})
 
 
 @dataclass(frozen=True)
@@ -102,11 +127,11 @@ class TrainConfig:
     Raises ValueError, naming flag, value and what is allowed.
     """
 
-    model: str | None = _flag(None, "model folder in Hugging Face layout; without it the demo runs")
-    data: str | None = _flag(None, "training examples, .jsonl or .json")
-    eval_data: str | None = _flag(None, "held-out examples to evaluate every model on")
-    output: str | None = _flag(None, "folder for everything the run makes (the demo's: runs/demo)")
-    stage: str = _flag("all", "which part of the recipe to run", choices=("all", *STAGES))
+    model: str | None = _flag(None, "model folder in Hugging Face layout; without it the demo runs", free=True)
+    data: str | None = _flag(None, "training examples, .jsonl or .json", free=True)
+    eval_data: str | None = _flag(None, "held-out examples to evaluate every model on", free=True)
+    output: str | None = _flag(None, "folder for everything the run makes (the demo's: runs/demo)", free=True)
+    stage: str = _flag("all", "which part of the recipe to run", choices=("all", *STAGES), free=True)
     confidence: str | None = _flag(
         None,
         "split by the scores in this file instead of the reference run's; or, given the word 'online', by what the "
@@ -121,7 +146,9 @@ class TrainConfig:
     ntp_weight: float = _flag(1.0, "weight of the next-token term in the SFTMix run", at_least=0)
     epochs: int = _flag(3, "passes over the data", at_least=1)
     batch_size: int = _flag(32, "examples an optimizer step, over all processes", at_least=1)
-    micro_batch_tokens: int = _flag(8192, "tokens a process computes on at once; less memory, same result", at_least=1)
+    micro_batch_tokens: int = _flag(
+        8192, "tokens a process computes on at once; less memory, same result", at_least=1, free=True
+    )
     lr: float = _flag(2e-6, "peak learning rate", above=0)
     weight_decay: float = _flag(0.1, "AdamW's, on matrices", at_least=0)
     warmup_ratio: float = _flag(0.1, "share of the steps that warm up", at_least=0, below=1)
@@ -140,13 +167,28 @@ class TrainConfig:
     save_dtype: str = _flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
     lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = _flag(16.0, "an adapter's share is scaled by lora_alpha / lora_rank", above=0)
-    activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory")
-    compile: bool = _flag(False, "have PyTorch fuse what lies between products: half a minute to begin, then faster")
-    cache: str | None = _flag(None, "where encoded data is kept, for all processes (default: ~/.cache/sftmix)")
+    activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory", free=True)
+    compile: bool = _flag(
+        False, "have PyTorch fuse what lies between products: half a minute to begin, then faster", free=True
+    )
+    cache: str | None = _flag(
+        None, "where encoded data is kept, for all processes (default: ~/.cache/sftmix)", free=True
+    )
     seed: int = _flag(0, "of every random draw", at_least=0, below=2**63)
-    log_every: int = _flag(10, "steps between progress lines", at_least=1)
+    log_every: int = _flag(10, "steps between progress lines", at_least=1, free=True)
+    save_every: int = _flag(500, "steps between the states that a stopped run can go on from", at_least=1, free=True)
+    keep_last: int = _flag(2, "how many of those states are kept", at_least=1, free=True)
+    resume: bool = _flag(
+        False, "go on with what is in --output, from the newest state there (begin, if there is nothing)", free=True
+    )
+    max_skipped: int = _flag(
+        10, "end the run after so many steps in a row without a finite loss and gradient", at_least=1, free=True
+    )
     dry_run: int | None = _flag(
-        None, "say what the run would take on N processes (without N: on as many as now), and stop", at_least=0
+        None,
+        "say what the run would take on N processes (without N: on as many as now), and stop",
+        at_least=0,
+        free=True,
     )
 
     def __post_init__(self):
@@ -237,13 +279,17 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_ratio: float)
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on the float32 master weights, decaying matrices and sparing norms."""
+    """AdamW on the float32 master weights, decaying matrices and sparing norms; its moments are there at once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    for p in parameters:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -268,6 +314,7 @@ class MicroBatch:
 class Step:
     """This process's share of a global batch, and the counts of the whole of it that the means divide by."""
 
+    examples: np.ndarray  # all of them, over all processes, by number in the data set
     micro_batches: list[MicroBatch]
     num_supervised: int  # over all processes
     num_mixed: float
@@ -308,7 +355,7 @@ def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch
             lam_here = lam_here[pair]
         owner, numbers = batch.example[rows], torch.from_numpy(chosen[members])
         micro_batches.append(MicroBatch(batch, rows, owner, numbers, lam_here, meeting).to(device))
-    return Step(micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
+    return Step(chosen, micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
 
 
 def expected_mixed(counts: np.ndarray, group: int) -> float:
@@ -404,14 +451,18 @@ def train(
     group: Callable[[int], int] = lambda epoch: 1,
     tally: Tally | None = None,
     after_step: dict[int, Callable[[], None]] | None = None,
+    savepoints: "Savepoints | None" = None,
 ) -> dict:
     """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing in a `group(epoch)` of neighbours.
 
     `order` is asked once an epoch, when all before it are done.
     In a group of 1, the default, nobody meets anybody: what is left of L is L_NTP. A `tally` takes note of log p(y) of
-    what is trained on. `log` gets a progress record every `config.log_every` steps, `after_step` says what to call
-    after which steps, counted from 1. Between these nothing waits for a GPU, but where fours are split.
-    -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
+    what is trained on, and is closed after each epoch. `log` gets a progress record every `config.log_every` steps,
+    `after_step` says what to call after which steps, counted from 1. Between these nothing waits for a GPU, but where
+    fours are split. A step whose loss or gradient is not finite changes nothing, and is logged too.
+
+    With `savepoints` it goes on from the newest of these, and leaves new ones. SIGTERM and SIGINT then finish the step,
+    leave one, and end the process. -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
     """
     optimizer, device = make_optimizer(model, config), model.head_weight.device
     if device.type == "cuda":
@@ -419,32 +470,52 @@ def train(
     epoch_steps = steps_per_epoch(dataset, config)
     total_steps = epoch_steps * config.epochs
     progress = Progress(total_steps, device)
+    first = savepoints.load(model, optimizer, tally, progress) if savepoints else 0
     model.train()
-    for epoch in range(config.epochs):
-        prepare = partial(prepare_step, dataset, config, order(epoch), group(epoch), device)
-        mu, ntp_weight = (config.mu, config.ntp_weight) if group(epoch) > 1 else (0.0, 1.0)
-        steps = range(epoch * epoch_steps, (epoch + 1) * epoch_steps)
-        for step, work in zip(steps, ahead(prepare, steps), strict=True):
-            losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-            lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    with signals_noted() if savepoints else contextlib.nullcontext([]) as signals:
+        for epoch in range(first // epoch_steps, config.epochs):
+            prepare = partial(prepare_step, dataset, config, order(epoch), group(epoch), device)
+            mu, ntp_weight = (config.mu, config.ntp_weight) if group(epoch) > 1 else (0.0, 1.0)
+            end = (epoch + 1) * epoch_steps
+            steps = range(max(first, epoch * epoch_steps), end)
+            for step, work in zip(steps, ahead(prepare, steps), strict=True):
+                losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
+                grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+                lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = lr
+                asked = torch.full((1,), len(signals), dtype=losses.dtype, device=device)
+                figures = sum_over_processes(torch.cat([losses, asked]))
+                finite = figures[0].isfinite() & grad_norm.isfinite()
+                # Where this is 1, the kernel leaves weights, moments and its count of steps alone. Nobody need look.
+                optimizer.found_inf = 1 - finite.float()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            progress.add(losses, work.num_tokens)
-            if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
-                record = progress.record(step + 1, epoch=epoch, lr=lr, grad_norm=float(grad_norm))
-                if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                    raise ValueError(
-                        f"step {step + 1}: the run has diverged (loss {record['loss']}); "
-                        f"try a lower --lr than {config.lr}"
-                    )
-                log(record)
-            if after_step and step + 1 in after_step:
-                with progress.paused():
-                    after_step[step + 1]()
+                progress.add(step + 1, torch.cat([figures, grad_norm.reshape(1)]), work)
+                logs = (step + 1) % config.log_every == 0 or step + 1 == total_steps
+                leaves = savepoints and ((step + 1) % savepoints.every == 0 or step + 1 == total_steps)
+                for skipped in progress.look(wait=logs or leaves):
+                    skipped["examples"] = dataset.example_ids[skipped["examples"]].astype(str).tolist()
+                    log(skipped)
+                    if progress.in_a_row >= config.max_skipped:
+                        raise ValueError(
+                            f"step {skipped['step']}: the run has diverged ({progress.in_a_row} steps in a row had no "
+                            f"finite loss and gradient); try a lower --lr than {config.lr}"
+                        )
+                if logs:
+                    log(progress.record(step + 1, epoch=epoch, lr=lr))
+                if tally and step + 1 == end:
+                    tally.close()
+                if after_step and step + 1 in after_step:
+                    with progress.paused():
+                        after_step[step + 1]()
+                if leaves or (savepoints and progress.stop):
+                    with progress.paused():
+                        savepoints.save(step + 1, model, optimizer, tally, progress)
+                if savepoints and progress.stop:
+                    say(f"stopped after step {step + 1}; --resume goes on from there", sys.stderr)
+                    sys.exit(128 + [*signals, signal.SIGTERM][0])
     model.eval()
     return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
@@ -464,30 +535,74 @@ def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, gro
 
 
 class Progress:
-    """What happened since the last progress record, and how long everything took, pauses not counted."""
+    """What the steps have come to, and how long everything took, pauses not counted.
+
+    A step's figures are looked at when the next one is under way: a device is never waited for, unless `look` is told.
+    """
 
     def __init__(self, total_steps: int, device):
         self.total_steps, self.device = total_steps, device
         self.started = self.logged = time.perf_counter()  # both are put forward by a pause
-        self.losses, self.tokens, self.steps = torch.zeros(3, device=device), 0, 0
+        self.unseen: deque = deque()
+        self.stop = False  # whether a signal has asked some process to
+        self.skipped = self.in_a_row = 0  # steps that changed nothing: all, and since the last that did
+        # Since the last record: tokens, and of the steps that were not skipped the number and the sums of losses.
+        self.tokens, self.counted, self.sums, self.grad_norm = 0, 0, [0.0, 0.0, 0.0], 0.0
 
     @property
     def seconds(self) -> float:
         """Since the beginning."""
         return time.perf_counter() - self.started
 
-    def add(self, losses, tokens: int) -> None:
-        """Take note of a step, without looking at its losses yet."""
-        self.losses, self.tokens, self.steps = self.losses + losses, self.tokens + tokens, self.steps + 1
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self.started = time.perf_counter() - value
+
+    @property
+    def since_logged(self) -> float:
+        """Seconds since the last record."""
+        return time.perf_counter() - self.logged
+
+    @since_logged.setter
+    def since_logged(self, value: float) -> None:
+        self.logged = time.perf_counter() - value
+
+    def add(self, step: int, figures, work: Step) -> None:
+        """Take note of a step (counted from 1): its (loss, ntp, mix, signals, gradient norm), not yet looked at."""
+        figures, copied = figures.to("cpu", non_blocking=True), None
+        if self.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self.unseen.append((step, figures, copied, work))
+
+    def look(self, wait: bool) -> list[dict]:
+        """Look at all steps but the newest, or with `wait` at that too: -> a record of each that was skipped."""
+        records = []
+        while len(self.unseen) > (0 if wait else 1):
+            step, figures, copied, work = self.unseen.popleft()
+            if copied:
+                copied.synchronize()
+            *losses, signals, grad_norm = figures.tolist()
+            self.stop |= signals > 0
+            self.tokens += work.num_tokens
+            if math.isfinite(losses[0]) and math.isfinite(grad_norm):
+                self.in_a_row, self.counted, self.grad_norm = 0, self.counted + 1, grad_norm
+                self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+            else:
+                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+                what = {"loss": str(losses[0]), "grad_norm": str(grad_norm)}  # JSON has no such numbers
+                records.append({"step": step, "skipped": self.skipped, **what, "examples": work.examples})
+        return records
 
     def record(self, step: int, **more) -> dict:
-        """The mean over the steps since the last one, which is waited for now."""
-        loss, ntp, mix = (sum_over_processes(self.losses) / self.steps).tolist()
-        now = time.perf_counter()
+        """The mean over the steps since the last one that were not skipped (None, if all were)."""
+        now, seconds = time.perf_counter(), self.seconds
+        loss, ntp, mix = (total / self.counted if self.counted else None for total in self.sums)
         record = {"step": step, "total_steps": self.total_steps, **more, "loss": loss, "ntp": ntp, "mix": mix}
+        record["grad_norm"] = self.grad_norm
         record["tokens_per_second"] = self.tokens / (now - self.logged)
-        record["seconds_left"] = self.seconds / step * (self.total_steps - step)
-        self.losses, self.tokens, self.steps, self.logged = torch.zeros(3, device=self.device), 0, 0, now
+        record["seconds_left"] = seconds / step * (self.total_steps - step)
+        self.tokens, self.counted, self.sums, self.logged = 0, 0, [0.0, 0.0, 0.0], now
         return record
 
     @contextlib.contextmanager
@@ -501,6 +616,222 @@ class Progress:
         self.started, self.logged = self.started + pause, self.logged + pause
 
 
+# --- Going on where a run was stopped ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Savepoints:
+    """The moments from which a stage can go on: `output`/resume/STAGE-step-N, of which the last `keep` stay.
+
+    Each holds all that a step changes: weights and AdamW's moments (safetensors, written by PyTorch's distributed
+    checkpoint, each process its own part, read by any number of them), and a `state.json` with the rest. Order and λ
+    are functions of the seed and the step, and need no state.
+    """
+
+    output: Path
+    stage: str
+    every: int
+    keep: int
+
+    def _kept(self) -> list[tuple[int, Path]]:
+        """(step, folder) of each, the oldest first."""
+        prefix = f"{self.stage}-step-"
+        found = [(f.name.removeprefix(prefix), f) for f in (self.output / "resume").glob(f"{prefix}*")]
+        return sorted((int(step), folder) for step, folder in found if step.isdecimal())
+
+    def save(self, step: int, model: Transformer, optimizer, tally: Tally | None, progress: "Progress") -> None:
+        """Leave a savepoint after `step`, all processes together. OSError where that can't be; those before stay."""
+        check_finite(model)
+        drop_gathered(model)
+        tensors = _training_tensors(model, optimizer, tally)
+        updates = next(iter(optimizer.state.values()))["step"]
+        state = {
+            "step": step,
+            "updates": int(updates),  # fewer than steps where some were skipped
+            "closed_epochs": tally.closed if tally else 0,
+            "progress": {name: getattr(progress, name) for name in _PROGRESS},
+        }
+        path = self.output / "resume" / f"{self.stage}-step-{step}"
+        with folder_aside(path.with_name("partial")) as aside:
+            with _distributed_checkpoint(path) as dcp:
+                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+            if rank() == 0:
+                write_json(aside / "state.json", state)
+                write_json(aside / MANIFEST, checksums(sorted(aside.iterdir())))
+                flush(aside)
+                shutil.rmtree(path, ignore_errors=True)  # a damaged one of an earlier try
+                aside.rename(path)
+                flush(path.parent)
+                for _, old in self._kept()[: -self.keep]:
+                    shutil.rmtree(old)
+        barrier()
+
+    def load(self, model: Transformer, optimizer, tally: Tally | None, progress: "Progress") -> int:
+        """Put everything back as it was at the newest savepoint that is whole: -> how many steps are done by then."""
+        newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
+        if rank() == 0:
+            newest.fill_(self._newest_whole())
+        step = int(sum_over_processes(newest))
+        if rank() == 0:
+            self._rewind_metrics(step)
+        if step == 0:
+            return 0
+        path = self.output / "resume" / f"{self.stage}-step-{step}"
+        say(f"{self.stage:>10}  goes on after step {step}")
+        drop_gathered(model)
+        state, tensors = read_json(path / "state.json"), _training_tensors(model, optimizer, tally)
+        with _distributed_checkpoint(path) as dcp:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        for values in optimizer.state.values():
+            values["step"].fill_(state["updates"])
+        if tally:
+            tally.closed = state["closed_epochs"]
+            tally.sums.copy_(tensors["tally"] if rank() == 0 else torch.zeros_like(tally.sums))
+        for name in _PROGRESS:
+            setattr(progress, name, state["progress"][name])
+        return step
+
+    def _newest_whole(self) -> int:
+        for step, folder in reversed(self._kept()):
+            try:
+                check_manifest(folder)
+                if not (folder / MANIFEST).is_file():
+                    raise ValueError(f"{folder / MANIFEST}: not found")
+                return step
+            except (ValueError, OSError) as error:
+                say(f"warning: {error}: passed over, for the one before", sys.stderr)
+        return 0
+
+    def _rewind_metrics(self, step: int) -> None:
+        """Take out of metrics.jsonl what this stage logged after `step`, and a last line that was cut short."""
+        file, kept = self.output / "metrics.jsonl", []
+        if not file.is_file():
+            return
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                record = json.loads(line)
+                if line.endswith("\n") and not (record["stage"] == self.stage and record["step"] > step):
+                    kept.append(line)
+        with written_aside(file) as aside:
+            aside.write_text("".join(kept), encoding="utf-8")
+
+    def clear(self) -> None:
+        """The stage is finished: remove them."""
+        if rank() == 0:
+            for folder in [*(folder for _, folder in self._kept()), self.output / "resume" / self.stage]:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another stage's may be there
+                (self.output / "resume").rmdir()
+        barrier()
+
+
+_PROGRESS = ("seconds", "since_logged", "skipped", "in_a_row", "tokens", "counted", "sums", "grad_norm")
+
+
+def _training_tensors(model: Transformer, optimizer, tally: Tally | None) -> dict[str, torch.Tensor]:
+    """What steps change, by name: the trained weights, AdamW's two moments of each, and what a tally has noted."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = optimizer.state[p]
+            tensors[f"weight.{name}"] = p.detach()
+            tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    if tally:
+        tensors["tally"] = sum_over_processes(tally.sums.clone())
+        tensors["tally.history"] = tally.history
+    return tensors
+
+
+@contextlib.contextmanager
+def _distributed_checkpoint(path: Path):
+    """PyTorch's distributed checkpoint, whose errors become an OSError that says which savepoint it is about."""
+    import torch.distributed.checkpoint as dcp  # a second that most tools need not wait for
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
+            yield dcp
+    except dcp.CheckpointException as error:
+        why = sorted({str(why) or repr(why) for why, _ in error.failures.values()})
+        raise OSError(f"{path}: {'; '.join(why)}") from None
+
+
+def check_finite(model: Transformer) -> None:
+    """Raise ValueError where weights are not finite numbers: these are not for saving."""
+    broken = sum((~own_rows(p.detach()).isfinite()).sum() for p in model.parameters())
+    if int(sum_over_processes(broken)):
+        raise ValueError(
+            "the run has diverged: weights are no longer finite numbers, and are not saved; try a lower --lr"
+        )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """Keep every other run out of an output folder for as long as this one is at work in it.
+
+    Raises FileExistsError where another is. The lock is the system's, and goes with the process however that ends.
+    """
+    if rank() != 0:
+        yield
+        return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):  # that run has just ended, and taken it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise FileExistsError(f"{folder}: another run is at work there; wait for it, or choose another") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if new:
+                with contextlib.suppress(OSError):  # something was made
+                    folder.rmdir()
+
+
+def check_unchanged(config: TrainConfig, content: dict | None = None) -> TrainConfig:
+    """Compare with the run that is to be resumed: -> config, with what that run had settled where no flag says it.
+
+    Raises ValueError naming the first flag on which the result depends that has another value, or (`content`: their
+    checksums) the first file that has another content.
+    """
+    file = Path(config.output) / "config.json"
+    if not file.is_file():
+        return config
+    before = read_json(file)
+    settled = {name: before.get(name) for name in ("max_length", "template", "dtype") if getattr(config, name) is None}
+    config = replace(config, **settled)
+    for flag in fields(config):
+        value = getattr(config, flag.name)
+        if not flag.metadata["free"] and value != before.get(flag.name):
+            raise ValueError(
+                f"--{flag.name} {value}: the run in {config.output} was begun with {before.get(flag.name)}, and would "
+                "become another one; give it as it was, or choose another --output"
+            )
+    for name, checksum in (content or {}).items():
+        if checksum != before.get("content", {}).get(name, checksum):
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "
+                "bring its content back, or choose another --output"
+            )
+    return config
+
+
+def content_of(config: TrainConfig) -> dict:
+    """Checksums of what a run reads."""
+    content = {}
+    for name in ("model", "data", "eval_data", *(() if config.online else ("confidence",))):
+        if getattr(config, name) is not None:
+            path = Path(getattr(config, name))
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+            content[name] = [checksum["sha256"] for checksum in checksums(files).values()]
+    return content
+
+
 # --- What a run leaves behind -----------------------------------------------------------------------------------------
 
 
@@ -509,25 +840,37 @@ def log_step(file: Path, stage: str, record: dict) -> None:
     if rank() == 0:
         with open(file, "a", encoding="utf-8") as metrics:
             metrics.write(json.dumps({"stage": stage, **record}) + "\n")
+    if "skipped" in record:
+        examples = ", ".join(record["examples"][:4]) + (" …" if len(record["examples"]) > 4 else "")
+        say(
+            f"{stage:>10}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
+            f"{record['grad_norm']}; among its examples is the cause: {examples} (all in {file.name})"
+        )
+        return
     parts = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
     left = (
         f"{record['seconds_left'] / 60:.0f} min" if record["seconds_left"] >= 120 else f"{record['seconds_left']:.0f} s"
     )
     say(
         f"{stage:>10}  step {record['step']:>{len(str(record['total_steps']))}}/{record['total_steps']}  "
-        f"loss {record['loss']:.4f}  {parts}{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+        f"loss {record['loss'] or math.nan:.4f}  {parts}{record['tokens_per_second']:,.0f} tokens/s  {left} left"
     )
 
 
 def save(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
-    """Save a model, all processes together, and go on only when it is there."""
+    """Save a model, all processes together, and go on only when it is there; what is there already stays."""
+    if (path / "config.json").exists():  # of this run, before it was stopped
+        return
+    barrier()  # all have looked
+    check_finite(model)
     save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
     barrier()
 
 
 def save_finished(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
     """Save the product of a stage; what LoRA has learnt is merged into it, and beside it an adapter to the base."""
-    if config.lora_rank:
+    if config.lora_rank and not (path / "adapter").exists():
+        barrier()
         save_adapter(model, path / "adapter", config.model)
     save(model, path, tokenizer, config)
 
@@ -541,13 +884,22 @@ def model_to_train(config: TrainConfig, device) -> Transformer:
     return model
 
 
-def update_results(output: Path, name: str, entry: dict) -> None:
-    """Set one entry of `results.json`."""
+def results_of(output: Path) -> dict:
+    """What is in `results.json` so far: an entry for each stage that is finished."""
+    file = output / "results.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def finish(config: TrainConfig, stage: str, entry: dict) -> None:
+    """Enter a stage's results, with which it is finished; nobody goes on from its savepoints any more."""
     if rank() == 0:
-        file = output / "results.json"
-        results = json.loads(file.read_text()) if file.exists() else {}
-        write_json(file, results | {name: entry})
-    barrier()
+        write_json(Path(config.output) / "results.json", results_of(Path(config.output)) | {RESULTS[stage]: entry})
+    savepoints_of(config, stage).clear()
+
+
+def savepoints_of(config: TrainConfig, stage: str) -> Savepoints:
+    """Where a stage's savepoints are."""
+    return Savepoints(Path(config.output), stage, config.save_every, config.keep_last)
 
 
 # --- The stages -------------------------------------------------------------------------------------------------------
@@ -606,9 +958,10 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
         data.mkdir(parents=True, exist_ok=True)
         for split in ("base", "train", "eval", "test"):
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
-            (data / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            with written_aside(data / f"{split}.jsonl") as aside:
+                aside.write_text("".join(lines), encoding="utf-8")
         ids = [example.id for example in load_examples(data / "train.jsonl")]
-        (data / "wrong.json").write_text(json.dumps([i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong]))
+        write_json(data / "wrong.json", [i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong])
     barrier()
     texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
     words = TEMPLATES["alpaca"].first.format(bos="", user="") + TEMPLATES["alpaca"].reply
@@ -621,7 +974,7 @@ def base_stage(config: TrainConfig, log: Callable, device) -> dict:
         shard(model, config.dtype, device)
     say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
     order = partial(epoch_order, len(dataset), config.seed)
-    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log)
+    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log, savepoints=savepoints_of(config, "base"))
     save(model, Path(config.output) / "base", tokenizer, config)
     return spent
 
@@ -637,7 +990,8 @@ def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) 
         step: partial(save, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config) for step in steps
     }
     order = partial(epoch_order, len(inputs.train), config.seed)
-    spent = train(model, inputs.train, config, order, log, after_step=saves)
+    savepoints = savepoints_of(config, "reference")
+    spent = train(model, inputs.train, config, order, log, after_step=saves, savepoints=savepoints)
     save_finished(model, folder, inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
@@ -663,7 +1017,8 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
     folders = checkpoints_of(config)
     started = time.perf_counter()
-    dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device)
+    kept = Path(config.output) / "resume" / "confidence"
+    dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device, kept=kept)
     return keep_scores(dynamics, config) | {"seconds": time.perf_counter() - started}
 
 
@@ -687,7 +1042,8 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     else:
         order = partial(order_by_halves, scores_of(config, inputs.train), config)
     model = model_to_train(config, device)
-    spent = train(model, inputs.train, config, order, log, group=lambda epoch: 2)
+    savepoints = savepoints_of(config, "sftmix")
+    spent = train(model, inputs.train, config, order, log, group=lambda epoch: 2, savepoints=savepoints)
     save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
@@ -707,27 +1063,23 @@ def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     was when trained on, and from the second on there is Mixup. A single epoch has no earlier one to learn from: there
     each group of four is split by the model's probabilities in that very step.
     """
-    dataset, epochs = inputs.train, []
-    tally = Tally(dataset.num_supervised, device)
-
-    def dynamics() -> Dynamics:
-        return Dynamics(dataset.ids, *(np.stack(column) for column in zip(*epochs, strict=True)))
+    dataset = inputs.train
+    tally = Tally(dataset.num_supervised, device, config.epochs)
 
     def order(epoch: int) -> np.ndarray:
-        """As of what the epochs before have shown, the last of which ends here."""
+        """As of what the epochs before have shown."""
         if epoch == 0:
             return epoch_order(len(dataset), config.seed, epoch)
-        epochs.append(tally.scores())
-        return order_by_halves(dynamics(), config, epoch)
+        return order_by_halves(Dynamics(dataset.ids, *tally.epochs()), config, epoch)
 
     def group(epoch: int) -> int:
         return config.mixing_group if epoch > 0 or config.epochs == 1 else 1
 
     model = model_to_train(config, device)
-    spent = train(model, dataset, config, order, log, group=group, tally=tally)
-    epochs.append(tally.scores())
+    savepoints = savepoints_of(config, "sftmix")
+    spent = train(model, dataset, config, order, log, group=group, tally=tally, savepoints=savepoints)
     save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
-    return measure(model, inputs, config) | spent, keep_scores(dynamics(), config)
+    return measure(model, inputs, config) | spent, keep_scores(Dynamics(dataset.ids, *tally.epochs()), config)
 
 
 def measure(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> dict:
@@ -883,28 +1235,58 @@ def gigabytes(size: int) -> str:
 def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
     output, demo = Path(config.output), config.model is None
-    stages = STAGES if config.stage == "all" else (config.stage,)
-    if config.confidence is not None:  # the scores are there already, or come with the SFTMix run
-        without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
-        stages = tuple(stage for stage in stages if stage not in without)
-    warn_of_idleness(config, world_size())
     if not demo and output.resolve() == Path(config.model).resolve():
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
-    for made in [*stages, *(["confidence"] if config.online and "sftmix" in stages else [])]:
-        product = output / PRODUCTS[made]
-        if product.exists():
-            raise FileExistsError(f"{product}: already there; remove it, or choose another --output")
     if demo and config.max_length > DEMO_MODEL["max_position_embeddings"]:
         raise ValueError(
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
         )
-    barrier()  # all have looked before process 0 writes
+    warn_of_idleness(config, world_size())
+    with claimed(output):
+        run_stages(config, stages_to_run(config), device)
+        if rank() == 0:
+            report(output, demo)
+
+
+def stages_to_run(config: TrainConfig) -> list[str]:
+    """The stages asked for; to a run that goes on, those of them that are not finished.
+
+    Raises FileExistsError where, in a run that does not go on, something of theirs is there already.
+    """
+    output = Path(config.output)
+    stages = list(STAGES if config.stage == "all" else (config.stage,))
+    if config.confidence is not None:  # the scores are there already, or come with the SFTMix run
+        without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
+        stages = [stage for stage in stages if stage not in without]
+    if config.resume:
+        finished = results_of(output)
+        stages = [stage for stage in stages if RESULTS[stage] not in finished]
+    else:
+        for made in [*stages, *(["confidence"] if config.online and "sftmix" in stages else [])]:
+            product = output / PRODUCTS[made]
+            if product.exists():
+                raise FileExistsError(f"{product}: already there; --resume goes on, or choose another --output")
+        if any((output / "resume").glob("*")):
+            raise FileExistsError(
+                f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output"
+            )
+    barrier()  # all have looked before anybody writes
+    return stages
+
+
+def run_stages(config: TrainConfig, stages: list[str], device) -> None:
+    """Run these stages, when nothing can be wrong any more with what they are given."""
+    output = Path(config.output)
+    if config.resume:
+        config = check_unchanged(config)
 
     def log(stage: str) -> Callable:
         return partial(log_step, output / "metrics.jsonl", stage)
 
     spent = {"seconds": None, "peak_memory_bytes": None}
-    if demo:
+    if config.model is None:
+        if rank() == 0:
+            write_json(output / "config.json", asdict(config))
         if "base" in stages:
             spent = base_stage(config, log("base"), device)
         files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
@@ -916,29 +1298,29 @@ def run(config: TrainConfig, device) -> None:
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         scores_of(config, inputs.train)
     if rank() == 0:  # nothing more can be wrong with what was given
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "config.json", asdict(config))
+        content = content_of(config)
+        if config.resume:
+            check_unchanged(config, content)
+        write_json(output / "config.json", asdict(config) | {"content": content})
 
     if "base" in stages:
         measured = measure(open_model(config.model, config.dtype, device) if inputs.held_out else None, inputs, config)
-        update_results(output, "base", measured | spent)
+        finish(config, "base", measured | spent)
     if "reference" in stages:
-        update_results(output, "ntp", reference_stage(config, inputs, log("reference"), device))
+        finish(config, "reference", reference_stage(config, inputs, log("reference"), device))
     if "confidence" in stages:
-        update_results(output, "confidence", confidence_stage(config, inputs, device))
+        finish(config, "confidence", confidence_stage(config, inputs, device))
     if "sftmix" in stages and config.online:
         sftmix, scores = online_stage(config, inputs, log("sftmix"), device)
-        update_results(output, "confidence", scores)
-        update_results(output, "sftmix", sftmix)
+        finish(config, "confidence", scores)
+        finish(config, "sftmix", sftmix)
     elif "sftmix" in stages:
-        update_results(output, "sftmix", sftmix_stage(config, inputs, log("sftmix"), device))
-    if rank() == 0:
-        report(output, demo)
+        finish(config, "sftmix", sftmix_stage(config, inputs, log("sftmix"), device))
 
 
 def report(output: Path, demo: bool) -> None:
     """The last words of a run: the table, what confidence found, where everything is, and what to try next."""
-    results = json.loads((output / "results.json").read_text())
+    results = results_of(output)
     names = {"base": "base", "ntp": "NTP", "sftmix": "SFTMix"}
     print("\n" + table({name: results[key] for key, name in names.items() if key in results}) + "\n")
     for name, area in results.get("confidence", {}).get("roc_area", {}).items():
@@ -954,6 +1336,8 @@ def report(output: Path, demo: bool) -> None:
 def main(argv=None) -> None:
     """Read the command line and run what it asks for."""
     config = parse_config(argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started this anew, after something failed
+        config = replace(config, resume=True)
     with processes() as device:
         (run if config.dry_run is None else dry_run)(config, device)
 

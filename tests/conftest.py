@@ -1,5 +1,6 @@
 """What the tests share: a tiny model and a tiny tokenizer, made on the spot, and runs in several processes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ TINY = {
     "max_position_embeddings": 128,
 }
 
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # or each failure prints pages of it
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sftmix-tests-")  # where data is kept encoded
 

@@ -12,7 +12,7 @@ MAY_IMPORT = {  # beyond the standard library
     "model": {"torch", "safetensors"},
     "tokenizer": {"sentencepiece", "tokenizers"},
     "data": {"torch", "numpy", "tokenizer"},
-    "confidence": {"torch", "numpy", "matplotlib", "model", "tokenizer", "data"},
+    "confidence": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval"},
 }

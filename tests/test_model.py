@@ -284,7 +284,7 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(FileExistsError, match="already holds a model"):
         save_model(tiny_model(seed=1), tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
 
 
 def test_saved_names_are_those_of_hugging_face(tmp_path):

@@ -1,0 +1,111 @@
+"""Kill a two-stage run again and again, at seeded random moments, and see whether it ends at the same weights.
+
+    python tests/kills.py --kills 20 --processes 2 --seed 0
+
+SIGKILL goes to one process of the run, whichever; torchrun then ends the others. The run goes on with --resume. A last
+line of JSON says how many kills there were, how many of them while something was being saved, and whether the weights
+are those of an uninterrupted run, bit for bit. Exit code 1 where they are not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from conftest import ROOT, tiny_model
+from safetensors.torch import load_file
+
+from model import save_model
+from tokenizer import Tokenizer
+
+
+def make_inputs(folder: Path) -> list[str]:
+    """A tiny model and 60 examples: -> the flags of a run of 120 steps that saves after every second."""
+    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
+    tokenizer = Tokenizer.train([" ".join(words), "Below is an instruction ### Response:"] * 9, 330)
+    model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
+    save_model(model, folder / "model", tokenizer.files_for("alpaca"))
+    records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v][:60]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    small = "--epochs 6 --batch_size 6 --lr 1e-2 --num_checkpoints 3 --dtype fp32 --save_every 2 --log_every 5".split()
+    return ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), *small]
+
+
+def start(flags: list[str], output: Path, processes: int) -> subprocess.Popen:
+    """Begin the run, or go on with it."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "train.py"), *flags, "--output", str(output), "--resume"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def workers(process: subprocess.Popen, processes: int) -> list[int]:
+    """The processes of the run: this one, or those that torchrun has started."""
+    if processes == 1:
+        return [process.pid]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("kills", 20), ("processes", 1), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    rng, began = random.Random(args.seed), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        flags = make_inputs(folder)
+        started = time.perf_counter()
+        assert start(flags, folder / "whole", args.processes).wait() == 0
+        whole_seconds = time.perf_counter() - started
+
+        kills = saving = starts = 0
+        longest = 0.0
+        while True:
+            starts += 1
+            process, busy = start(flags, folder / "killed", args.processes), time.perf_counter()
+            # Something is there by now of what this start does; then at any moment, a save among them.
+            while process.poll() is None and time.perf_counter() - busy < 0.5 * whole_seconds + rng.uniform(0, 3):
+                time.sleep(0.005)
+            if kills == args.kills or process.poll() is not None:
+                assert process.wait() == 0
+                break
+            if rng.random() < 0.5:  # every second time wait for a save to be under way
+                while process.poll() is None and not list((folder / "killed").rglob("*partial")):
+                    time.sleep(0.0005)
+            alive = workers(process, args.processes)
+            if not alive:
+                continue
+            saving += bool(list((folder / "killed").rglob("*partial")))
+            os.kill(rng.choice(alive), signal.SIGKILL)
+            kills, killed_at = kills + 1, time.perf_counter()
+            process.wait()
+            longest = max(longest, time.perf_counter() - killed_at)
+
+        same = all(
+            torch.equal(value, load_file(folder / "killed" / name / "model.safetensors")[key])
+            for name in ("reference", "sftmix")
+            for key, value in load_file(folder / "whole" / name / "model.safetensors").items()
+        )
+        same &= (folder / "whole" / "confidence.jsonl").read_text() == (
+            folder / "killed" / "confidence.jsonl"
+        ).read_text()
+    report = {"processes": args.processes, "seed": args.seed, "kills": kills, "while_saving": saving, "same": same}
+    print(json.dumps(report | {"slowest_end": round(longest, 1), "seconds": round(time.perf_counter() - began)}))
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""A run that was stopped, anywhere and by whatever, ends where an uninterrupted one does, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script, tiny_model
+from safetensors.torch import load_file, save_file
+
+import confidence
+import model as model_module
+import train as train_module
+from data import load_examples
+from model import check_manifest, load_model, save_model, written_aside
+from train import claimed, main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model and 20 training examples."""
+    path = tmp_path_factory.mktemp("resume")
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    save_model(model, path / "model", tokenizer.files_for("alpaca"))
+    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
+    records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
+    (path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:20]))
+    (path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[20:24]))
+    return path
+
+
+def flags(folder, output, *more):
+    small = "--epochs 2 --batch_size 6 --lr 1e-2 --num_checkpoints 2 --dtype fp32 --log_every 3 --save_every 3".split()
+    paths = ["--model", folder / "model", "--data", folder / "train.jsonl", "--eval_data", folder / "eval.jsonl"]
+    return [str(a) for a in (*paths, "--output", output, *small, *more)]
+
+
+def outcome(output):
+    """All that a run made, but for times and paths."""
+    models = {f: load_file(output / f / "model.safetensors") for f in ("reference", "sftmix") if (output / f).exists()}
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for record in metrics:
+        record.pop("tokens_per_second", None), record.pop("seconds_left", None)
+    return models, metrics, (output / "confidence.jsonl").read_text()
+
+
+def assert_same(one, other):
+    models, others = one[0], other[0]
+    assert models.keys() == others.keys()
+    for name in models:
+        assert all(torch.equal(models[name][key], others[name][key]) for key in models[name])
+    assert one[1:] == other[1:]
+
+
+VARIANTS = {"full": (), "lora": ("--lora_rank", 2), "online": ("--confidence", "online")}
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+def uninterrupted(request, folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "o"
+    main(flags(folder, output, *request.param))
+    assert not (output / "resume").exists() and not (output / "lock").exists()
+    return request.param, outcome(output)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    main(flags(folder, folder / "plain"))
+    return outcome(folder / "plain")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(0, 24, 3))
+def test_a_run_killed_at_any_step_ends_at_the_same_weights(folder, uninterrupted, tmp_path, monkeypatch, moment):
+    """Killed in the middle of step `moment`, before its update or (odd ones) after it; and once more, two steps on."""
+    choice, expected = uninterrupted
+    steps, real = [], train_module.compute_gradients
+
+    def killed(*arguments, **named):
+        steps.append(len(steps))
+        if len(steps) == moment % 16 + 1 or len(steps) == moment % 16 + 4:
+            raise Killed
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(train_module, "compute_gradients", killed)
+    for _ in range(4):
+        try:
+            main(flags(folder, tmp_path / "o", *choice, "--resume"))
+            break
+        except Killed:
+            continue
+    assert_same(outcome(tmp_path / "o"), expected)
+
+
+@pytest.mark.parametrize("write", range(0, 30, 5))
+def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tmp_path, monkeypatch, write):
+    """The process goes between two flushes: what was being written is half there."""
+    count, real = [], model_module.flush
+
+    def killed(path):
+        count.append(path)
+        if len(count) == write + 1:
+            raise Killed
+        real(path)
+
+    with monkeypatch.context() as patch:
+        for module in (model_module, train_module):
+            patch.setattr(module, "flush", killed)
+        with pytest.raises(Killed):
+            main(flags(folder, tmp_path / "o"))
+    main(flags(folder, tmp_path / "o", "--resume"))
+    assert_same(outcome(tmp_path / "o"), plain)
+
+
+def stopped(folder, output, monkeypatch, *more, step=5):
+    """A run killed in its `step`."""
+    count, real = [], train_module.compute_gradients
+
+    def killed(*arguments, **named):
+        count.append(1)
+        if len(count) == step:
+            raise Killed
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module, "compute_gradients", killed)
+        main(flags(folder, output, "--save_every", "1", *more))
+
+
+def error_of(capsys, arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and error.endswith("\n")
+    return exit.value.code, error
+
+
+def test_a_changed_flag_or_file_is_refused_and_named(folder, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    shutil.copy(folder / "train.jsonl", data)
+    given = ("--data", data)
+    stopped(folder, tmp_path / "o", monkeypatch, *given)
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in (tmp_path / "o").rglob("*") if p.is_file()}
+    for change in (("--lr", "1e-3"), ("--mu", "0.3"), ("--epochs", "3"), ("--seed", "1"), ("--lora_rank", "2")):
+        code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume", *change))
+        assert code == 1 and change[0] in error and "was begun with" in error and error.count("\n") == 1
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", *given))
+    assert (code == 1 and "a run was stopped here; --resume goes on" in error) or "already there; --resume" in error
+    data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume"))
+    assert code == 1 and f"--data {data}: is not what it was" in error
+    assert {p: p.read_bytes() for p in (tmp_path / "o").rglob("*") if p.is_file()} == before
+    shutil.copy(folder / "train.jsonl", data)
+    free = ("--log_every", "2", "--save_every", "2", "--keep_last", "1", "--micro_batch_tokens", "500")
+    main(flags(folder, tmp_path / "o", *given, "--resume", *free))
+
+
+def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, tmp_path, monkeypatch, capsys):
+    stopped(folder, tmp_path / "o", monkeypatch)
+    kept = sorted((tmp_path / "o" / "resume").iterdir())
+    assert [f.name for f in kept] == ["reference-step-3", "reference-step-4"]  # --keep_last 2
+    file = next(kept[-1].glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    main(flags(folder, tmp_path / "o", "--resume"))
+    told = capsys.readouterr()
+    assert f"{file}: damaged" in told.err and "goes on after step 3" in told.out
+    assert_same(outcome(tmp_path / "o"), plain)
+
+
+def test_finished_stages_are_not_run_again(folder, tmp_path, monkeypatch, capsys):
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    made = (tmp_path / "o" / "reference" / "model.safetensors").stat().st_mtime_ns
+    main(flags(folder, tmp_path / "o", "--resume"))
+    assert (tmp_path / "o" / "reference" / "model.safetensors").stat().st_mtime_ns == made
+    assert (tmp_path / "o" / "sftmix" / "config.json").exists()
+
+
+def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch):
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    opened, real = [], confidence.open_model
+
+    def open_model(path, *more):
+        opened.append(path.name)
+        if len(opened) == 2:
+            raise Killed
+        return real(path, *more)
+
+    monkeypatch.setattr(confidence, "open_model", open_model)
+    with pytest.raises(Killed):
+        main(flags(folder, tmp_path / "o", "--resume"))
+    main(flags(folder, tmp_path / "o", "--resume"))
+    assert opened == ["step-4", "step-8", "step-8"]
+
+
+def test_two_processes_go_on_where_one_was_killed(folder, plain, tmp_path, monkeypatch):
+    stopped(folder, tmp_path / "o", monkeypatch, step=6)
+    done = run_script("train.py", *flags(folder, tmp_path / "o", "--resume"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = outcome(tmp_path / "o")[0], plain[0]
+    for key, weight in one["reference"].items():
+        assert (weight - two["reference"][key]).norm() <= 1e-5 * weight.norm()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder, tmp_path, number):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = flags(folder, tmp_path / "o", "--epochs", "2000", "--save_every", "100000", "--log_every", "1")
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "o" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (state,) = (tmp_path / "o" / "resume").iterdir()
+    check_manifest(state)
+    step = state.name.removeprefix("reference-step-")
+    assert error == f"stopped after step {step}; --resume goes on from there\n"
+    assert json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(step)
+
+
+# --- What is not finite -----------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(folder, tmp_path, monkeypatch, capsys):
+    real = train_module.compute_loss
+
+    def poisoned(model, micro_batch, *more):
+        """Of whichever micro-batch example 7 is in, loss and gradient are no numbers."""
+        loss, ntp, mix = real(model, micro_batch, *more)
+        return (loss * torch.nan, ntp, mix) if 7 in micro_batch.members else (loss, ntp, mix)
+
+    monkeypatch.setattr(train_module, "compute_loss", poisoned)
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    records = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [record for record in records if "skipped" in record]
+    assert [record["skipped"] for record in skipped] == [1, 2]  # once an epoch
+    culprit = load_examples(folder / "train.jsonl")[7].id
+    assert all(culprit in record["examples"] and len(record["examples"]) <= 6 for record in skipped)
+    assert all(record["loss"] is not None for record in records if "skipped" not in record)
+    assert "skipped, since its loss is nan" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in load_model(tmp_path / "o" / "reference").parameters())
+    code, error = error_of(capsys, flags(folder, tmp_path / "p", "--stage", "reference", "--max_skipped", "1"))
+    assert code == 1 and "1 steps in a row had no finite loss and gradient" in error
+    assert not (tmp_path / "p" / "reference" / "config.json").exists()
+
+
+def test_a_skipped_step_changes_nothing(folder, tmp_path, monkeypatch):
+    """Neither weights nor moments nor AdamW's count: the run ends as if that step had not been."""
+    from conftest import random_encoded
+
+    from data import Dataset
+    from train import TrainConfig, train
+
+    dataset, real, weights = Dataset.of(random_encoded([12, 30, 7, 22])), train_module.compute_gradients, []
+    monkeypatch.setattr(train_module, "learning_rate", lambda *_: 1e-2)
+    for bad in (None, 2):
+        steps, model = [], tiny_model()
+
+        def compute(model, work, *more, bad=bad, steps=steps):
+            steps.append(work)
+            losses = real(model, work, *more)
+            return losses * torch.nan if len(steps) == bad else losses
+
+        monkeypatch.setattr(train_module, "compute_gradients", compute)
+        config = TrainConfig(epochs=3 if bad is None else 4, batch_size=4, dtype="fp32")
+        train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_poisoned_model_is_never_saved(folder, tmp_path, capsys):
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--lr", "1e38", "--weight_decay", "0"))
+    assert code == 1 and "the run has diverged" in error
+    assert not list((tmp_path / "o").rglob("*.safetensors"))
+
+
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["model.norm.weight"][3] = np.nan
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--model", tmp_path / "m"))
+    assert code == 1 and "model.norm.weight holds numbers that are not finite" in error
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_an_output_folder_is_refused(folder, tmp_path, capsys):
+    with claimed(tmp_path / "o"):
+        done = run_script("train.py", *flags(folder, tmp_path / "o"))
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"train.py: error: {tmp_path}/o: another run is at work there; wait for it, or choose another\n"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_folder_that_was_damaged_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--model", tmp_path / "m"))
+    assert code == 1 and f"{file}: damaged" in error and error.count("\n") == 1
+
+
+def test_what_is_written_aside_is_whole_or_not_there(tmp_path):
+    file = tmp_path / "f"
+    file.write_text("old")
+    with pytest.raises(Killed), written_aside(file) as aside:
+        aside.write_text("ne")
+        raise Killed
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    with written_aside(file) as aside:
+        aside.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
