@@ -252,7 +252,7 @@ class ModelConfig:
 
 
 def _check_positive(name: str, value) -> None:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         raise ValueError(f"{name}: {value!r} is not a positive number")
 
 
@@ -1096,6 +1096,7 @@ def processes():
 
 
 def _end(why: str, code: int = 1):
+    why = why if len(why) <= 1000 else why[:1000] + " …"
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -200,9 +201,11 @@ class TrainConfig:
                 raise ValueError(f"--{flag.name}: must not be empty")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{flag.name} {value}: must be a finite number")
-            for name, holds in (("above", float.__gt__), ("at_least", float.__ge__), ("below", float.__lt__)):
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"--{flag.name}: a number of {len(str(value))} digits; must be below 2**63")
+            for name, holds in (("above", operator.gt), ("at_least", operator.ge), ("below", operator.lt)):
                 bound = flag.metadata["bounds"][name]
-                if None not in (bound, value) and not holds(float(value), float(bound)):
+                if None not in (bound, value) and not holds(value, bound):
                     raise ValueError(f"--{flag.name} {value}: must be {name.replace('_', ' ')} {bound}")
         if self.stage in ("all", "sftmix") and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
@@ -812,8 +815,9 @@ def check_unchanged(config: TrainConfig, content: dict | None = None) -> TrainCo
                 f"--{flag.name} {value}: the run in {config.output} was begun with {before.get(flag.name)}, and would "
                 "become another one; give it as it was, or choose another --output"
             )
+    known = before.get("content")
     for name, checksum in (content or {}).items():
-        if checksum != before.get("content", {}).get(name, checksum):
+        if isinstance(known, dict) and checksum != known.get(name, checksum):
             raise ValueError(
                 f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "
                 "bring its content back, or choose another --output"
@@ -1322,9 +1326,12 @@ def report(output: Path, demo: bool) -> None:
     """The last words of a run: the table, what confidence found, where everything is, and what to try next."""
     results = results_of(output)
     names = {"base": "base", "ntp": "NTP", "sftmix": "SFTMix"}
-    print("\n" + table({name: results[key] for key, name in names.items() if key in results}) + "\n")
-    for name, area in results.get("confidence", {}).get("roc_area", {}).items():
-        print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
+    try:
+        print("\n" + table({name: results[key] for key, name in names.items() if key in results}) + "\n")
+        for name, area in results.get("confidence", {}).get("roc_area", {}).items():
+            print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
     made = ("data", *PRODUCTS.values(), "config.json", "metrics.jsonl", "results.json")
     print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
     if (output / "confidence.jsonl").exists():

@@ -8,6 +8,7 @@ are those of an uninterrupted run, bit for bit. Exit code 1 where they are not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -58,6 +59,15 @@ def workers(process: subprocess.Popen, processes: int) -> list[int]:
     return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
 
+def same_outcome(one: Path, other: Path) -> bool:
+    """Whether two runs ended at the same weights and scores."""
+    weights = [
+        (load_file(folder / name / "model.safetensors") for name in ("reference", "sftmix")) for folder in (one, other)
+    ]
+    equal = all(torch.equal(a[key], b[key]) for a, b in zip(*weights, strict=True) for key in a)
+    return equal and (one / "confidence.jsonl").read_text() == (other / "confidence.jsonl").read_text()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("kills", 20), ("processes", 1), ("seed", 0)):
@@ -71,39 +81,42 @@ def main() -> None:
         assert start(flags, folder / "whole", args.processes).wait() == 0
         whole_seconds = time.perf_counter() - started
 
-        kills = saving = starts = 0
-        longest = 0.0
-        while True:
-            starts += 1
-            process, busy = start(flags, folder / "killed", args.processes), time.perf_counter()
-            # Something is there by now of what this start does; then at any moment, a save among them.
-            while process.poll() is None and time.perf_counter() - busy < 0.5 * whole_seconds + rng.uniform(0, 3):
-                time.sleep(0.005)
-            if kills == args.kills or process.poll() is not None:
-                assert process.wait() == 0
-                break
-            if rng.random() < 0.5:  # every second time wait for a save to be under way
-                while process.poll() is None and not list((folder / "killed").rglob("*partial")):
-                    time.sleep(0.0005)
-            alive = workers(process, args.processes)
-            if not alive:
-                continue
-            saving += bool(list((folder / "killed").rglob("*partial")))
-            os.kill(rng.choice(alive), signal.SIGKILL)
-            kills, killed_at = kills + 1, time.perf_counter()
-            process.wait()
-            longest = max(longest, time.perf_counter() - killed_at)
-
-        same = all(
-            torch.equal(value, load_file(folder / "killed" / name / "model.safetensors")[key])
-            for name in ("reference", "sftmix")
-            for key, value in load_file(folder / "whole" / name / "model.safetensors").items()
+        kills = saving = rounds = 0
+        longest, same = 0.0, True
+        while kills < args.kills:  # a run that has ended in spite of it all is compared, and another one begun
+            rounds += 1
+            output = folder / f"killed-{rounds}"
+            while (process := start(flags, output, args.processes)).poll() is None:
+                moment = time.perf_counter() + (0.4 + 0.6 * rng.random()) * whole_seconds
+                while process.poll() is None and time.perf_counter() < moment:
+                    time.sleep(0.005)
+                if rng.random() < 0.5:  # every second time wait for a save to be under way
+                    while process.poll() is None and not list(output.rglob("*partial")):
+                        time.sleep(0.0005)
+                alive = workers(process, args.processes)
+                if process.poll() is None and alive and kills < args.kills:
+                    under_way = bool(list(output.rglob("*partial")))
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(rng.choice(alive), signal.SIGKILL)
+                        kills, saving, killed_at = kills + 1, saving + under_way, time.perf_counter()
+                        process.wait()
+                        longest = max(longest, time.perf_counter() - killed_at)
+                if process.wait() == 0:
+                    break
+            same &= same_outcome(folder / "whole", output)
+    report = {
+        "processes": args.processes,
+        "seed": args.seed,
+        "kills": kills,
+        "runs": rounds,
+        "while_saving": saving,
+        "same": same,
+    }
+    print(
+        json.dumps(
+            report | {"same": same, "slowest_end": round(longest, 1), "seconds": round(time.perf_counter() - began)}
         )
-        same &= (folder / "whole" / "confidence.jsonl").read_text() == (
-            folder / "killed" / "confidence.jsonl"
-        ).read_text()
-    report = {"processes": args.processes, "seed": args.seed, "kills": kills, "while_saving": saving, "same": same}
-    print(json.dumps(report | {"slowest_end": round(longest, 1), "seconds": round(time.perf_counter() - began)}))
+    )
     sys.exit(not same)
 
 
