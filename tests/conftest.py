@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, save_model
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +53,14 @@ def tokenizer() -> Tokenizer:
     text = "Below is an instruction that describes a task. Write a response. ### Instruction: ### Response: "
     words = "the quick brown fox jumps over a lazy dog, and the dog sleeps on. What is it? It is a dog; 1 2 3 4 5!"
     return Tokenizer.train([text, words, words.upper()] * 5, vocab_size=400)
+
+
+def write_model_and_records(folder: Path, tokenizer: Tokenizer) -> list[dict]:
+    """Save a tiny model as `folder`/model, and make Alpaca records of few words to train and test it on."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    save_model(model, folder / "model", tokenizer.files_for("alpaca"))
+    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
+    return [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:

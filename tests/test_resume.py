@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, tiny_model
+from conftest import ROOT, run_script, tiny_model, write_model_and_records
 from safetensors.torch import load_file, save_file
 
 import confidence
 import model as model_module
 import train as train_module
 from data import load_examples
-from model import check_manifest, load_model, save_model, written_aside
+from model import check_manifest, load_model, written_aside
 from train import claimed, main
 
 
@@ -26,10 +26,7 @@ from train import claimed, main
 def folder(tmp_path_factory, tokenizer):
     """A model and 20 training examples."""
     path = tmp_path_factory.mktemp("resume")
-    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    save_model(model, path / "model", tokenizer.files_for("alpaca"))
-    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
-    records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
+    records = write_model_and_records(path, tokenizer)
     (path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:20]))
     (path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[20:24]))
     return path

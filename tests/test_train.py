@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_encoded, run_script, tiny_model
+from conftest import random_encoded, run_script, tiny_model, write_model_and_records
 from safetensors.torch import load_file
 
 import model as model_module
@@ -341,10 +341,7 @@ def test_the_same_seed_gives_the_same_weights():
 def folder(tmp_path_factory, tokenizer):
     """A model, 20 training examples, one of them too long to keep, and 6 held-out ones."""
     path = tmp_path_factory.mktemp("run")
-    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    save_model(model, path / "model", tokenizer.files_for("alpaca"))
-    words = "the quick brown fox jumps over a lazy dog sleeps on".split()
-    records = [{"instruction": f"{w} {v}", "output": f"{v} {w}."} for w in words for v in words if w != v]
+    records = write_model_and_records(path, tokenizer)
     (path / "train.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in [*records[:20], {"prompt": "a " * 300, "completion": "b"}])
     )
