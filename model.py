@@ -1093,6 +1093,7 @@ def processes():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(0.1)  # gloo's threads may hold a last tensor; to drop one when Python is gone aborts the process
 
 
 def _end(why: str, code: int = 1):
