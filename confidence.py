@@ -288,8 +288,8 @@ def split_fours(scores: torch.Tensor) -> torch.Tensor:
 
     Among the two and the two it goes by their order, which knows nothing of scores.
 
-    >>> split_fours(torch.tensor([0.3, 0.9, 0.5, 0.1])).tolist()
-    [[1, 0], [2, 3]]
+    >>> split_fours(torch.tensor([0.5, 0.9, 0.1, 0.3])).tolist()
+    [[0, 2], [1, 3]]
     """
     fours = scores.view(len(scores) // 4, 4)
     order = fours.argsort(dim=1, descending=True, stable=True)  # [G, 4], most confident first

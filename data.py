@@ -16,10 +16,12 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -374,6 +376,8 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
         except OSError:
             if not folder.exists():  # another run may have been faster
                 raise
+    except BrokenProcessPool:
+        raise OSError(f"{path}: a process that was encoding it has been killed; is memory short?") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -397,6 +401,13 @@ def _over_cores(function: Callable, items: list, stack: ExitStack) -> Iterator:
 def _set_task(function: Callable) -> None:
     """Give a process of `_over_cores` its task: a tokenizer goes with it, too large to send along with each item."""
     _do_task.function = function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the process that needs this one, which may be killed, and go when it is gone."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _do_task(item):

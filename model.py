@@ -697,9 +697,9 @@ def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alph
     Its weights are float32, since bf16 would swallow small updates. With adapters of `lora_rank`, drawn from `seed`,
     nothing else is trained, and where products are in bf16 the frozen weights stay as the folder keeps them.
     """
-    gc.collect()  # a sharded model refers to itself, and is not gone with its last name
     model = empty_model(path, dtype, lora_rank, lora_alpha)
     if world_size() > 1:
+        gc.collect()  # a sharded model refers to itself, and is not gone with its last name
         shard(model, dtype, device)
     if _speaks_for_its_machine():
         check_manifest(Path(path))

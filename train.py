@@ -441,6 +441,23 @@ def meet_in_fours(model: Transformer, micro_batch: MicroBatch, z, y, by: str):
     return pair_positions(micro_batch.batch.targets.cpu(), micro_batch.batch.cu_seqlens, split_fours(scores.cpu()))
 
 
+def update(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
+    """Clip the gradient and take the step: -> (loss, ntp, mix, signals, gradient norm) over all processes, [5]
+
+    Where loss or gradient is not finite, nothing is changed. All of it stays on the device: nobody waits to know.
+    """
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    figures = sum_over_processes(torch.cat([losses, losses.new_full((1,), num_signals)]))
+    finite = figures[0].isfinite() & grad_norm.isfinite()
+    # Where this is 1, the kernel leaves weights, moments and its count of steps alone.
+    optimizer.found_inf = 1 - finite.float()
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.cat([figures, grad_norm.reshape(1)])
+
+
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -483,41 +500,32 @@ def train(
             steps = range(max(first, epoch * epoch_steps), end)
             for step, work in zip(steps, ahead(prepare, steps), strict=True):
                 losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
-                grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
                 lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = lr
-                asked = torch.full((1,), len(signals), dtype=losses.dtype, device=device)
-                figures = sum_over_processes(torch.cat([losses, asked]))
-                finite = figures[0].isfinite() & grad_norm.isfinite()
-                # Where this is 1, the kernel leaves weights, moments and its count of steps alone. Nobody need look.
-                optimizer.found_inf = 1 - finite.float()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                figures = update(model, optimizer, lr, losses, len(signals))
 
-                progress.add(step + 1, torch.cat([figures, grad_norm.reshape(1)]), work)
-                logs = (step + 1) % config.log_every == 0 or step + 1 == total_steps
-                leaves = savepoints and ((step + 1) % savepoints.every == 0 or step + 1 == total_steps)
+                done = step + 1
+                logs = done % config.log_every == 0 or done == total_steps
+                leaves = savepoints and (done % savepoints.every == 0 or done == total_steps)
+                progress.add(done, figures, work)
                 for skipped in progress.look(wait=logs or leaves):
-                    skipped["examples"] = dataset.example_ids[skipped["examples"]].astype(str).tolist()
-                    log(skipped)
+                    log(skipped | {"examples": dataset.example_ids[skipped["examples"]].astype(str).tolist()})
                     if progress.in_a_row >= config.max_skipped:
                         raise ValueError(
                             f"step {skipped['step']}: the run has diverged ({progress.in_a_row} steps in a row had no "
                             f"finite loss and gradient); try a lower --lr than {config.lr}"
                         )
                 if logs:
-                    log(progress.record(step + 1, epoch=epoch, lr=lr))
-                if tally and step + 1 == end:
+                    log(progress.record(done, epoch=epoch, lr=lr))
+                if tally and done == end:
                     tally.close()
-                if after_step and step + 1 in after_step:
+                if after_step and done in after_step:
                     with progress.paused():
-                        after_step[step + 1]()
+                        after_step[done]()
                 if leaves or (savepoints and progress.stop):
                     with progress.paused():
-                        savepoints.save(step + 1, model, optimizer, tally, progress)
+                        savepoints.save(done, model, optimizer, tally, progress)
                 if savepoints and progress.stop:
-                    say(f"stopped after step {step + 1}; --resume goes on from there", sys.stderr)
+                    say(f"stopped after step {done}; --resume goes on from there", sys.stderr)
                     sys.exit(128 + [*signals, signal.SIGTERM][0])
     model.eval()
     return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
@@ -1216,7 +1224,11 @@ def dry_run(config: TrainConfig, device) -> None:
     say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
     say(f"micro-batches  of at most {work.tokens:,} tokens, on {num_processes} x {device.type}")
     say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
+    savepoint = (
+        3 * 4 * trainable
+    )  # weights and AdamW's two moments; the old one goes when the new is there
     say(f"disk           {gigabytes(models * stored)} for {models} models: {what}")
+    say(f"               {gigabytes((config.keep_last + 1) * savepoint)} for savepoints, while a stage runs")
     say("memory         of a process, estimated:")
     for name, size in memory.items():
         say(f"  {name:17}{gigabytes(size):>10}" + (" at the peak, where not all is there at once" * (name == "total")))

@@ -41,14 +41,14 @@ def make_inputs(folder: Path) -> list[str]:
     return ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), *small]
 
 
-def start(flags: list[str], output: Path, processes: int) -> subprocess.Popen:
+def start(flags: list[str], output: Path, processes: int, stderr=subprocess.DEVNULL) -> subprocess.Popen:
     """Begin the run, or go on with it."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "train.py"), *flags, "--output", str(output), "--resume"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += [str(ROOT / "train.py"), "--output", str(output), "--resume", *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def workers(process: subprocess.Popen, processes: int) -> list[int]:
@@ -104,19 +104,9 @@ def main() -> None:
                 if process.wait() == 0:
                     break
             same &= same_outcome(folder / "whole", output)
-    report = {
-        "processes": args.processes,
-        "seed": args.seed,
-        "kills": kills,
-        "runs": rounds,
-        "while_saving": saving,
-        "same": same,
-    }
-    print(
-        json.dumps(
-            report | {"same": same, "slowest_end": round(longest, 1), "seconds": round(time.perf_counter() - began)}
-        )
-    )
+    report = {"processes": args.processes, "seed": args.seed, "kills": kills, "while_saving": saving, "runs": rounds}
+    report |= {"same": same, "slowest_end": round(longest, 1), "seconds": round(time.perf_counter() - began)}
+    print(json.dumps(report))
     sys.exit(not same)
 
 

@@ -10,6 +10,7 @@ from conftest import random_encoded, tiny_model
 
 from confidence import (
     Dynamics,
+    Tally,
     area_under_roc,
     main,
     plot_data_map,
@@ -44,6 +45,26 @@ def test_scores_do_not_depend_on_micro_batches(micro_batch_tokens):
         score_examples(model, encoded, micro_batch_tokens), score_examples(model, encoded), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_tally_by_hand(capsys):
+    tally = Tally([2, 1], "cpu")
+    tally.add(torch.tensor([0, 1, 0]), torch.tensor([0.5, 0.25, 0.125]).log())
+    probability, perplexity = tally.scores()
+    np.testing.assert_allclose(probability, [(0.5 + 0.125) / 2, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(perplexity, [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
+    tally.add(torch.tensor([1, 0, 0]), torch.tensor([-2000, float("nan"), 0]))  # it has begun anew
+    probability, perplexity = tally.scores()
+    np.testing.assert_allclose(probability, [0.5, 0], atol=1e-200)
+    np.testing.assert_allclose(np.log(perplexity), [345, 690], rtol=1e-6)
+    tally = Tally([1], "cpu", epochs=3)
+    for p in (0.25, 0.75):
+        tally.add(torch.tensor([0]), torch.tensor([p]).log())
+        tally.close()
+    np.testing.assert_allclose(np.stack(tally.epochs()), [[[0.25], [0.75]], [[4], [4 / 3]]], rtol=1e-6)
+    assert "of 1 examples some tokens get no finite probability, and count as impossible: number 1 of those" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_hopeless_example_has_a_finite_perplexity():
@@ -98,7 +119,8 @@ def test_select_orders_and_names_what_is_missing():
     "line",
     ["{", "[]", '{"id": "x"}', '{"id": "x", "probabilities": [0.1], "perplexities": [2, 3]}',
      '{"id": "x", "probabilities": [NaN, 1], "perplexities": [2, 3]}',
-     '{"id": "x", "probabilities": "no", "perplexities": [2, 3]}'],
+     '{"id": "x", "probabilities": "no", "perplexities": [2, 3]}',
+     '{"id": 7, "probabilities": [0.1, 0.2], "perplexities": [2, 3]}'],
 )  # fmt: skip
 def test_bad_confidence_files_are_named_with_their_line(tmp_path, line):
     DYNAMICS.save(tmp_path / "c.jsonl")

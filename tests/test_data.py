@@ -1,6 +1,10 @@
 """Formats, encoding, packing, who is trained on when, and the demo corpus."""
 
 import json
+import multiprocessing
+import os
+import select
+import signal
 import time
 
 import numpy as np
@@ -12,6 +16,7 @@ from data import (
     IGNORE_INDEX,
     Dataset,
     Example,
+    _set_task,
     ahead,
     cache_folder,
     demo_corpus,
@@ -223,6 +228,33 @@ def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, da
     with pytest.raises(ValueError, match=r"data\.jsonl:46: not a JSON record"):
         encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_process_that_is_killed_while_it_encodes_is_told(monkeypatch, data_file, tokenizer, tmp_path):
+    monkeypatch.setattr(data_module, "PART_BYTES", 300)
+    monkeypatch.setattr(data_module, "_encode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(OSError, match=r"data\.jsonl: a process that was encoding it has been killed"):
+        encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_processes_that_encode_go_with_the_one_that_needs_them():
+    context = multiprocessing.get_context("fork")
+    read, write = context.Pipe()
+
+    def child():
+        _set_task(None)
+        time.sleep(60)
+
+    def parent():
+        process = context.Process(target=child)
+        process.start()
+        write.send(process.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    context.Process(target=parent).start()
+    descriptor = os.pidfd_open(read.recv())
+    assert select.select([descriptor], [], [], 20)[0]  # it has ended
 
 
 def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from mutation import LIST, misfits, read_mutations
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {  # beyond the standard library
@@ -33,6 +34,11 @@ def test_files_import_only_what_they_may(name):
     import sys
 
     assert imported_by(ROOT / f"{name}.py") - set(sys.stdlib_module_names) <= MAY_IMPORT[name]
+
+
+def test_the_list_of_mutations_fits_the_files():
+    mutations = read_mutations(LIST.read_text(encoding="utf-8"))
+    assert misfits(mutations) == [] and {m.file.removesuffix(".py") for m in mutations} == set(MAY_IMPORT)
 
 
 def test_the_readme_names_only_functions_and_tests_that_exist():

@@ -186,8 +186,9 @@ def test_nothing_supervised_is_a_zero_that_can_be_backpropagated():
     assert weight.grad.abs().max() == 0 and hidden.grad.shape == (0, 6)
 
 
-def test_reported_means_carry_no_gradient():
-    _, ntp, mix = sftmix_loss(*case(), 0.2)
+@pytest.mark.parametrize("loss_function", [sftmix_loss, sftmix_loss_literal])
+def test_reported_means_carry_no_gradient(loss_function):
+    _, ntp, mix = loss_function(*case(), 0.2)
     assert not ntp.requires_grad and not mix.requires_grad
 
 
