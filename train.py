@@ -1224,9 +1224,7 @@ def dry_run(config: TrainConfig, device) -> None:
     say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
     say(f"micro-batches  of at most {work.tokens:,} tokens, on {num_processes} x {device.type}")
     say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
-    savepoint = (
-        3 * 4 * trainable
-    )  # weights and AdamW's two moments; the old one goes when the new is there
+    savepoint = 3 * 4 * trainable  # weights and AdamW's two moments; the old one goes when the new is there
     say(f"disk           {gigabytes(models * stored)} for {models} models: {what}")
     say(f"               {gigabytes((config.keep_last + 1) * savepoint)} for savepoints, while a stage runs")
     say("memory         of a process, estimated:")
