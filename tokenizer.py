@@ -140,7 +140,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens, and rows of an embedding that is larger than the tokenizer, have none."""
-        return self._model.decode([i for i in ids if i < self.vocab_size])
+        return self._model.decode(ids)
 
     def piece(self, token_id: int) -> str:
         """An id as the vocabulary spells it."""

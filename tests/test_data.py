@@ -230,6 +230,17 @@ def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, da
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [("\n", "no records in it"), ('{"prompt": "a", "completion": "b"}\n', "no response starts within --max_length 3")],
+)
+def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content, message):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"d\.jsonl: {message}"):
+        encode_file(tmp_path / "d.jsonl", tokenizer, "alpaca", 3, tmp_path / "encoded")
+    assert not (tmp_path / "encoded").exists()
+
+
 def test_a_process_that_is_killed_while_it_encodes_is_told(monkeypatch, data_file, tokenizer, tmp_path):
     monkeypatch.setattr(data_module, "PART_BYTES", 300)
     monkeypatch.setattr(data_module, "_encode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -301,6 +312,16 @@ def test_pack_lays_examples_end_to_end():
         torch.int64,
         torch.int64,
         torch.int32,
+    ]
+
+
+def test_a_row_of_no_examples_is_one_token_that_predicts_nothing():
+    batch = pack([])
+    assert [x.tolist() for x in (batch.tokens, batch.targets, batch.positions, batch.cu_seqlens)] == [
+        [0],
+        [IGNORE_INDEX],
+        [0],
+        [0, 1],
     ]
 
 
@@ -386,6 +407,10 @@ def test_demo_answers_are_right(corpus):
         if prompt.startswith("Add ") and " and " in prompt:
             a, b = prompt.removeprefix("Add ").rstrip(".").split(" and ")
             assert answer == f"The answer is {int(a) + int(b)}."
+            checked += 1
+        if prompt.startswith("Give the larger number: "):
+            a, b = prompt.removeprefix("Give the larger number: ").rstrip(".").split(", ")
+            assert answer == f"The answer is {max(int(a), int(b))}."
             checked += 1
         if prompt.startswith("Give the last word: "):
             assert answer == f"The answer is {prompt.rstrip('.').split(', ')[-1]}."

@@ -180,6 +180,7 @@ def test_gradients_do_not_depend_on_autocast_to_a_few_percent():
         ({"num_hidden_layers": 10**30}, "num_hidden_layers: 1000"),
         ({"rope_theta": "10000"}, "rope_theta: '10000'"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps: -1.0"),
+        ({"rope_theta": 0.0}, "rope_theta: 0.0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false'"),
     ],
 )

@@ -28,7 +28,7 @@ MODELS = {
         "vocab_size": 301,
     },  # an odd number of rows
 }
-CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
+CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing, group)
     "full": (1000, None, False, 2),
     "accumulated": (70, None, False, 2),
     "lora": (1000, 4, False, 2),
@@ -36,6 +36,7 @@ CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
     "recomputed": (70, None, True, 2),
     "fours": (70, None, False, 4),
 }
+CASES_OF = {1: list(CASES), 2: list(CASES), 4: ["full", "lora, accumulated", "fours"]}  # by number of processes
 
 
 def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool, group: int):
@@ -64,10 +65,9 @@ def in_processes(folder: Path) -> None:
     results, kept = {}, {}
     with processes():
         for model_name in MODELS:
-            for case, settings in CASES.items():
-                *results[f"{model_name}, {case}"], kept[f"{model_name}, {case}"] = update(
-                    folder / model_name, *settings
-                )
+            for case in CASES_OF[world_size()]:
+                name = f"{model_name}, {case}"
+                *results[name], kept[name] = update(folder / model_name, *CASES[case])
             model = open_model(folder / model_name, "fp32", "cpu")
             encoded = random_encoded(LENGTHS)
             results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
@@ -100,16 +100,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=(2, 4))
-def several(request):
-    return request.param
-
-
 def both(folder, several, name):
     return (torch.load(folder / f"results-{number}.pt")[name] for number in (1, several))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("several, case", [(number, case) for number in (2, 4) for case in CASES_OF[number]])
 @pytest.mark.parametrize("model", MODELS)
 def test_updates_equal_those_of_one_process(folder, several, model, case):
     for one, many in zip(*both(folder, several, f"{model}, {case}"), strict=True):  # updates, then gradients
@@ -128,6 +123,7 @@ def test_recomputed_activations_give_the_same_gradients(folder):
             torch.testing.assert_close(one[name], again[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("several", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
     one, many = both(folder, several, f"{model}, scores")
@@ -137,6 +133,7 @@ def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
     assert len({len(answer) for answer in one}) > 2  # some stop early, at their own time
 
 
+@pytest.mark.parametrize("several", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, several, model):
     one, many = (json.loads((folder / f"kept-{number}.json").read_text()) for number in (1, several))
@@ -144,6 +141,7 @@ def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, s
     assert one[f"{model}, lora"] < 0.7 * one[f"{model}, full"]  # adapters alone have optimizer state
 
 
+@pytest.mark.parametrize("several", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_several_save_opens_in_one(folder, several, model):
     saved = folder / f"{model}-saved-by-{several}"

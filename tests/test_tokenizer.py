@@ -9,7 +9,16 @@ from conftest import write_files
 from data import INPUT_HEADING
 from tokenizer import Tokenizer
 
-TEXTS = ["", "a dog", "two  spaces  ", "\n\nnew lines\n", "emoji 🎉, עברית, 漢字", "tab\tand \\ and ▁", "x" * 300]
+TEXTS = [
+    "",
+    "a dog",
+    "two  spaces  ",
+    "\n\nnew lines\n",
+    "emoji 🎉, עברית, 漢字",
+    "ﬁne x² Ⅷ",
+    "tab\tand \\ and ▁",
+    "x" * 300,
+]
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 

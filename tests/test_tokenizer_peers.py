@@ -70,6 +70,18 @@ def mistral_files(folder) -> dict[str, bytes]:
     return files | {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
 
+def prepending_files(folder) -> dict[str, bytes]:
+    """The same without the SentencePiece model."""
+    return {name: content for name, content in mistral_files(folder).items() if name != "tokenizer.model"}
+
+
+def legacy_files() -> dict[str, bytes]:
+    """As Llama 2's first: a text after a special token opens with a space too."""
+    files = llama2_files()
+    config = json.loads(files["tokenizer_config.json"]) | {"legacy": True}
+    return files | {"tokenizer_config.json": json.dumps(config).encode()}
+
+
 def gemma_files() -> dict[str, bytes]:
     """No dummy prefix, ids in another order, and turns marked by pieces that the model itself finds in any text."""
     marks = ["<mask>", "<start_of_turn>", "<end_of_turn>"]
@@ -117,6 +129,8 @@ def qwen_files() -> dict[str, bytes]:
 KINDS = {  # -> its files, the templates it has tokens for
     "llama2": ("llama", llama2_files, ("alpaca", "llama2", "mistral")),
     "mistral": ("mistral", mistral_files, ("alpaca", "llama2", "mistral")),
+    "prepending": ("mistral", prepending_files, ("alpaca", "llama2", "mistral")),
+    "legacy": ("llama", legacy_files, ("alpaca", "llama2")),
     "gemma": ("gemma", gemma_files, ("alpaca", "gemma", "mistral")),
     "llama3": ("llama", llama3_files, ("alpaca", "llama3", "mistral")),
     "qwen": ("qwen2", qwen_files, ("alpaca", "chatml")),
@@ -128,7 +142,7 @@ def folders(tmp_path_factory):
     folders = {}
     for kind, (model_type, make, _) in KINDS.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
-        files = make(tmp_path_factory.mktemp("seed")) if make is mistral_files else make()
+        files = make(tmp_path_factory.mktemp("seed")) if make in (mistral_files, prepending_files) else make()
         write_files(folders[kind], {**files, "config.json": json.dumps({"model_type": model_type}).encode()})
     return folders
 
