@@ -79,9 +79,10 @@ def test_generation_ends_where_the_model_does(limit):
 
 
 def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatch):
-    """Five answers to a prompt whose response is "the dog": right; right but for a space; unended; longer; wrong."""
+    """Five answers to a prompt whose response is "the dog": right; right but for a new line; unended; longer; wrong."""
     the_dog, end = tokenizer.encode("the dog", continues=True), [tokenizer.eos_id]
-    answers = [the_dog + end, tokenizer.encode(" the dog") + end, the_dog, the_dog + the_dog + end, end]
+    new_line = tokenizer.encode("\n", continues=True)
+    answers = [the_dog + end, the_dog + new_line + end, the_dog, the_dog + the_dog + end, end]
     example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
     asked = []
 

@@ -18,7 +18,7 @@ import confidence
 import model as model_module
 import train as train_module
 from data import load_examples
-from model import check_manifest, load_model, written_aside
+from model import check_manifest, load_model, save_model, written_aside
 from train import claimed, main
 
 
@@ -317,6 +317,29 @@ def test_a_model_folder_that_was_damaged_is_refused(folder, tmp_path, capsys):
     file.write_bytes(content)
     code, error = error_of(capsys, flags(folder, tmp_path / "o", "--model", tmp_path / "m"))
     assert code == 1 and f"{file}: damaged" in error and error.count("\n") == 1
+
+
+def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):
+    """Killed before each of its flushes in turn, until none is left."""
+    model, real, flushes = tiny_model(), model_module.flush, []
+
+    def flush(path):
+        if len(flushes) == allowed:
+            raise Killed
+        flushes.append(path)
+        real(path)
+
+    monkeypatch.setattr(model_module, "flush", flush)
+    for allowed in range(100):
+        path = tmp_path / str(allowed)
+        flushes.clear()
+        try:
+            save_model(model, path, {"tokenizer.json": b"{}"}, max_shard_bytes=20_000)
+            break
+        except Killed:
+            assert not (path / "config.json").exists() or len(load_model(path).state_dict()) == len(model.state_dict())
+            assert not (path / "partial").exists()
+    assert 5 < allowed < 99 and len(list(path.iterdir())) > 5
 
 
 def test_what_is_written_aside_is_whole_or_not_there(tmp_path):
