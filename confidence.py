@@ -415,12 +415,16 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+def add_model_flags(parser: CommandLine, templates=TEMPLATES) -> None:
+    """The flags of whatever opens a model."""
+    parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: the one with the faster products here)")
+
+
 def add_data_flags(parser: CommandLine) -> None:
-    """The flags of the tools that read a data file; their defaults are those of training."""
-    parser.add_argument("--template", choices=TEMPLATES, help="(default: the model folder's, else alpaca)")
+    """The flags of the tools that read examples; their defaults are those of training."""
     parser.add_argument("--max_length", type=parser.positive)
     parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: the one with the faster products here)")
     parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
 
 
@@ -432,6 +436,7 @@ def main(argv=None) -> None:
     parser.add_argument("--output", metavar="FILE", help="where the scores go, one JSON line an example")
     parser.add_argument("--scores", metavar="FILE", help="instead of these three: scores made before, to be drawn")
     parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
+    add_model_flags(parser)
     add_data_flags(parser)
     args = parser.parse_args(argv)
     if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):

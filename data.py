@@ -98,6 +98,23 @@ def _parts(path: Path) -> list[_Part]:
 
 def _read(path: Path, part: _Part) -> Iterator[Example]:
     """The examples of a part, a repeat still under the id of what it repeats."""
+    for messages in _records(path, part, _to_messages):
+        yield Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
+
+
+def read_records(path, read: Callable) -> list:
+    """What `read` makes of each record of a `.jsonl` or `.json` file, a dictionary; its ValueErrors are told a place.
+
+    Raises FileNotFoundError or ValueError as `load_examples` does.
+    """
+    path = Path(path)
+    records = [record for part in _parts(path) for record in _records(path, part, read)]
+    if not records:
+        raise ValueError(f"{path}: no records in it")
+    return records
+
+
+def _records(path: Path, part: _Part, read: Callable) -> Iterator:
     with open(path, "rb") as file:
         file.seek(part.start)
         content = file.read(part.end - part.start)
@@ -108,10 +125,11 @@ def _read(path: Path, part: _Part) -> Iterator[Example]:
         raise ValueError(f"{path}:{line}: not UTF-8 text; save the file in that encoding") from None
     for place, record in _json_lines(path, text, part.line) if path.suffix == ".jsonl" else _json_list(path, text):
         try:
-            messages = _to_messages(record)
+            if not isinstance(record, dict):
+                raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
+            yield read(record)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        yield Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
 
 
 def _json_lines(path: Path, text: str, first_line: int):
@@ -142,26 +160,59 @@ _FORMATS = {  # the keys that must be there -> how the record reads; the first f
     ("conversations",): lambda r: _checked_turns(r["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES),
     ("instruction", "output"): lambda r: _one_turn(_with_input(r), r["output"], "output"),
     ("prompt", "completion"): lambda r: _one_turn(r["prompt"], r["completion"], "completion"),
-    ("text",): lambda r: [{"role": "text", "content": _filled(r["text"], "text")}],
+    ("text",): lambda r: [{"role": "text", "content": filled(r["text"], "text")}],
 }
 
 
-def _to_messages(record) -> list[dict]:
+_PROMPTS = {  # the same of records that ask, whether or not they have the answer too
+    ("turns",): lambda r: ([], _texts(r["turns"], "turns")),
+    ("messages",): lambda r: _asked(r["messages"], "messages", "role", "content", {}),
+    ("conversations",): lambda r: _asked(r["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES),
+    ("instruction",): lambda r: ([], [_with_input(r)]),
+    ("prompt",): lambda r: ([], [filled(r["prompt"], "prompt")]),
+}
+
+
+def _to_messages(record: dict) -> list[dict]:
     """Turn a record of any format into messages, or raise ValueError naming the key at fault."""
-    if not isinstance(record, dict):
-        raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
-    for keys, read in _FORMATS.items():
+    return _read_by_keys(record, _FORMATS)
+
+
+def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
+    """What a record asks: -> (the messages before, the user's turns that are to be answered one after the other).
+
+    There are several such turns in MT-Bench's `turns` alone. Raises ValueError naming the key at fault.
+    """
+    return _read_by_keys(record, _PROMPTS)
+
+
+def _read_by_keys(record: dict, formats: dict):
+    for keys, read in formats.items():
         if all(key in record for key in keys):
             return read(record)
-    known = sorted({key for keys in _FORMATS for key in keys})
+    known = sorted({key for keys in formats for key in keys})
     near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
-    formats = "; ".join(" and ".join(keys) for keys in _FORMATS)
+    has = "; ".join(" and ".join(keys) for keys in formats)
     found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
-    raise ValueError(f"{found}; a record has one of: {formats}")
+    raise ValueError(f"{found}; a record has one of: {has}")
 
 
-def _filled(value, key: str) -> str:
+def _texts(values, key: str) -> list[str]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{key} must be a list of texts")
+    return [filled(value, f"{key}[{number}]") for number, value in enumerate(values)]
+
+
+def _asked(turns, key: str, role_key: str, content_key: str, names: dict) -> tuple[list[dict], list[str]]:
+    """A conversation up to the user's last turn: -> (what came before, that turn)"""
+    answered = _roles(turns, key, role_key, content_key, names)[-1:] == ["assistant"]
+    *before, last = _checked_turns(turns[:-1] if answered else turns, key, role_key, content_key, names, last="user")
+    return before, [last["content"]]
+
+
+def filled(value, key: str) -> str:
+    """The text that a record has under `key`, or ValueError saying why it is none."""
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {type(value).__name__}")
     if not value.strip():
@@ -174,36 +225,44 @@ def _filled(value, key: str) -> str:
 
 
 def _with_input(record: dict) -> str:
-    instruction = _filled(record["instruction"], "instruction")
+    instruction = filled(record["instruction"], "instruction")
     extra = record.get("input")
     if extra is None or (isinstance(extra, str) and not extra.strip()):
         return instruction
-    return instruction + INPUT_HEADING + _filled(extra, "input")
+    return instruction + INPUT_HEADING + filled(extra, "input")
 
 
 def _one_turn(prompt, response, response_key: str) -> list[dict]:
     return [
-        {"role": "user", "content": _filled(prompt, "prompt")},
-        {"role": "assistant", "content": _filled(response, response_key)},
+        {"role": "user", "content": filled(prompt, "prompt")},
+        {"role": "assistant", "content": filled(response, response_key)},
     ]
 
 
-def _checked_turns(turns, key: str, role_key: str, content_key: str, roles: dict) -> list[dict]:
-    """An optional system turn, then user and assistant by turns, the assistant last."""
+def _roles(turns, key: str, role_key: str, content_key: str, names: dict) -> list:
+    """Who speaks in each of the turns, `names` telling what a file calls whom."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{key} must be a list of objects with {role_key!r} and {content_key!r}")
+    roles = [turn.get(role_key) for turn in turns]
+    return [names.get(role, role) if isinstance(role, str) else role for role in roles]
+
+
+def _checked_turns(
+    turns, key: str, role_key: str, content_key: str, names: dict, last: str = "assistant"
+) -> list[dict]:
+    """An optional system turn, then user and assistant by turns, up to the `last`."""
     messages = []
-    for number, turn in enumerate(turns):
-        role = turn.get(role_key)
-        role = roles.get(role, role) if isinstance(role, str) else role
+    roles = _roles(turns, key, role_key, content_key, names)
+    for number, (turn, role) in enumerate(zip(turns, roles, strict=True)):
         expected = ["user", "assistant"][sum(m["role"] != "system" for m in messages) % 2]
         if role != expected and not (role == "system" and number == 0):
             raise ValueError(
                 f"{key}[{number}]: {role_key} is {turn.get(role_key)!r} where the {expected}'s turn is due"
             )
-        messages.append({"role": role, "content": _filled(turn.get(content_key), f"{key}[{number}].{content_key}")})
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{key} must end with the assistant's turn, which is what is learnt")
+        messages.append({"role": role, "content": filled(turn.get(content_key), f"{key}[{number}].{content_key}")})
+    if not messages or messages[-1]["role"] != last:
+        why = "which is what is learnt" if last == "assistant" else "which is to be answered"
+        raise ValueError(f"{key} must end with the {last}'s turn, {why}")
     return messages
 
 

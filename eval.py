@@ -1,20 +1,29 @@
-"""Evaluation: held-out loss, and exact match by greedy generation, each with a 95 % interval.
+"""Evaluation: held-out loss, exact match, multiple choice, each with a 95 % interval, and answers for whoever judges.
 
-Alone: torchrun eval.py {perplexity,match} --model DIR --data FILE, results as JSON on stdout.
+Alone: torchrun eval.py {perplexity,match,choice,generate} --model DIR --data FILE, results as JSON on stdout;
+python eval.py chat --model DIR, to talk with a model.
 
 Letters: B sequences generated together, N examples, D hidden size, V vocabulary.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from confidence import (
     add_data_flags,
+    add_model_flags,
     check_models,
     choose_template,
     load_dataset,
@@ -22,12 +31,13 @@ from confidence import (
     score_examples,
     usable_length,
 )
-from data import Dataset, Example, load_examples, pack, sizes
+from data import IGNORE_INDEX, Dataset, Example, filled, load_examples, pack, read_records, sizes, to_prompt
 from model import (
     CommandLine,
     KVCache,
     Transformer,
     autocast,
+    barrier,
     fastest_dtype,
     open_model,
     processes,
@@ -35,8 +45,9 @@ from model import (
     say,
     sum_over_processes,
     world_size,
+    written_aside,
 )
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer
 
 Z_95 = 1.959964  # of a normal distribution, 95 % lies within ± this many standard deviations
 
@@ -60,10 +71,42 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
     return {"loss": float(loss), "loss_interval": interval, "examples": n, "tokens": int(count.sum())}
 
 
-# --- Exact match ------------------------------------------------------------------------------------------------------
+# --- Generation -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+class Sampling(NamedTuple):
+    """How the next token is chosen: the likeliest at temperature 0, else one drawn from the likeliest that make up
+    `top_p` (nucleus sampling, Holtzman et al. 2020). What is drawn depends on the seed and the prompt, and not on what
+    is generated beside it."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def draws(self, prompt: list[int], count: int) -> np.ndarray:
+        """Numbers in [0, 1), one for each token after a prompt: float64 [count]"""
+        digest = hashlib.sha256(np.array(prompt, dtype="<i8")).digest()
+        return np.random.default_rng([self.seed, *np.frombuffer(digest, dtype="<u4")]).random(count)
+
+    def choose(self, logits, draws):
+        """logits [B, V], draws [B] -> the next tokens [B]
+
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(4, 3)
+        >>> Sampling(temperature=1.0, top_p=0.7).choose(logits, torch.tensor([0.0, 0.6, 0.65, 0.99])).tolist()
+        [0, 0, 1, 1]
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, tokens = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        reached = p.cumsum(-1)
+        kept = reached - p < self.top_p  # up to and with the token that reaches top_p
+        drawn = draws[:, None] * reached.masked_fill(~kept, 0).amax(-1, keepdim=True)
+        return tokens.gather(-1, (kept & (reached < drawn)).sum(-1, keepdim=True))[:, 0]
+
+
+GREEDY = Sampling()
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -71,43 +114,59 @@ def generate(
     stop_ids=(),
     dtype: str = "fp32",
     batch_size: int = 64,
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """Continue each prompt greedily: -> the new ids of each.
+    """Continue each prompt: -> the new ids of each.
 
     It goes on up to and with one of `stop_ids`, for `max_new_tokens`, or until the model has no more positions.
     Under `torchrun` the processes share the prompts out, each taking as many steps as the others, and all get all ids.
     """
     device = model.head_weight.device
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     results = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)  # 1 + id, and 0 after the end
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of a batch are about equally long
     mine = by_length[rank() :: world_size()]
     for start in range(0, math.ceil(len(prompts) / world_size()), batch_size):
-        chosen = torch.tensor(mine[start : start + batch_size], dtype=torch.int64, device=device)
-        batch = pack([(prompts[i], prompts[i]) for i in chosen.tolist()]).to(device)  # any targets
-        longest = int(batch.cu_seqlens.diff().max())
-        longest = max(longest, min(longest + max_new_tokens, model.config.max_length))
-        lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
-        cache = KVCache(model.config, len(lengths), longest)
-        running = torch.full((len(lengths),), len(chosen) > 0, device=device)  # [B]; a row that idles has ended already
-        tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
-        for step in range(max_new_tokens):
-            new = next_tokens(model, tokens, positions, cu_seqlens, cache, dtype)
-            if len(chosen):
-                results[chosen, step] = (new + 1) * running
-            running &= ~torch.isin(new, stop) & (lengths + step < longest)
-            if not sum_over_processes(running.sum()):
-                break
-            tokens, positions, cu_seqlens = new, (lengths + step).clamp(max=longest - 1), None
+        chosen = mine[start : start + batch_size]
+        batch = [prompts[i] for i in chosen]
+        rows = torch.tensor(chosen, dtype=torch.int64, device=device)
+        for step, new in enumerate(continue_together(model, batch, max_new_tokens, stop_ids, dtype, sampling)):
+            results[rows, step] = new + 1
     sum_over_processes(results)
     return [[token - 1 for token in row if token] for row in results.tolist()]
 
 
-def next_tokens(model: Transformer, tokens, positions, cu_seqlens, cache: KVCache, dtype: str):
-    """The likeliest token after each of B sequences: prompts packed by `cu_seqlens`, or their newest tokens. -> [B]"""
-    last = slice(None) if cu_seqlens is None else cu_seqlens[1:].long() - 1
-    with autocast(tokens.device, dtype):
-        return model(tokens, positions, cu_seqlens, cache, head=lambda hidden: model.logits(hidden[last]).argmax(-1))
+@torch.no_grad()
+def continue_together(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids, dtype: str, sampling: Sampling
+) -> Iterator:
+    """Continue prompts, token by token: yields the new ids of all, int64 [B], −1 for those that have ended.
+
+    It goes on while any does, in any process. Without prompts it keeps step with the other processes.
+    """
+    device = model.head_weight.device
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    draws = np.array([sampling.draws(prompt, max_new_tokens) for prompt in prompts]).reshape(len(prompts), -1)
+    draws = torch.from_numpy(draws).to(device)  # [B, max_new_tokens]
+    batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # any targets
+    lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
+    longest = int(lengths.max())
+    longest = max(longest, min(longest + max_new_tokens, model.config.max_length))
+    cache = KVCache(model.config, len(lengths), longest)
+    running = torch.full((len(lengths),), len(prompts) > 0, device=device)  # [B]
+    tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
+    for step in range(max_new_tokens):
+        last = slice(None) if cu_seqlens is None else cu_seqlens[1:].long() - 1
+        with autocast(device, dtype):
+            logits = model(tokens, positions, cu_seqlens, cache, head=lambda z, last=last: model.logits(z[last]))
+        new = sampling.choose(logits, draws[:, step]) if prompts else logits.argmax(-1)
+        yield new.masked_fill(~running, -1)[: len(prompts)]
+        running &= ~torch.isin(new, stop) & (lengths + step < longest)
+        if not sum_over_processes(running.sum()):
+            break
+        tokens, positions, cu_seqlens = new, (lengths + step).clamp(max=longest - 1), None
+
+
+# --- Exact match ------------------------------------------------------------------------------------------------------
 
 
 def exact_match(
@@ -133,6 +192,212 @@ def exact_match(
     return {"accuracy": right / len(examples), "accuracy_interval": wilson_interval(right, len(examples))}
 
 
+# --- Multiple choice --------------------------------------------------------------------------------------------------
+
+LETTERS = "ABCDEFGHIJ"
+
+
+class Question(NamedTuple):
+    """A question and its choices, of which one is right."""
+
+    text: str
+    choices: list[str]
+    answer: int  # the number of the right one
+    subject: str | None
+
+
+def to_question(record: dict) -> Question:
+    """Read {"question", "options": {letter: text}, "answer_idx"} or {"question", "choices": [text], "answer"}.
+
+    The answer is told by letter, by number, or as the right choice's text; a subject by `subject`, `category` or
+    `meta_info`. Raises ValueError naming the key at fault.
+    """
+    if "question" not in record or not record.keys() & {"options", "choices"}:
+        raise ValueError(f"keys {list(record)}: question and options (or choices) are expected")
+    choices = record.get("options", record.get("choices"))
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as in ARC
+        choices = choices["text"]
+    names = list(choices) if isinstance(choices, dict) else list(LETTERS)
+    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
+    choices = [filled(choice, f"choice {letter}") for choice, letter in zip(choices, LETTERS, strict=False)]
+    answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
+    if isinstance(answer, str) and (answer in names or answer in choices):
+        answer = (names if answer in names else choices).index(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer!r} is none of the choices")
+    subject = next((record[key] for key in ("subject", "category", "meta_info") if key in record), None)
+    return Question(filled(record["question"], "question"), choices, answer, None if subject is None else str(subject))
+
+
+def lay_out(question: Question, by: str) -> tuple[str, list[str]]:
+    """What the model is asked and what it may answer: by "letter" the choices are listed, by "text" they are not.
+
+    >>> print(*lay_out(Question("Is snow white?", ["yes", "no"], 0, None), by="letter"))
+    Question: Is snow white?
+    A. yes
+    B. no
+    Answer: ['A', 'B']
+    """
+    letters = LETTERS[: len(question.choices)]
+    listed = [f"{letter}. {choice}\n" for letter, choice in zip(letters, question.choices, strict=True)]
+    asked = f"Question: {question.text}\n" + ("".join(listed) if by == "letter" else "") + "Answer:"
+    return asked, list(letters) if by == "letter" else question.choices
+
+
+PLAIN = "plain"  # in place of a template: the text of the question goes on with the answer
+
+
+def encode_choice(tokenizer: Tokenizer, template: str, asked: str, answer: str) -> tuple[list[int], list[int]]:
+    """-> (ids of the prompt, ids of an answer to it), in a chat template or as plain text"""
+    if template == PLAIN:
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return begin + tokenizer.encode(asked), tokenizer.encode(" " + answer, continues=True)
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    ids, learnt = tokenizer.apply_template(messages, template)
+    stop_ids = tokenizer.stop_ids(template)
+    return ids[: learnt.index(True)], [i for i in ids[learnt.index(True) :] if i not in stop_ids]
+
+
+def answer_choices(
+    model: Transformer,
+    questions: list[Question],
+    tokenizer: Tokenizer,
+    template: str,
+    by: str = "letter",
+    micro_batch_tokens: int = 8192,
+    dtype: str = "fp32",
+) -> tuple[list[np.ndarray], int]:
+    """How likely each answer to each question is: -> (scores [choices] of each, how many prompts were cut)
+
+    A score is log p of the answer given the question; by "text", divided by the answer's number of characters. Of a
+    prompt that is too long the beginning is cut off.
+    """
+    encoded, cut, limit = [], 0, model.config.max_length
+    for question in questions:
+        asked, answers = lay_out(question, by)
+        for answer in answers:
+            prompt, ids = encode_choice(tokenizer, template, asked, answer)
+            cut += len(prompt) + len(ids) > limit + 1
+            sequence = torch.tensor([*prompt, *ids][-limit - 1 :])
+            targets = sequence[1:].clone()
+            targets[: -len(ids)] = IGNORE_INDEX
+            encoded.append((sequence[:-1], targets))
+    _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
+    total = -np.log(perplexity) * sizes(encoded)[1]  # log p of all of an answer's tokens
+    scores = np.split(total, np.cumsum([len(question.choices) for question in questions])[:-1])
+    if by == "text":
+        lengths = [np.array([len(choice) for choice in question.choices]) for question in questions]
+        scores = [score / length for score, length in zip(scores, lengths, strict=True)]
+    return scores, cut
+
+
+def choice_report(questions: list[Question], chosen: list[int]) -> dict:
+    """{"accuracy", "accuracy_interval", "questions", "subjects", "positions"}: the whole, by subject, by position.
+
+    "positions" shows whether a model prefers a place to an answer: of each letter how often it is right, how often it
+    is chosen, and the accuracy where it is right.
+    """
+
+    def share(part: list[int]) -> dict:
+        right = sum(chosen[i] == questions[i].answer for i in part)
+        return {
+            "accuracy": right / len(part) if part else None,
+            "accuracy_interval": wilson_interval(right, len(part)) if part else None,
+            "questions": len(part),
+        }
+
+    everything = range(len(questions))
+    subjects = sorted({question.subject for question in questions if question.subject is not None})
+    by_subject = {name: share([i for i in everything if questions[i].subject == name]) for name in subjects}
+    positions = {}
+    for number in range(max(len(question.choices) for question in questions)):
+        of_these = share([i for i in everything if questions[i].answer == number])
+        positions[LETTERS[number]] = {
+            "right": of_these["questions"],
+            "chosen": sum(choice == number for choice in chosen),
+            "accuracy": of_these["accuracy"],
+        }
+    return {**share(everything), "subjects": by_subject, "positions": positions}
+
+
+# --- Answers, for people and for judges -------------------------------------------------------------------------------
+
+# At what temperature FastChat has the questions of a category answered.
+MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+
+
+class Asked(NamedTuple):
+    """A record that is to be answered."""
+
+    record: dict
+    before: list[dict]  # messages
+    turns: list[str]  # of the user, to be answered one after the other
+
+
+def to_asked(record: dict, output_format: str) -> Asked:
+    """Read a record of any format that `data.to_prompt` knows, with the keys that a judge needs."""
+    needs = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
+    if needs and needs not in record:
+        raise ValueError(f"--format {output_format} needs {needs}")
+    return Asked(record, *to_prompt(record))
+
+
+def answer_turns(
+    model: Transformer,
+    asked: list[Asked],
+    tokenizer: Tokenizer,
+    template: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    dtype: str,
+) -> list[list[str]]:
+    """Answer the turns of each, every answer becoming part of what the next turn is asked after: -> its answers.
+
+    Of a conversation that has become too long for the model, the answer is empty.
+    """
+    talks = [list(each.before) for each in asked]
+    answers: list[list[str]] = [[] for _ in asked]
+    stop_ids = tokenizer.stop_ids(template)
+    for turn in range(max((len(each.turns) for each in asked), default=0)):
+        still = [i for i, each in enumerate(asked) if turn < len(each.turns)]
+        for i in still:
+            talks[i].append({"role": "user", "content": asked[i].turns[turn]})
+        prompts = [tokenizer.apply_template(talks[i], template)[0] for i in still]
+        fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length]
+        ids = dict(
+            zip(
+                fits,
+                generate(model, [prompts[k] for k in fits], max_new_tokens, stop_ids, dtype, len(asked), sampling),
+                strict=True,
+            )
+        )
+        for k, i in enumerate(still):
+            said = tokenizer.decode([token for token in ids.get(k, []) if token not in stop_ids]).strip()
+            answers[i].append(said)
+            talks[i].append({"role": "assistant", "content": said})
+    return answers
+
+
+def in_format(asked: Asked, answers: list[str], output_format: str, name: str) -> dict:
+    """An answered record as a judge reads it, or ("jsonl") as messages."""
+    if output_format == "alpaca_eval":
+        kept = {key: asked.record[key] for key in ("dataset", "instruction") if key in asked.record}
+        return {**kept, "output": answers[-1], "generator": name}
+    if output_format == "mt_bench":
+        answer_id = hashlib.sha256(json.dumps([asked.record["question_id"], name, answers]).encode()).hexdigest()[:22]
+        question = {"question_id": asked.record["question_id"], "answer_id": answer_id, "model_id": name}
+        return {**question, "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}
+    messages = list(asked.before)
+    for turn, answer in zip(asked.turns, answers, strict=True):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+# --- Shares and tables ------------------------------------------------------------------------------------------------
+
+
 def wilson_interval(successes: int, trials: int) -> list[float]:
     """95 % interval of a share (Wilson 1927), honest at 0 and at 1 too.
 
@@ -144,8 +409,6 @@ def wilson_interval(successes: int, trials: int) -> list[float]:
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / trials / 4) / (1 + z2)
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
-
-# --- Both, side by side -----------------------------------------------------------------------------------------------
 
 MATCH_TOKENS = 32  # exact match is asked of short answers: every held-out response within so many tokens
 
@@ -184,30 +447,223 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What every command needs to know of a model folder before it reads anything else."""
+
+    tokenizer: Tokenizer
+    template: str
+    dtype: str
+
+
+def setting_of(args, device) -> Setting:
+    """Check the model folder and read its tokenizer. Raises FileNotFoundError or ValueError."""
+    check_models([args.model])
+    tokenizer = load_tokenizer(args.model)
+    template = args.template if args.template == PLAIN else choose_template(tokenizer, args.template, sys.stderr)
+    return Setting(tokenizer, template, args.dtype or fastest_dtype(device))
+
+
+def perplexity_or_match(args, device) -> None:
+    """Held-out loss and perplexity, or exact matches, of a data file's examples."""
+    tokenizer, template, dtype = setting_of(args, device)
+    max_length = usable_length(args.model, args.max_length)
+    dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+    model = open_model(args.model, dtype, device)
+    if args.command == "perplexity":
+        result = held_out_loss(model, dataset, args.micro_batch_tokens, dtype)
+        result["perplexity"] = math.exp(result["loss"])
+    else:
+        kept = set(dataset.ids)
+        examples = [example for example in load_examples(args.data) if example.id in kept]
+        result = exact_match(model, examples, tokenizer, template, dtype)
+        result["examples"] = len(dataset)
+    say(json.dumps(result | {"truncated": dataset.truncated, "dropped": dataset.dropped}))
+
+
+def choice(args, device) -> None:
+    """Multiple choice; with --output, a line for each question too."""
+    refuse_existing(args.output)
+    tokenizer, template, dtype = setting_of(args, device)
+    questions = read_records(args.data, to_question)
+    model = open_model(args.model, dtype, device)
+    scores, cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens, dtype)
+    chosen = [int(score.argmax()) for score in scores]
+    if args.output and rank() == 0:
+        lines = [
+            {"choice": LETTERS[i], "answer": LETTERS[question.answer], "scores": score.tolist()}
+            for i, question, score in zip(chosen, questions, scores, strict=True)
+        ]
+        with written_aside(Path(args.output)) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    say(json.dumps({"by": args.by, "template": template, **choice_report(questions, chosen), "prompts_cut": cut}))
+
+
+def generate_answers(args, device) -> None:
+    """Answer the records of a file. What is answered is kept beside --output: a run that was stopped goes on there."""
+    if args.format != "jsonl" and args.output is None:
+        raise ValueError(f"--format {args.format}: needs --output")
+    refuse_existing(args.output)
+    tokenizer, template, dtype = setting_of(args, device)
+    asked = read_records(args.data, partial(to_asked, output_format=args.format))
+    name = args.name or Path(args.model).resolve().name
+
+    def sampling_of(each: Asked) -> Sampling:
+        by_category = MT_BENCH_TEMPERATURE.get(each.record.get("category"), 0.0) if args.format == "mt_bench" else 0.0
+        return Sampling(by_category if args.temperature is None else args.temperature, args.top_p, args.seed)
+
+    settings = {key: getattr(args, key) for key in ("model", "data", "max_new_tokens", "temperature", "top_p", "seed")}
+    settings |= {"template": template, "dtype": dtype, "records": len(asked)}
+    progress = Path(f"{args.output}.answered") if args.output else None
+    answers = answered_before(progress, settings)
+    barrier()  # all have read it
+    model = open_model(args.model, dtype, device)
+    waiting = [i for i in range(len(asked)) if i not in answers]
+    waiting.sort(key=lambda i: (sampling_of(asked[i]), len(asked[i].turns[0])))
+    with open(progress, "a", encoding="utf-8") if progress and rank() == 0 else contextlib.nullcontext() as file:
+        for sampling, numbers in groupby(waiting, key=lambda i: sampling_of(asked[i])):
+            for batch in in_batches(list(numbers), args.batch_size * world_size()):
+                new = answer_turns(
+                    model, [asked[i] for i in batch], tokenizer, template, args.max_new_tokens, sampling, dtype
+                )
+                answers |= zip(batch, new, strict=True)
+                if file:
+                    file.writelines(json.dumps({"number": i, "answers": answers[i]}) + "\n" for i in batch)
+                    file.flush()
+                say(f"{len(answers)}/{len(asked)} answered", sys.stderr)
+    if rank() == 0:
+        records = [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if not args.output:
+            print(lines, end="")
+            return
+        with written_aside(Path(args.output)) as aside:
+            aside.write_text(json.dumps(records, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
+        progress.unlink()
+        print(json.dumps({"output": args.output, "format": args.format, "records": len(records)}))
+
+
+def answered_before(file: Path | None, settings: dict) -> dict[int, list[str]]:
+    """The answers that an earlier run with these settings left in a file, by number; where there is none, it is begun.
+
+    Raises ValueError where it was left by a run with other settings.
+    """
+    if file is None:
+        return {}
+    if not file.exists():
+        if rank() == 0:
+            file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return {}
+    first, *lines = file.read_text(encoding="utf-8").split("\n")
+    try:
+        before = json.loads(first)
+        answers = {line["number"]: line["answers"] for line in map(json.loads, lines[:-1])}  # the last is cut, or empty
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); remove it, and all is answered anew") from None
+    for key in settings:
+        if before.get(key) != settings[key]:
+            raise ValueError(
+                f"{file}: begun with {key} {before.get(key)!r}, not {settings[key]!r}; give that, or remove the file"
+            )
+    if rank() == 0 and lines[-1]:
+        with open(file, "rb+") as content:
+            content.truncate(file.stat().st_size - len(lines[-1].encode()))
+    return answers
+
+
+def in_batches(items: list, size: int) -> Iterator[list]:
+    """Consecutive items, `size` at a time.
+
+    >>> list(in_batches([1, 2, 3], 2))
+    [[1, 2], [3]]
+    """
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def refuse_existing(output: str | None) -> None:
+    """Raise FileExistsError where something is at `output`, FileNotFoundError where its folder is not there."""
+    if output and Path(output).exists():
+        raise FileExistsError(f"{output}: already there; remove it or choose another name")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output}: its folder does not exist")
+
+
+def chat(args, device) -> None:
+    """Talk with a model, line by line, until the input ends."""
+    if world_size() > 1:
+        raise ValueError("chat: is for one process; start it without torchrun")
+    tokenizer, template, dtype = setting_of(args, device)
+    model, stop_ids = open_model(args.model, dtype, device), tokenizer.stop_ids(template)
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(opening)
+    say("An empty line begins anew, Ctrl-D ends.", sys.stderr)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            return
+        if not said.strip():
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": said})
+        prompt, _ = tokenizer.apply_template(messages, template)
+        if len(prompt) > model.config.max_length:
+            say(f"that is longer than the model's {model.config.max_length} tokens; begun anew", sys.stderr)
+            messages = list(opening)
+            continue
+        ids, shown = [], ""
+        for new in continue_together(model, [prompt], args.max_new_tokens, stop_ids, dtype, sampling):
+            ids += [token for token in new.tolist() if token not in stop_ids]
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # half a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        messages.append({"role": "assistant", "content": shown})
+
+
 def main(argv=None) -> None:
-    """Evaluate a model folder on a data file; the figures are JSON on stdout."""
-    parser = CommandLine(description="Evaluate a model on a data file: its loss, or its exact matches.")
-    parser.add_argument("measure", choices=("perplexity", "match"))
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
-    parser.add_argument("--data", required=True, metavar="FILE", help="the examples, .jsonl or .json")
-    add_data_flags(parser)
+    """Evaluate a model folder, or let it answer. Figures are JSON on stdout, progress goes to stderr."""
+    parser = CommandLine(description="Evaluate a model, or let it answer; figures are JSON on stdout.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str, data: str | None, templates=TEMPLATES) -> CommandLine:
+        new = commands.add_parser(name, help=help, description=help)
+        new.set_defaults(run=run)
+        new.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
+        if data:
+            new.add_argument("--data", required=True, metavar="FILE", help=data)
+        add_model_flags(new, templates)
+        return new
+
+    for name, help in (("perplexity", "held-out loss and perplexity"), ("match", "exact match by greedy generation")):
+        add_data_flags(command(name, perplexity_or_match, help, "the examples, .jsonl or .json"))
+    new = command("choice", choice, "multiple choice by log-likelihood", "questions with choices", (*TEMPLATES, PLAIN))
+    new.add_argument("--by", choices=("letter", "text"), default="letter", help="what is scored (default letter)")
+    new.add_argument("--output", metavar="FILE", help="where a line for each question goes")
+    new.add_argument("--micro_batch_tokens", type=new.positive, default=8192)
+    answering = command("generate", generate_answers, "answer the records of a file", "the records, .jsonl or .json")
+    answering.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); goes on if stopped")
+    answering.add_argument("--format", choices=("jsonl", "alpaca_eval", "mt_bench"), default="jsonl")
+    answering.add_argument("--name", help="of the model, for a judge (default: its folder's)")
+    answering.add_argument("--batch_size", type=parser.positive, default=32, help="records a process answers at once")
+    talking = command("chat", chat, "talk with a model", None)
+    talking.add_argument("--system", metavar="TEXT", help="what it is told before all else")
+    for new, temperature in ((answering, None), (talking, 0.7)):
+        default = "0; for mt_bench by category, as FastChat has it" if temperature is None else temperature
+        new.add_argument("--max_new_tokens", type=parser.positive, default=512)
+        new.add_argument("--temperature", type=parser.number(0, 100), default=temperature, help=f"(default {default})")
+        new.add_argument(
+            "--top_p", type=parser.number(1e-6, 1), default=1.0, help="of the probability to draw from (default 1)"
+        )
+        new.add_argument("--seed", type=parser.number(0, 2**63 - 1, int), default=0)
     args = parser.parse_args(argv)
     with processes() as device:
-        check_models([args.model])
-        tokenizer, max_length = load_tokenizer(args.model), usable_length(args.model, args.max_length)
-        template = choose_template(tokenizer, args.template, sys.stderr)
-        dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
-        dtype = args.dtype or fastest_dtype(device)
-        model = open_model(args.model, dtype, device)
-        if args.measure == "perplexity":
-            result = held_out_loss(model, dataset, args.micro_batch_tokens, dtype)
-            result["perplexity"] = math.exp(result["loss"])
-        else:
-            kept = set(dataset.ids)
-            examples = [example for example in load_examples(args.data) if example.id in kept]
-            result = exact_match(model, examples, tokenizer, template, dtype)
-            result["examples"] = len(dataset)
-        say(json.dumps(result | {"truncated": dataset.truncated, "dropped": dataset.dropped}))
+        args.run(args, device)
 
 
 if __name__ == "__main__":

@@ -1049,6 +1049,18 @@ class CommandLine(argparse.ArgumentParser):
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
         return int(text)
 
+    @staticmethod
+    def number(low: float, high: float, kind: type = float) -> Callable:
+        """The type of a flag whose value lies from `low` to `high`."""
+
+        def read(text: str):
+            with contextlib.suppress(ValueError):
+                if low <= kind(text) <= high:
+                    return kind(text)
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+
+        return read
+
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].split("=")[0]

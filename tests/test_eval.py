@@ -9,7 +9,22 @@ import torch
 from conftest import random_encoded, tiny_model
 
 from data import IGNORE_INDEX, Example, encode_example, encode_examples
-from eval import evaluate, exact_match, generate, held_out_loss, main, table, wilson_interval
+from eval import (
+    PLAIN,
+    Question,
+    Sampling,
+    answer_choices,
+    choice_report,
+    encode_choice,
+    evaluate,
+    exact_match,
+    generate,
+    held_out_loss,
+    main,
+    table,
+    to_question,
+    wilson_interval,
+)
 from model import save_model
 
 
@@ -78,6 +93,30 @@ def test_generation_ends_where_the_model_does(limit):
     assert [len(answer) for answer in generate(model, prompts, 30, batch_size=1)] == [16, 3, 1]
 
 
+def test_draws_are_a_function_of_seed_and_prompt_alone():
+    model = tiny_model(initializer_range=0.5)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7, 8]]
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=3)
+    expected = generate(model, prompts, 12, sampling=sampling)
+    for batch_size in (1, 3):
+        assert generate(model, prompts[::-1], 12, batch_size=batch_size, sampling=sampling) == expected[::-1]
+    assert generate(model, prompts, 12, sampling=sampling._replace(seed=4)) != expected
+    cold = sampling._replace(temperature=1e-4)
+    assert generate(model, prompts, 12, sampling=cold) == generate(model, prompts, 12) != expected
+
+
+def test_tokens_are_drawn_as_often_as_the_nucleus_says():
+    p = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = p.log().expand(20_000, 5)
+    for top_p, expected in ((1.0, p), (0.8, torch.tensor([0, 0.4, 0.15, 0.3, 0]) / 0.85), (1e-6, torch.eye(5)[1])):
+        drawn = Sampling(1.0, top_p).choose(logits, draws).bincount(minlength=5) / 20_000
+        torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+    flatter = p.sqrt() / p.sqrt().sum()
+    drawn = Sampling(2.0).choose(logits, draws).bincount(minlength=5) / 20_000
+    torch.testing.assert_close(drawn, flatter, atol=0.015, rtol=0)
+
+
 def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatch):
     """Five answers to a prompt whose response is "the dog": right; right but for a new line; unended; longer; wrong."""
     the_dog, end = tokenizer.encode("the dog", continues=True), [tokenizer.eos_id]
@@ -127,6 +166,209 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
     result = evaluate(model, held_out, lambda: examples, tokenizer, "alpaca", 1000, "fp32")
     assert (result["accuracy"] is not None) == applies and result["loss"] > 0
+
+
+# --- Multiple choice --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "B", "meta_info": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": 1, "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "category": "s"},
+        {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
+    ],
+)
+def test_questions_are_read_however_they_tell_the_answer(record):
+    assert to_question(record) == Question("Q?", ["yes", "no"], 1, "s")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"question": "Q?"}, "question and options"),
+        ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
+        ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
+        ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
+        ({"question": "Q?", "choices": ["yes", "no"], "answer": True}, "answer True is none"),
+        ({"question": "Q?", "choices": ["yes", "no"]}, "answer None is none"),
+    ],
+)
+def test_questions_that_are_none_are_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        to_question(record)
+
+
+QUESTIONS = [
+    Question("What is it?", ["the quick dog", "a fox"], 1, "one"),
+    Question("What sleeps on?", ["the lazy dog", "dog", "the fox jumps over it"], 0, "two"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["letter", "text"])
+@pytest.mark.parametrize("template", [PLAIN, "alpaca"])
+def test_scores_of_choices_equal_the_formulas_written_out(tokenizer, by, template):
+    """Σ log p of an answer's tokens, its end left out; by text, divided by its number of characters."""
+    model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
+    scores, cut = answer_choices(model, QUESTIONS, tokenizer, template, by, micro_batch_tokens=100)
+    for question, score in zip(QUESTIONS, scores, strict=True):
+        listed = "".join(f"{'ABC'[i]}. {choice}\n" for i, choice in enumerate(question.choices))
+        asked = f"Question: {question.text}\n{listed if by == 'letter' else ''}Answer:"
+        for number, choice in enumerate(question.choices):
+            answer = "ABC"[number] if by == "letter" else choice
+            prompt, ids = encode_choice(tokenizer, template, asked, answer)
+            log_p = model.logits(model(torch.tensor(prompt + ids))).log_softmax(-1)
+            total = sum(float(log_p[len(prompt) - 1 + n, token]) for n, token in enumerate(ids))
+            assert score[number] == pytest.approx(total / (1 if by == "letter" else len(choice)), rel=1e-4)
+            whole = tokenizer.decode(prompt + ids)
+            assert whole.endswith(f"{asked} {answer}" if template == PLAIN else f"{asked}\n\n### Response:\n{answer}")
+            assert prompt.count(tokenizer.bos_id) == 1 and tokenizer.eos_id not in prompt + ids
+    assert cut == 0
+
+
+def test_of_a_long_prompt_the_beginning_is_cut_off(tokenizer):
+    short = tiny_model(tokenizer.vocab_size, max_position_embeddings=20)
+    scores, cut = answer_choices(short, QUESTIONS, tokenizer, PLAIN)
+    assert cut == 5 and all(np.isfinite(score).all() for score in scores)
+
+
+def test_a_report_of_choices_by_hand():
+    questions = [Question("?", ["x", "y", "z"], answer, subject) for answer, subject in ((0, "p"), (1, "p"), (1, "q"))]
+    report = choice_report(questions, [0, 0, 1])
+    assert report["accuracy"] == 2 / 3 and report["accuracy_interval"] == wilson_interval(2, 3)
+    assert {name: entry["accuracy"] for name, entry in report["subjects"].items()} == {"p": 0.5, "q": 1.0}
+    assert report["positions"] == {
+        "A": {"right": 1, "chosen": 2, "accuracy": 1.0},
+        "B": {"right": 2, "chosen": 1, "accuracy": 0.5},
+        "C": {"right": 0, "chosen": 0, "accuracy": None},
+    }
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, initializer_range=0.4)
+    save_model(model, tmp_path / "m", tokenizer.files_for("alpaca"))
+    return tmp_path / "m"
+
+
+def printed(capsys, *arguments):
+    main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def test_choice_prints_a_report_and_writes_a_line_a_question(model_folder, tmp_path, capsys):
+    records = [{"question": q.text, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    given = ["choice", "--model", model_folder, "--data", tmp_path / "q.json", "--by", "text", "--dtype", "fp32"]
+    report = json.loads(printed(capsys, *given, "--template", "plain", "--output", tmp_path / "o"))
+    lines = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["B", "A"] and [len(line["scores"]) for line in lines] == [2, 3]
+    assert report["accuracy"] == np.mean([line["choice"] == line["answer"] for line in lines])
+    assert (report["questions"], report["by"], report["template"]) == (2, "text", "plain")
+
+
+ASKED = {
+    "jsonl": [{"prompt": "the dog"}, {"turns": ["what is it", "and then?"]}, {"instruction": "a", "input": "fox"}],
+    "alpaca_eval": [{"dataset": "d", "instruction": f"the {word}"} for word in ("dog", "fox", "lazy")],
+    "mt_bench": [
+        {"question_id": 80 + n, "category": category, "turns": ["the fox", "and the dog?"]}
+        for n, category in enumerate(("math", "writing", "stem"))
+    ],
+}
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
+    model_folder, tmp_path, capsys, form, monkeypatch
+):
+    """Stopped after the first batch, with half a line of the second, it ends with the same answers."""
+    (tmp_path / "q.json").write_text(json.dumps(ASKED[form]))
+    given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--format", form, "--batch_size", 1]
+    given += ["--max_new_tokens", 6, "--dtype", "fp32", "--output"]
+    summary = json.loads(printed(capsys, *given, tmp_path / "whole"))
+    assert summary["records"] == 3 and not (tmp_path / "whole.answered").exists()
+
+    def read(path):
+        text = path.read_text()
+        records = json.loads(text) if form == "alpaca_eval" else [json.loads(line) for line in text.splitlines()]
+        return [{key: value for key, value in record.items() if key != "tstamp"} for record in records]
+
+    import eval as eval_module
+
+    real, calls = eval_module.answer_turns, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_module, "answer_turns", stopped)
+        with pytest.raises(SystemExit):
+            printed(capsys, *given, tmp_path / "o")
+    with open(tmp_path / "o.answered", "a") as file:
+        file.write('{"number": 2, "ans')
+    with pytest.raises(SystemExit):
+        printed(capsys, *given, tmp_path / "o", "--seed", 1)
+    assert "o.answered: begun with seed 0, not 1" in capsys.readouterr().err
+    printed(capsys, *given, tmp_path / "o")
+    assert read(tmp_path / "o") == read(tmp_path / "whole")
+    first = read(tmp_path / "whole")[0]
+    if form == "alpaca_eval":
+        assert list(first) == ["dataset", "instruction", "output", "generator"] and first["generator"] == "m"
+    elif form == "mt_bench":
+        assert list(first) == ["question_id", "answer_id", "model_id", "choices"]
+        assert len(first["choices"][0]["turns"]) == 2 and first["question_id"] == 80
+    else:
+        assert [m["role"] for m in read(tmp_path / "whole")[1]["messages"]] == ["user", "assistant"] * 2
+    with pytest.raises(SystemExit):
+        printed(capsys, *given, tmp_path / "o")
+    assert "already there" in capsys.readouterr().err
+
+
+def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
+    import eval as eval_module
+
+    asked = []
+
+    def generate(model, prompts, *more):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [[*tokenizer.encode("it sleeps", continues=True), tokenizer.eos_id] for _ in prompts]
+
+    monkeypatch.setattr(eval_module, "generate", generate)
+    two = eval_module.to_asked({"turns": ["the dog?", "and the fox?"]}, "jsonl")
+    answers = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling(), "fp32")
+    assert answers == [["it sleeps", "it sleeps"]]
+    assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
+
+
+def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
+    import eval as eval_module
+
+    lines, prompts, real = iter(["the dog", "and then?", "", "the dog"]), [], eval_module.continue_together
+
+    def read_line(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def spied(model, given, *more):
+        prompts.append(tokenizer.decode(given[0]))
+        return real(model, given, *more)
+
+    monkeypatch.setattr("builtins.input", read_line)
+    monkeypatch.setattr(eval_module, "continue_together", spied)
+    said = printed(capsys, "chat", "--model", model_folder, "--max_new_tokens", 5, "--dtype", "fp32").splitlines()
+    assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1] and prompts[2] == prompts[0]
+    assert len(said) >= 3 and said[-1].strip() == said[0].strip()
 
 
 def test_one_example_has_no_interval():

@@ -26,11 +26,13 @@ from train import (
     compute_gradients,
     estimate_memory,
     heaviest_work,
+    keep_scores,
     learning_rate,
     main,
     make_optimizer,
     make_step,
     parse_config,
+    prepare_step,
     train,
 )
 
@@ -224,6 +226,14 @@ def test_a_step_never_looks_at_what_is_on_the_device(monkeypatch):
             losses = compute_gradients(model, step, 0.2, 1.0, "fp32", tally)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             figures.append(torch.cat([losses, norm.reshape(1)]))
+
+
+def test_the_steps_of_an_epoch_take_every_example_once_in_its_order():
+    dataset, config, order = dataset_of([9] * 11), TrainConfig(batch_size=4), epoch_order(11, 0, 1)
+    steps = [prepare_step(dataset, config, order, 2, "cpu", step) for step in (3, 4, 5)]  # of the second epoch
+    assert np.concatenate([step.examples for step in steps]).tolist() == order.tolist()
+    lam = [float(step.micro_batches[0].lam[0]) for step in steps]
+    assert lam == [float(draw_lambda(1, config.alpha, 0, step)[0]) for step in (3, 4, 5)]
 
 
 def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
@@ -435,6 +445,14 @@ def test_the_choices_change_the_result(finished, folder, choice, tmp_path):
     main(flags(folder, tmp_path / "o", *scores, *choice))
     one, other = (load_file(path / "sftmix" / "model.safetensors") for path in (finished, tmp_path / "o"))
     assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_low_confidence_is_what_points_at_wrong_answers(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "wrong.json").write_text('["a"]')
+    dynamics = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9]]), np.array([[9, 2, 1]]))
+    config = TrainConfig(model="m", data="d", output=str(tmp_path))
+    assert keep_scores(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
 
 
 def test_given_scores_take_the_place_of_the_confidence_stage(finished, folder, tmp_path):
