@@ -33,7 +33,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def flags(folder, output, *more):
-    small = "--epochs 2 --batch_size 6 --lr 1e-2 --num_checkpoints 2 --dtype fp32 --log_every 3 --save_every 3".split()
+    small = "--epochs 2 --batch_size 6 --lr 1e-2 --num_checkpoints 2 --dtype fp32 --log_every 2 --save_every 3".split()
     paths = ["--model", folder / "model", "--data", folder / "train.jsonl", "--eval_data", folder / "eval.jsonl"]
     return [str(a) for a in (*paths, "--output", output, *small, *more)]
 
@@ -152,7 +152,7 @@ def test_a_changed_flag_or_file_is_refused_and_named(folder, tmp_path, monkeypat
         code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume", *change))
         assert code == 1 and change[0] in error and "was begun with" in error and error.count("\n") == 1
     code, error = error_of(capsys, flags(folder, tmp_path / "o", *given))
-    assert (code == 1 and "a run was stopped here; --resume goes on" in error) or "already there; --resume" in error
+    assert code == 1 and "reference: already there; --resume goes on" in error
     data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
     code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume"))
     assert code == 1 and f"--data {data}: is not what it was" in error
@@ -160,6 +160,13 @@ def test_a_changed_flag_or_file_is_refused_and_named(folder, tmp_path, monkeypat
     shutil.copy(folder / "train.jsonl", data)
     free = ("--log_every", "2", "--save_every", "2", "--keep_last", "1", "--micro_batch_tokens", "500")
     main(flags(folder, tmp_path / "o", *given, "--resume", *free))
+
+
+def test_a_stopped_run_is_not_begun_anew(folder, tmp_path, monkeypatch, capsys):
+    stopped(folder, tmp_path / "o", monkeypatch, step=3)  # before it has made anything else
+    capsys.readouterr()
+    code, error = error_of(capsys, flags(folder, tmp_path / "o"))
+    assert code == 1 and "a run was stopped here; --resume goes on" in error
 
 
 def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, tmp_path, monkeypatch, capsys):

@@ -455,6 +455,12 @@ def test_low_confidence_is_what_points_at_wrong_answers(tmp_path):
     assert keep_scores(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
 
 
+def test_mixup_alone_has_the_same_reference(finished, folder, tmp_path):
+    main(flags(folder, tmp_path / "o", "--stage", "reference", "--ntp_weight", 0, "--mu", 0.7))
+    one, other = (load_file(path / "reference" / "model.safetensors") for path in (finished, tmp_path / "o"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_given_scores_take_the_place_of_the_confidence_stage(finished, folder, tmp_path):
     main(flags(folder, tmp_path / "o", "--confidence", finished / "confidence.jsonl"))
     assert not (tmp_path / "o" / "confidence.jsonl").exists()
