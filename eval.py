@@ -145,7 +145,9 @@ def continue_together(
     """
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    draws = np.array([sampling.draws(prompt, max_new_tokens) for prompt in prompts]).reshape(len(prompts), -1)
+    draws = np.array([sampling.draws(prompt, max_new_tokens) for prompt in prompts]).reshape(
+        len(prompts), max_new_tokens
+    )
     draws = torch.from_numpy(draws).to(device)  # [B, max_new_tokens]
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # any targets
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
