@@ -145,27 +145,48 @@ def continue_together(
     """
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    draws = np.array([sampling.draws(prompt, max_new_tokens) for prompt in prompts]).reshape(
-        len(prompts), max_new_tokens
-    )
+    draws = np.array([sampling.draws(prompt, max_new_tokens) for prompt in prompts or [[]]])
     draws = torch.from_numpy(draws).to(device)  # [B, max_new_tokens]
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # any targets
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
     longest = int(lengths.max())
     longest = max(longest, min(longest + max_new_tokens, model.config.max_length))
     cache = KVCache(model.config, len(lengths), longest)
-    running = torch.full((len(lengths),), len(prompts) > 0, device=device)  # [B]
+    rows = torch.arange(len(lengths), device=device)  # who is computed on
+    running = torch.full((len(lengths),), len(prompts) > 0, device=device)
     tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
     for step in range(max_new_tokens):
         last = slice(None) if cu_seqlens is None else cu_seqlens[1:].long() - 1
         with autocast(device, dtype):
             logits = model(tokens, positions, cu_seqlens, cache, head=lambda z, last=last: model.logits(z[last]))
-        new = sampling.choose(logits, draws[:, step]) if prompts else logits.argmax(-1)
-        yield new.masked_fill(~running, -1)[: len(prompts)]
-        running &= ~torch.isin(new, stop) & (lengths + step < longest)
+        new = sampling.choose(logits, draws[rows, step])
+        said = torch.full((len(prompts),), -1, device=device)
+        said[rows[running]] = new[running]
+        yield said
+        running &= ~torch.isin(new, stop) & (lengths[rows] + step < longest)
         if not sum_over_processes(running.sum()):
             break
-        tokens, positions, cu_seqlens = new, (lengths + step).clamp(max=longest - 1), None
+        if not running.all():
+            order = close_ranks(running)
+            cache.keep(order)
+            rows, new, running = rows[order], new[order], running[order]
+        tokens, positions, cu_seqlens = new, (lengths[rows] + step).clamp(max=longest - 1), None
+
+
+def close_ranks(running):
+    """Who is to be computed on next, when some have ended: the last of those that go on take the places of these.
+
+    Where nobody goes on, the first does, to keep step with other processes. bool [B] -> int64 [B']
+
+    >>> close_ranks(torch.tensor([True, False, True, False, True])).tolist(), close_ranks(torch.zeros(2) > 0).tolist()
+    ([0, 4, 2], [0])
+    """
+    left = int(running.sum())
+    if left == 0:
+        return torch.zeros(1, dtype=torch.int64, device=running.device)
+    order = torch.arange(left, device=running.device)
+    order[~running[:left]] = left + running[left:].nonzero()[:, 0]
+    return order
 
 
 # --- Exact match ------------------------------------------------------------------------------------------------------

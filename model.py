@@ -367,21 +367,36 @@ class KVCache:
         self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
         self.layers: list = [None] * config.num_hidden_layers  # of each, once known, [key or value, B, T, K, d]
 
+    def keep(self, order) -> None:
+        """Go on with these sequences alone, int64 [B'], numbered anew; one that keeps its number is not copied."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
+        for layer in self.layers:
+            layer[:, moved] = layer[:, order[moved]]
+        self.layers = [layer[:, : len(order)] for layer in self.layers]
+
+    def begin(self, row: Row) -> None:
+        """Work out what is the same in all layers: whose each token is, and what of its sequence a new one sees."""
+        device, lengths = row.positions.device, row.cu_seqlens.diff()
+        self.sequence = torch.repeat_interleave(lengths).to(device)  # [N]
+        self.seen = None  # of prompts, which nothing comes before
+        if (lengths == 1).all():
+            reach = int(row.positions.max()) + 1
+            unseen = torch.arange(reach, device=device) > row.positions[:, None]  # [B, reach]
+            self.seen = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None, None]
+
     def attend(self, layer: int, q, k, v, row: Row):
         """Store k and v [N, K, d] at their positions and attend to all that is stored so far. -> [N, H, d]"""
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(self.shape)
         keys, values = self.layers[layer]  # [B, T, K, d] each
-        lengths = row.cu_seqlens.diff()
-        sequence = torch.repeat_interleave(lengths).to(q.device)  # [N]: whose token it is
-        keys[sequence, row.positions], values[sequence, row.positions] = k, v
-        if (lengths != 1).any():  # the prompts: nothing comes before them
+        keys[self.sequence, row.positions], values[self.sequence, row.positions] = k, v
+        if self.seen is None:
             return packed_attention(q, k, v, row)
-        reach = int(row.positions.max()) + 1
-        seen = torch.arange(reach, device=q.device) <= row.positions[:, None]  # [B, reach]
-        q, keys, values = (x.transpose(1, 2) for x in (q[:, None], keys[:, :reach], values[:, :reach]))
-        out = F.scaled_dot_product_attention(q, keys, values, seen[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
-        return out[:, :, 0]
+        reach = self.seen.shape[-1]
+        # The query heads that share a key head are to it as so many tokens: each key is read once.
+        q_shared = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
+        keys, values = (x[:, :reach].transpose(1, 2) for x in (keys, values))  # [B, K, reach, d]
+        return F.scaled_dot_product_attention(q_shared, keys, values, self.seen.to(q.dtype)).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -523,6 +538,8 @@ class Transformer(nn.Module):
             raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
         angles = rotary_angles(positions, rotary_frequencies(self.config, device))
         row = Row(*angles, positions, *bounds, longest=1 << (longest - 1).bit_length())
+        if cache is not None:
+            cache.begin(row)
         x = self.model.embed_tokens(tokens)  # [N, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # products are in bf16 then; what they are added to stays precise, however weights are kept
@@ -1109,6 +1126,7 @@ def processes():
 
 
 def _end(why: str, code: int = 1):
+    why = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in why)  # a file's bytes must not steer a terminal
     why = why if len(why) <= 1000 else why[:1000] + " …"
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)
     sys.exit(code)
