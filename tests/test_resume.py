@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,27 @@ def test_two_processes_go_on_where_one_was_killed(folder, plain, tmp_path, monke
     one, two = outcome(tmp_path / "o")[0], plain[0]
     for key, weight in one["reference"].items():
         assert (weight - two["reference"][key]).norm() <= 1e-5 * weight.norm()
+
+
+def test_torchrun_restarts_a_run_that_then_goes_on(folder, plain, tmp_path):
+    """The worker is killed once it has a savepoint; torchrun begins it again, without --resume."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    arguments = flags(folder, tmp_path / "o", "--save_every", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not list((tmp_path / "o").glob("resume/reference-step-*")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and b"goes on after step" in said
+    for name in ("reference", "sftmix"):
+        one, other = load_file(tmp_path / "o" / name / "model.safetensors"), plain[0][name]
+        for key, weight in one.items():  # with another number of threads
+            assert (weight - other[key]).norm() <= 1e-4 * weight.norm()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
