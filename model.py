@@ -1108,8 +1108,6 @@ def processes():
     try:
         yield device
     except (ValueError, OSError) as error:
-        if not _speaks_for_its_machine():
-            time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
         _end(str(error).replace("\n", " "))
     except (MemoryError, torch.OutOfMemoryError) as error:
         _end(f"out of memory ({str(error).splitlines()[:1]}); a lower --micro_batch_tokens takes less")
@@ -1126,6 +1124,8 @@ def processes():
 
 
 def _end(why: str, code: int = 1):
+    if not _speaks_for_its_machine():
+        time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
     why = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in why)  # a file's bytes must not steer a terminal
     why = why if len(why) <= 1000 else why[:1000] + " …"
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@
     python benchmarks/study.py report                               the tables and the picture of docs/study.md
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
-with others of the same seed, which have the same base, data and order. Nothing is tuned: every arm has the same settings
-but for what its name says, and all are reported, on held-out examples that no arm has seen.
+with others of the same seed, which have the same base, data and order. Nothing is tuned: arms have the same settings
+but for what their names say, and all are reported, on held-out examples that no arm has seen.
 """
 
 import argparse
