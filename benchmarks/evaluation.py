@@ -2,7 +2,7 @@
 
     python -m venv peers
     peers/bin/pip install torch==2.13.0 transformers sentencepiece protobuf accelerate
-    peers/bin/pip install lm_eval alpaca_eval fschat anthropic
+    peers/bin/pip install lm_eval alpaca_eval fschat anthropic "setuptools<81"
     peers/bin/python benchmarks/evaluation.py --model DIR --questions FILE --texts FILE --output docs/evaluation.jsonl
 
 The model must have no template of its own. Every comparison is a line of JSON, on stdout and added to the file: the
