@@ -20,6 +20,7 @@ from eval import (
     exact_match,
     generate,
     held_out_loss,
+    lay_out,
     main,
     table,
     to_question,
@@ -84,6 +85,14 @@ def test_generation_is_greedy_and_independent_of_the_batch():
     assert generate(model, prompts, 0) == [[], [], [], []] and generate(model, [], 5) == []
 
 
+def test_sequences_that_end_leave_the_others_as_they_are():
+    model, stop = tiny_model(initializer_range=0.5), range(0, 300, 5)
+    prompts = [list(range(3 + 7 * n, 5 + 9 * n)) for n in range(12)]
+    alone = [generate(model, [prompt], 30, stop)[0] for prompt in prompts]
+    assert generate(model, prompts, 30, stop) == alone
+    assert len({len(answer) for answer in alone}) > 4
+
+
 @pytest.mark.parametrize("limit", [{"max_position_embeddings": 20}, {"model_type": "mistral", "sliding_window": 20}])
 def test_generation_ends_where_the_model_does(limit):
     """Tokens 0 to 19 have positions: 20 tokens, and one more that the last of them predicts."""
@@ -101,6 +110,8 @@ def test_draws_are_a_function_of_seed_and_prompt_alone():
     for batch_size in (1, 3):
         assert generate(model, prompts[::-1], 12, batch_size=batch_size, sampling=sampling) == expected[::-1]
     assert generate(model, prompts, 12, sampling=sampling._replace(seed=4)) != expected
+    one, same, other = (sampling.draws(prompt, 5).tolist() for prompt in ([1], [1], [2]))
+    assert one == same != other and all(0 <= draw < 1 for draw in one)
     cold = sampling._replace(temperature=1e-4)
     assert generate(model, prompts, 12, sampling=cold) == generate(model, prompts, 12) != expected
 
@@ -229,10 +240,14 @@ def test_scores_of_choices_equal_the_formulas_written_out(tokenizer, by, templat
     assert cut == 0
 
 
+@torch.no_grad()
 def test_of_a_long_prompt_the_beginning_is_cut_off(tokenizer):
     short = tiny_model(tokenizer.vocab_size, max_position_embeddings=20)
     scores, cut = answer_choices(short, QUESTIONS, tokenizer, PLAIN)
-    assert cut == 5 and all(np.isfinite(score).all() for score in scores)
+    assert cut == 5
+    prompt, (letter,) = encode_choice(tokenizer, PLAIN, lay_out(QUESTIONS[0], "letter")[0], "B")
+    last = short.logits(short(torch.tensor(prompt[-20:]))[-1]).log_softmax(-1)
+    assert scores[0][1] == pytest.approx(float(last[letter]), rel=1e-4)
 
 
 def test_a_report_of_choices_by_hand():
@@ -287,7 +302,7 @@ ASKED = {
 def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
     model_folder, tmp_path, capsys, form, monkeypatch
 ):
-    """Stopped after the first batch, with half a line of the second, it ends with the same answers."""
+    """Stopped twice after a batch, with half a line of the next, it ends with the same answers."""
     (tmp_path / "q.json").write_text(json.dumps(ASKED[form]))
     given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--format", form, "--batch_size", 1]
     given += ["--max_new_tokens", 6, "--dtype", "fp32", "--output"]
@@ -309,12 +324,13 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_module, "answer_turns", stopped)
-        with pytest.raises(SystemExit):
+    for _ in range(2):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(eval_module, "answer_turns", stopped)
             printed(capsys, *given, tmp_path / "o")
-    with open(tmp_path / "o.answered", "a") as file:
-        file.write('{"number": 2, "ans')
+        with open(tmp_path / "o.answered", "a") as file:
+            file.write('{"number": 2, "ans')
     with pytest.raises(SystemExit):
         printed(capsys, *given, tmp_path / "o", "--seed", 1)
     assert "o.answered: begun with seed 0, not 1" in capsys.readouterr().err
