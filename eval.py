@@ -388,17 +388,17 @@ def answer_turns(
         still = [i for i, each in enumerate(asked) if turn < len(each.turns)]
         for i in still:
             talks[i].append({"role": "user", "content": asked[i].turns[turn]})
-        prompts = [tokenizer.apply_template(talks[i], template)[0] for i in still]
-        fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length]
-        ids = dict(
-            zip(
-                fits,
-                generate(model, [prompts[k] for k in fits], max_new_tokens, stop_ids, dtype, len(asked), sampling),
-                strict=True,
+        prompts = {i: tokenizer.apply_template(talks[i], template)[0] for i in still}
+        fitting = {i: prompt for i, prompt in prompts.items() if len(prompt) <= model.config.max_length}
+        if len(fitting) < len(prompts):
+            say(
+                f"warning: {len(prompts) - len(fitting)} conversations are too long for the model: no answer",
+                sys.stderr,
             )
-        )
-        for k, i in enumerate(still):
-            said = tokenizer.decode([token for token in ids.get(k, []) if token not in stop_ids]).strip()
+        new = generate(model, list(fitting.values()), max_new_tokens, stop_ids, dtype, len(asked), sampling)
+        ids = dict(zip(fitting, new, strict=True))
+        for i in still:
+            said = tokenizer.decode([token for token in ids.get(i, []) if token not in stop_ids]).strip()
             answers[i].append(said)
             talks[i].append({"role": "assistant", "content": said})
     return answers

@@ -45,6 +45,12 @@ RECORDS = [
     {"conversations": [{"from": "human", "value": "over"}, {"from": "gpt", "value": "a lazy dog"}]},
     {"text": "the quick brown fox"},
 ]
+QUESTIONS = [
+    {"question": "a fox?", "options": {"A": "the dog", "B": "lazy"}, "answer_idx": "B", "meta_info": "x"},
+    {"question": "brown?", "choices": ["quick", "the fox", "dog"], "answer": 1, "subject": "y"},
+    {"question": "over?", "choices": {"text": ["a", "dog"], "label": ["A", "B"]}, "answerKey": "A"},
+]
+PROMPTS = [*RECORDS[:5], {"turns": ["a fox?", "and a dog?"]}, {"messages": [{"role": "user", "content": "the fox?"}]}]
 
 
 def make_inputs(folder: Path) -> None:
@@ -57,6 +63,8 @@ def make_inputs(folder: Path) -> None:
     lines = [json.dumps(record) + "\n" for record in RECORDS]
     (folder / "d.jsonl").write_text("".join(lines))
     (folder / "d.json").write_text(json.dumps(RECORDS))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
     data, output = str(folder / "d.jsonl"), folder / "o"
     quiet(
         lambda: confidence.main(
@@ -246,9 +254,21 @@ def command_line(folder, rng):
     return lambda: train.parse_config([flag.replace("\x00", "") for flag in flags])
 
 
+def questions(folder, rng):
+    mutate(folder / "questions.jsonl", rng)
+    flags = ["--model", str(folder / "one"), "--data", str(folder / "questions.jsonl")]
+    return lambda: eval_tool.main(["choice", *flags])
+
+
+def prompts(folder, rng):
+    mutate(folder / "prompts.jsonl", rng)
+    flags = ["--model", str(folder / "one"), "--data", str(folder / "prompts.jsonl"), "--max_new_tokens", "3"]
+    return lambda: eval_tool.main(["generate", *flags])
+
+
 KINDS = [
     data_lines, data_list, model_config, weights, shards, sentencepiece_model, tokenizer_files, scores, savepoint,
-    command_line,
+    command_line, questions, prompts,
 ]  # fmt: skip
 
 

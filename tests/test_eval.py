@@ -365,6 +365,15 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
     assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
 
 
+def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
+    import eval as eval_module
+
+    asked = [eval_module.to_asked({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
+    model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
+    answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
+    assert answers[1] == [""] and "1 conversations are too long for the model" in capsys.readouterr().err
+
+
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
     import eval as eval_module
 
