@@ -373,7 +373,7 @@ def test_a_unit_beyond_the_limit_has_a_micro_batch_to_itself():
 
 @pytest.fixture(scope="module")
 def corpus():
-    return demo_corpus(seed=0)
+    return demo_corpus(seed=0, num_documents=4000)
 
 
 def test_demo_splits_are_disjoint_by_prompt(corpus):
@@ -385,8 +385,8 @@ def test_demo_splits_are_disjoint_by_prompt(corpus):
 
 
 def test_demo_is_a_function_of_its_seed(corpus):
-    assert demo_corpus(seed=0) == corpus
-    assert demo_corpus(seed=1).train != corpus.train
+    assert demo_corpus(seed=0, num_documents=4000) == corpus
+    assert demo_corpus(seed=1, num_documents=4000).train != corpus.train
 
 
 def test_demo_has_ten_families_and_its_share_of_wrong_answers_in_training_alone(corpus):
@@ -394,14 +394,15 @@ def test_demo_has_ten_families_and_its_share_of_wrong_answers_in_training_alone(
 
     assert len(_FAMILIES) >= 10
     assert 0.2 < np.mean(corpus.wrong) < 0.3 and len(corpus.wrong) == len(corpus.train)
-    clean = demo_corpus(seed=0, wrong_share=0.0)
+    clean = demo_corpus(seed=0, wrong_share=0.0, num_documents=1000)
     assert not any(clean.wrong) and (clean.eval, clean.test) == (corpus.eval, corpus.test)
     for record, true, wrong in zip(corpus.train, clean.train, corpus.wrong, strict=True):
         assert record["instruction"] == true["instruction"] and (record["output"] != true["output"]) == wrong
 
 
 def test_demo_answers_are_right(corpus):
-    answers = {r["instruction"]: r["output"] for r in demo_corpus(0, wrong_share=0.0).train + corpus.eval + corpus.test}
+    clean = demo_corpus(seed=0, wrong_share=0.0, num_documents=1000)
+    answers = {r["instruction"]: r["output"] for r in clean.train + corpus.eval + corpus.test}
     checked = 0
     for prompt, answer in answers.items():
         if prompt.startswith("Add ") and " and " in prompt:
