@@ -1080,7 +1080,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            word = message.split()[2].split("=")[0]
+            word = (message.split()[2:] or ["''"])[0].split("=")[0]
             near = difflib.get_close_matches(word, self._option_string_actions, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
         self.exit(2, f"{self.prog}: error: {message}\n" if _speaks_for_its_machine() else None)
