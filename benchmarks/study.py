@@ -196,7 +196,7 @@ def planned(args) -> Iterable[tuple[dict, list[str]]]:
         for seed in range(args.seeds):
             yield {"corpus": args.name, "noise": None, "seed": seed}, CORE
         return
-    for noise, arms in ((0.3, CORE), (0.3, list(ARMS)), *((noise, CORE) for noise in NOISE[1:])):
+    for noise, arms in (*((noise, CORE) for noise in NOISE), (0.3, list(ARMS))):
         for seed in range(args.seeds):
             yield {"corpus": "demo", "noise": noise, "seed": seed}, arms
 
@@ -279,7 +279,7 @@ def t_tail(t: float, degrees: int) -> float:
     density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
     weights = np.where(np.arange(20001) % 2 == 1, 4.0, 2.0)
     weights[[0, -1]] = 1
-    return max(0.0, 1 - 2 * float((density * weights).sum()) * (x[1] - x[0]) / 3)
+    return max(0.0, 1 - 2 * float((density * weights).sum() * (x[1] - x[0])) / 3)
 
 
 def t_quantile(tail: float, degrees: int) -> float:
@@ -331,7 +331,8 @@ def report(args) -> None:
     """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
     notes = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
-    def of(cell: tuple, arm: str, measure: str, seeds=None) -> dict[int, float]:
+    def of(cell: tuple, arm: str, measure: str) -> dict[int, float]:
+        """The values of a measure by seed."""
         return {
             n["seed"]: n[measure]
             for n in notes
@@ -339,6 +340,7 @@ def report(args) -> None:
         }
 
     cells = sorted({(n["corpus"], n["noise"]) for n in notes}, key=str)
+    cells = [cell for cell in cells if len(of(cell, "NTP", "loss")) > 2]
     text = DOCUMENT.read_text(encoding="utf-8")
     for corpus, noise in cells:
         name = corpus if noise is None else f"{corpus} {round(100 * noise)}"
@@ -354,7 +356,7 @@ def report(args) -> None:
 
 def cell_table(cell: tuple, of) -> str:
     """A row for each arm, with its paired difference to NTP; then the other comparisons."""
-    arms = [arm for arm in ARMS if of(cell, arm, "loss")]
+    arms = [arm for arm in ARMS if len(of(cell, arm, "loss")) > 2]
     lines = [
         "| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread | s |"
     ]
@@ -414,7 +416,13 @@ def picture(of, cells: list[tuple]) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(3, 2))
+    shares = sorted(noise for corpus, noise in cells if corpus == "demo")
+    several = len(shares) > 1
+    widths, ratios = ((11, 3.8), (3, 2)) if several else ((6.5, 3.2), (1,))
+    figure, panels = plt.subplots(
+        1, len(ratios), figsize=widths, layout="constrained", width_ratios=ratios, squeeze=False
+    )
+    panels = panels[0]
     main_cell = ("demo", 0.3)
     arms = [arm for arm in ARMS if arm != "NTP" and "LoRA" not in arm and paired(main_cell, arm, "NTP", "accuracy", of)]
     found = [paired(main_cell, arm, "NTP", "accuracy", of) for arm in arms]
@@ -424,24 +432,23 @@ def picture(of, cells: list[tuple]) -> None:
     panels[0].axvline(0, color="black", lw=1)
     panels[0].invert_yaxis()
     panels[0].set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
-    shares = sorted(noise for corpus, noise in cells if corpus == "demo")
-    for arm, colour in (("SFTMix", "#2a6f97"), ("random pairs", "#d1495b"), ("label smoothing", "#888888")):
-        kept = [share for share in shares if paired(("demo", share), arm, "NTP", "accuracy", of)]
-        found = [paired(("demo", share), arm, "NTP", "accuracy", of) for share in kept]
-        panels[1].errorbar(
-            [100 * s for s in kept],
-            [100 * d.mean for d in found],
-            [100 * d.half for d in found],
-            color=colour,
-            capsize=2,
-            label=arm,
-        )
-    panels[1].axhline(0, color="black", lw=1)
-    panels[1].set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
-    panels[1].legend(frameon=False)
+    if several:
+        by_noise(panels[1], shares, of)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)
+
+
+def by_noise(axes, shares: list[float], of) -> None:
+    """How the differences to NTP go with the share of wrong answers."""
+    for arm, colour in (("SFTMix", "#2a6f97"), ("random pairs", "#d1495b"), ("label smoothing", "#888888")):
+        kept = [share for share in shares if paired(("demo", share), arm, "NTP", "accuracy", of)]
+        found = [paired(("demo", share), arm, "NTP", "accuracy", of) for share in kept]
+        means, halves = ([100 * value for value in column] for column in zip(*((d.mean, d.half) for d in found)))  # noqa: B905
+        axes.errorbar([100 * share for share in kept], means, halves, color=colour, capsize=2, label=arm)
+    axes.axhline(0, color="black", lw=1)
+    axes.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
+    axes.legend(frameon=False)
 
 
 def main() -> None:
