@@ -38,6 +38,7 @@ from model import (
     Transformer,
     autocast,
     barrier,
+    checksums,
     fastest_dtype,
     open_model,
     processes,
@@ -97,7 +98,8 @@ class Sampling(NamedTuple):
         """
         if self.temperature == 0:
             return logits.argmax(-1)
-        p, tokens = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        below_top = logits.double() - logits.amax(-1, keepdim=True)
+        p, tokens = (below_top / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         reached = p.cumsum(-1)
         kept = reached - p < self.top_p  # up to and with the token that reaches top_p
         drawn = draws[:, None] * reached.masked_fill(~kept, 0).amax(-1, keepdim=True)
@@ -122,6 +124,7 @@ def generate(
     Under `torchrun` the processes share the prompts out, each taking as many steps as the others, and all get all ids.
     """
     device = model.head_weight.device
+    max_new_tokens = min(max_new_tokens, model.config.max_length)
     results = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)  # 1 + id, and 0 after the end
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of a batch are about equally long
     mine = by_length[rank() :: world_size()]
@@ -134,6 +137,15 @@ def generate(
                 results[rows, step] = new + 1
     sum_over_processes(results)
     return [[token - 1 for token in row if token] for row in results.tolist()]
+
+
+def generate_where_it_fits(model: Transformer, prompts: list[list[int]], *settings) -> list[list[int]]:
+    """`generate`, with no answer, and a warning, where a prompt alone is longer than the model allows."""
+    fitting = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length}
+    if len(fitting) < len(prompts):
+        say(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
+    new = dict(zip(fitting, generate(model, list(fitting.values()), *settings), strict=True))
+    return [new.get(i, []) for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -208,9 +220,9 @@ def exact_match(
     prompts = [tokenizer.apply_template(example.messages[:-1], template)[0] for example in examples]
     stop_ids = tokenizer.stop_ids(template)
     # A few tokens of grace, since a text may be spelt in more pieces than its encoding has.
-    answers = generate(model, prompts, longest + 4, stop_ids, dtype)
+    answers = generate_where_it_fits(model, prompts, longest + 4, stop_ids, dtype)
     right = sum(
-        ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
+        ids[-1:] != [] and ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
         for ids, text in zip(answers, expected, strict=True)
     )
     return {"accuracy": right / len(examples), "accuracy_interval": wilson_interval(right, len(examples))}
@@ -239,16 +251,19 @@ def to_question(record: dict) -> Question:
     if "question" not in record or not record.keys() & {"options", "choices"}:
         raise ValueError(f"keys {list(record)}: question and options (or choices) are expected")
     choices = record.get("options", record.get("choices"))
+    labels = list(LETTERS)
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as in ARC
-        choices = choices["text"]
-    names = list(choices) if isinstance(choices, dict) else list(LETTERS)
+        labels, choices = choices.get("label", labels), choices["text"]
+    names = list(choices) if isinstance(choices, dict) else labels
     choices = list(choices.values()) if isinstance(choices, dict) else choices
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
-    choices = [filled(choice, f"choice {letter}") for choice, letter in zip(choices, LETTERS, strict=False)]
+    choices = [filled(choice, f"choice {letter}").strip() for choice, letter in zip(choices, LETTERS, strict=False)]
     answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
-    if isinstance(answer, str) and (answer in names or answer in choices):
-        answer = (names if answer in names else choices).index(answer)
+    if type(answer) in (str, int) and isinstance(names, list) and str(answer) in names:
+        answer = names.index(str(answer))
+    elif isinstance(answer, str) and answer.strip() in choices:
+        answer = choices.index(answer.strip())
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer!r} is none of the choices")
     subject = next((record[key] for key in ("subject", "category", "meta_info") if key in record), None)
@@ -281,7 +296,10 @@ def encode_choice(tokenizer: Tokenizer, template: str, asked: str, answer: str) 
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     ids, learnt = tokenizer.apply_template(messages, template)
     stop_ids = tokenizer.stop_ids(template)
-    return ids[: learnt.index(True)], [i for i in ids[learnt.index(True) :] if i not in stop_ids]
+    prompt, ids = ids[: learnt.index(True)], [i for i in ids[learnt.index(True) :] if i not in stop_ids]
+    while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():  # the space before Llama 2's end
+        ids.pop()
+    return prompt, ids
 
 
 def answer_choices(
@@ -298,12 +316,17 @@ def answer_choices(
     A score is log p of the answer given the question; by "text", divided by the answer's number of characters. Of a
     prompt that is too long the beginning is cut off.
     """
-    encoded, cut, limit = [], 0, model.config.max_length
-    for question in questions:
+    encoded, cut, limit = [], set(), model.config.max_length
+    for number, question in enumerate(questions, start=1):
         asked, answers = lay_out(question, by)
         for answer in answers:
             prompt, ids = encode_choice(tokenizer, template, asked, answer)
-            cut += len(prompt) + len(ids) > limit + 1
+            if len(ids) > limit:
+                raise ValueError(
+                    f"question {number}: an answer of {len(ids)} tokens is longer than the model's {limit}"
+                )
+            if len(prompt) + len(ids) > limit + 1:
+                cut.add(number)
             sequence = torch.tensor([*prompt, *ids][-limit - 1 :])
             targets = sequence[1:].clone()
             targets[: -len(ids)] = IGNORE_INDEX
@@ -314,7 +337,7 @@ def answer_choices(
     if by == "text":
         lengths = [np.array([len(choice) for choice in question.choices]) for question in questions]
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]
-    return scores, cut
+    return scores, len(cut)
 
 
 def choice_report(questions: list[Question], chosen: list[int]) -> dict:
@@ -388,17 +411,10 @@ def answer_turns(
         still = [i for i, each in enumerate(asked) if turn < len(each.turns)]
         for i in still:
             talks[i].append({"role": "user", "content": asked[i].turns[turn]})
-        prompts = {i: tokenizer.apply_template(talks[i], template)[0] for i in still}
-        fitting = {i: prompt for i, prompt in prompts.items() if len(prompt) <= model.config.max_length}
-        if len(fitting) < len(prompts):
-            say(
-                f"warning: {len(prompts) - len(fitting)} conversations are too long for the model: no answer",
-                sys.stderr,
-            )
-        new = generate(model, list(fitting.values()), max_new_tokens, stop_ids, dtype, len(asked), sampling)
-        ids = dict(zip(fitting, new, strict=True))
-        for i in still:
-            said = tokenizer.decode([token for token in ids.get(i, []) if token not in stop_ids]).strip()
+        prompts = [tokenizer.apply_template(talks[i], template)[0] for i in still]
+        new = generate_where_it_fits(model, prompts, max_new_tokens, stop_ids, dtype, len(asked), sampling)
+        for i, ids in zip(still, new, strict=True):
+            said = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             answers[i].append(said)
             talks[i].append({"role": "assistant", "content": said})
     return answers
@@ -407,8 +423,8 @@ def answer_turns(
 def in_format(asked: Asked, answers: list[str], output_format: str, name: str) -> dict:
     """An answered record as a judge reads it, or ("jsonl") as messages."""
     if output_format == "alpaca_eval":
-        kept = {key: asked.record[key] for key in ("dataset", "instruction") if key in asked.record}
-        return {**kept, "output": answers[-1], "generator": name}
+        kept = {"dataset": asked.record["dataset"]} if "dataset" in asked.record else {}
+        return {**kept, "instruction": asked.turns[-1], "output": answers[-1], "generator": name}
     if output_format == "mt_bench":
         answer_id = hashlib.sha256(json.dumps([asked.record["question_id"], name, answers]).encode()).hexdigest()[:22]
         question = {"question_id": asked.record["question_id"], "answer_id": answer_id, "model_id": name}
@@ -515,6 +531,7 @@ def choice(args, device) -> None:
     model = open_model(args.model, dtype, device)
     scores, cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens, dtype)
     chosen = [int(score.argmax()) for score in scores]
+    say(json.dumps({"by": args.by, "template": template, **choice_report(questions, chosen), "prompts_cut": cut}))
     if args.output and rank() == 0:
         lines = [
             {"choice": LETTERS[i], "answer": LETTERS[question.answer], "scores": score.tolist()}
@@ -522,7 +539,6 @@ def choice(args, device) -> None:
         ]
         with written_aside(Path(args.output)) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    say(json.dumps({"by": args.by, "template": template, **choice_report(questions, chosen), "prompts_cut": cut}))
 
 
 def generate_answers(args, device) -> None:
@@ -535,14 +551,18 @@ def generate_answers(args, device) -> None:
     name = args.name or Path(args.model).resolve().name
 
     def sampling_of(each: Asked) -> Sampling:
-        by_category = MT_BENCH_TEMPERATURE.get(each.record.get("category"), 0.0) if args.format == "mt_bench" else 0.0
+        by_category = (
+            MT_BENCH_TEMPERATURE.get(str(each.record.get("category")), 0.0) if args.format == "mt_bench" else 0.0
+        )
         return Sampling(by_category if args.temperature is None else args.temperature, args.top_p, args.seed)
 
-    settings = {key: getattr(args, key) for key in ("model", "data", "max_new_tokens", "temperature", "top_p", "seed")}
-    settings |= {"template": template, "dtype": dtype, "records": len(asked)}
+    settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
+    settings |= {"template": template, "dtype": dtype, "turns": [len(each.turns) for each in asked]}
+    settings["data"] = [checksum["sha256"] for checksum in checksums([Path(args.data)]).values()]
+    weights = sorted(Path(args.model).glob("*.safetensors"))
+    settings["model"] = [checksum["sha256"] for checksum in checksums(weights).values()]
     progress = Path(f"{args.output}.answered") if args.output else None
     answers = answered_before(progress, settings)
-    barrier()  # all have read it
     model = open_model(args.model, dtype, device)
     waiting = [i for i in range(len(asked)) if i not in answers]
     waiting.sort(key=lambda i: (sampling_of(asked[i]), len(asked[i].turns[0])))
@@ -559,7 +579,7 @@ def generate_answers(args, device) -> None:
                 say(f"{len(answers)}/{len(asked)} answered", sys.stderr)
     if rank() == 0:
         records = [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)]
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         if not args.output:
             print(lines, end="")
             return
@@ -576,24 +596,29 @@ def answered_before(file: Path | None, settings: dict) -> dict[int, list[str]]:
     """
     if file is None:
         return {}
-    if not file.exists():
-        if rank() == 0:
+    if rank() == 0:
+        if not file.exists():
             file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return {}
-    first, *lines = file.read_text(encoding="utf-8").split("\n")
+        content = file.read_bytes()
+        with open(file, "rb+") as whole:  # a last line that was cut short goes
+            whole.truncate(content.rfind(b"\n") + 1)
+    barrier()
     try:
-        before = json.loads(first)
-        answers = {line["number"]: line["answers"] for line in map(json.loads, lines[:-1])}  # the last is cut, or empty
-    except (ValueError, KeyError, TypeError) as error:
+        before, *lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        answers = {line["number"]: line["answers"] for line in lines}
+        for number, said in answers.items():
+            if not (isinstance(said, list) and all(isinstance(text, str) for text in said)):
+                raise ValueError("an answer is not a list of texts")
+            if len(said) != settings["turns"][number] and before == settings:
+                raise ValueError(f"record {number} has other turns")
+        changed = [key for key in settings if before.get(key) != settings[key]]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({error}); remove it, and all is answered anew") from None
-    for key in settings:
-        if before.get(key) != settings[key]:
-            raise ValueError(
-                f"{file}: begun with {key} {before.get(key)!r}, not {settings[key]!r}; give that, or remove the file"
-            )
-    if rank() == 0 and lines[-1]:
-        with open(file, "rb+") as content:
-            content.truncate(file.stat().st_size - len(lines[-1].encode()))
+    barrier()  # all have read it
+    if changed:
+        was, now = before.get(changed[0]), settings[changed[0]]
+        told = f" {was!r}, not {now!r}" if len(str((was, now))) < 100 else " of other content"
+        raise ValueError(f"{file}: begun with {changed[0]}{told}; give what it was begun with, or remove the file")
     return answers
 
 
@@ -622,18 +647,18 @@ def chat(args, device) -> None:
     tokenizer, template, dtype = setting_of(args, device)
     model, stop_ids = open_model(args.model, dtype, device), tokenizer.stop_ids(template)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    opening = [{"role": "system", "content": filled(args.system, "--system")}] if args.system else []
     messages = list(opening)
     say("An empty line begins anew, Ctrl-D ends.", sys.stderr)
     while True:
         try:
             said = input("> ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the input has ended, or there is none
             return
         if not said.strip():
             messages = list(opening)
             continue
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": filled(said, "what you say")})
         prompt, _ = tokenizer.apply_template(messages, template)
         if len(prompt) > model.config.max_length:
             say(f"that is longer than the model's {model.config.max_length} tokens; begun anew", sys.stderr)
@@ -646,8 +671,9 @@ def chat(args, device) -> None:
             if not text.endswith("\ufffd"):  # half a character
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-        print()
-        messages.append({"role": "assistant", "content": shown})
+        text = tokenizer.decode(ids)
+        print(text[len(shown) :])
+        messages.append({"role": "assistant", "content": text})
 
 
 def main(argv=None) -> None:

@@ -1081,7 +1081,9 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = (message.split()[2:] or ["''"])[0].split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            parsers = [self, *(self._subparsers._group_actions[0].choices.values() if self._subparsers else ())]
+            flags = {flag for parser in parsers for flag in parser._option_string_actions}
+            near = difflib.get_close_matches(word, flags, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
         self.exit(2, f"{self.prog}: error: {message}\n" if _speaks_for_its_machine() else None)
 
@@ -1110,7 +1112,9 @@ def processes():
     except (ValueError, OSError) as error:
         _end(str(error).replace("\n", " "))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        _end(f"out of memory ({str(error).splitlines()[:1]}); a lower --micro_batch_tokens takes less")
+        _end(
+            f"out of memory ({str(error).partition('. ')[0]}); a lower --micro_batch_tokens or --batch_size takes less"
+        )
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", str(error))):
             raise

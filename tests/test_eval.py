@@ -124,6 +124,7 @@ def test_tokens_are_drawn_as_often_as_the_nucleus_says():
         drawn = Sampling(1.0, top_p).choose(logits, draws).bincount(minlength=5) / 20_000
         torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
     flatter = p.sqrt() / p.sqrt().sum()
+    assert Sampling(1e-310).choose(logits[:3], draws[:3]).tolist() == [1, 1, 1]
     drawn = Sampling(2.0).choose(logits, draws).bincount(minlength=5) / 20_000
     torch.testing.assert_close(drawn, flatter, atol=0.015, rtol=0)
 
@@ -190,6 +191,8 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "category": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
+        {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["1", "2"]}, "answerKey": "2", "subject": "s"},
+        {"question": "Q?", "options": {"1": "yes ", "2": "no"}, "answer": 2, "subject": "s"},
     ],
 )
 def test_questions_are_read_however_they_tell_the_answer(record):
@@ -244,7 +247,9 @@ def test_scores_of_choices_equal_the_formulas_written_out(tokenizer, by, templat
 def test_of_a_long_prompt_the_beginning_is_cut_off(tokenizer):
     short = tiny_model(tokenizer.vocab_size, max_position_embeddings=20)
     scores, cut = answer_choices(short, QUESTIONS, tokenizer, PLAIN)
-    assert cut == 5
+    assert cut == 2
+    with pytest.raises(ValueError, match=r"question 1: an answer of \d+ tokens is longer than the model's 20"):
+        answer_choices(short, [Question("?", ["the dog " * 30, "a"], 0, None)], tokenizer, PLAIN, "text")
     prompt, (letter,) = encode_choice(tokenizer, PLAIN, lay_out(QUESTIONS[0], "letter")[0], "B")
     last = short.logits(short(torch.tensor(prompt[-20:]))[-1]).log_softmax(-1)
     assert scores[0][1] == pytest.approx(float(last[letter]), rel=1e-4)
@@ -334,6 +339,11 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
     with pytest.raises(SystemExit):
         printed(capsys, *given, tmp_path / "o", "--seed", 1)
     assert "o.answered: begun with seed 0, not 1" in capsys.readouterr().err
+    (tmp_path / "q.json").write_text(json.dumps(ASKED[form][::-1]))
+    with pytest.raises(SystemExit):
+        printed(capsys, *given, tmp_path / "o")
+    assert "o.answered: begun with data of other content" in capsys.readouterr().err
+    (tmp_path / "q.json").write_text(json.dumps(ASKED[form]))
     printed(capsys, *given, tmp_path / "o")
     assert read(tmp_path / "o") == read(tmp_path / "whole")
     first = read(tmp_path / "whole")[0]
@@ -371,7 +381,24 @@ def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
     asked = [eval_module.to_asked({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
     answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
-    assert answers[1] == [""] and "1 conversations are too long for the model" in capsys.readouterr().err
+    assert answers[1] == [""] and "1 prompts are too long for the model" in capsys.readouterr().err
+
+
+def test_an_answer_ends_before_the_space_of_its_template(tokenizer):
+    _, ids = encode_choice(tokenizer, "llama2", "the dog?", "A")
+    assert tokenizer.decode(ids).strip() == "A" and tokenizer.decode(ids[-1:]).strip()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "\xff", '{}\n{"number": 0, "answers": "ab"}', '{}\n{"number": 7, "answers": ["x"]}']
+)
+def test_damaged_answers_are_told(model_folder, tmp_path, capsys, content):
+    (tmp_path / "q.json").write_text(json.dumps(ASKED["jsonl"]))
+    (tmp_path / "o.answered").write_bytes(content.encode("latin-1") + b"\n")
+    given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]
+    with pytest.raises(SystemExit):
+        printed(capsys, *given)
+    assert "o.answered: " in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
