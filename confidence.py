@@ -412,6 +412,19 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
     return dataset
 
 
+def refuse_existing(file: str) -> None:
+    """Raise FileExistsError where something is at `file` already, FileNotFoundError where its folder is not there."""
+    if Path(file).exists():
+        raise FileExistsError(f"{file}: already there; remove it or choose another name")
+    check_folder_of(file)
+
+
+def check_folder_of(file: str) -> None:
+    """Raise FileNotFoundError where the folder that `file` is to be in is not there."""
+    if not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{file}: its folder does not exist")
+
+
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
@@ -443,12 +456,10 @@ def main(argv=None) -> None:
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
     with processes() as device:
         # Whatever can be wrong is found before hours of scoring.
-        if args.output and Path(args.output).exists():
-            raise FileExistsError(f"{args.output}: already there; remove it or choose another name")
-        for file in filter(None, (args.output, args.plot)):
-            if not Path(file).absolute().parent.is_dir():
-                raise FileNotFoundError(f"{file}: its folder does not exist")
+        if args.output:
+            refuse_existing(args.output)
         if args.plot:
+            check_folder_of(args.plot)
             require_matplotlib()
         if args.scores:
             dynamics = Dynamics.load(args.scores)

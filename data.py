@@ -54,10 +54,7 @@ def load_examples(path) -> list[Example]:
     `instruction`, `input`, `output`, `prompt` and `completion`, or `text`. Other keys are ignored.
     Raises FileNotFoundError or ValueError naming file, line (or record, in a `.json` file) and what is wrong with it.
     """
-    path = Path(path)
-    examples = [example for part in _parts(path) for example in _read(path, part)]
-    if not examples:
-        raise ValueError(f"{path}: no records in it")
+    examples = read_records(path, _to_example)
     ids = _told_apart((example.id for example in examples), Counter())
     return [Example(example_id, example.messages) for example_id, example in zip(ids, examples, strict=True)]
 
@@ -94,12 +91,6 @@ def _parts(path: Path) -> list[_Part]:
             parts.append(_Part(start, start + len(block), line))
             start, line = parts[-1].end, line + block.count(b"\n")
     return parts
-
-
-def _read(path: Path, part: _Part) -> Iterator[Example]:
-    """The examples of a part, a repeat still under the id of what it repeats."""
-    for messages in _records(path, part, _to_messages):
-        yield Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
 
 
 def read_records(path, read: Callable) -> list:
@@ -173,9 +164,10 @@ _PROMPTS = {  # the same of records that ask, whether or not they have the answe
 }
 
 
-def _to_messages(record: dict) -> list[dict]:
-    """Turn a record of any format into messages, or raise ValueError naming the key at fault."""
-    return _read_by_keys(record, _FORMATS)
+def _to_example(record: dict) -> Example:
+    """Read a record of any format, or raise ValueError naming the key at fault; a repeat has the id of the first."""
+    messages = _read_by_keys(record, _FORMATS)
+    return Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
 
 
 def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
@@ -442,7 +434,7 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
 
 
 def _encode_part(path: Path, tokenizer: Tokenizer, template: str, max_length: int, part: _Part) -> Dataset:
-    return encode_examples(_read(path, part), tokenizer, template, max_length)
+    return encode_examples(_records(path, part, _to_example), tokenizer, template, max_length)
 
 
 def _over_cores(function: Callable, items: list, stack: ExitStack) -> Iterator:

@@ -28,6 +28,7 @@ from confidence import (
     choose_template,
     load_dataset,
     load_tokenizer,
+    refuse_existing,
     score_examples,
     usable_length,
 )
@@ -38,7 +39,7 @@ from model import (
     Transformer,
     autocast,
     barrier,
-    checksums,
+    content_of,
     fastest_dtype,
     open_model,
     processes,
@@ -62,14 +63,19 @@ def held_out_loss(model: Transformer, encoded, micro_batch_tokens: int = 8192, d
     Every token weighs the same, so the figure does not depend on how examples are batched. The interval is that of a
     ratio of sums with examples as the independent units (delta method), since tokens of one example are not.
     """
-    _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
-    _, count = sizes(encoded)  # [N] tokens of each example
-    total = count * np.log(perplexity)  # [N] nats of each example
+    total, count = nats(model, encoded, micro_batch_tokens, dtype)
     loss, n, interval = total.sum() / count.sum(), len(count), None
     if n > 1:  # one example says nothing about the spread
         error = math.sqrt(((total - loss * count) ** 2).sum() * n / (n - 1)) / count.sum()
         interval = [float(loss - Z_95 * error), float(loss + Z_95 * error)]
     return {"loss": float(loss), "loss_interval": interval, "examples": n, "tokens": int(count.sum())}
+
+
+def nats(model: Transformer, encoded, micro_batch_tokens: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """What each example costs: -> (Σ −log p over its supervised tokens [N], how many these are [N])"""
+    _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
+    _, count = sizes(encoded)
+    return count * np.log(perplexity), count
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -222,7 +228,7 @@ def exact_match(
     # A few tokens of grace, since a text may be spelt in more pieces than its encoding has.
     answers = generate_where_it_fits(model, prompts, longest + 4, stop_ids, dtype)
     right = sum(
-        ids[-1:] != [] and ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
+        bool(ids) and ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
         for ids, text in zip(answers, expected, strict=True)
     )
     return {"accuracy": right / len(examples), "accuracy_interval": wilson_interval(right, len(examples))}
@@ -250,18 +256,17 @@ def to_question(record: dict) -> Question:
     """
     if "question" not in record or not record.keys() & {"options", "choices"}:
         raise ValueError(f"keys {list(record)}: question and options (or choices) are expected")
-    choices = record.get("options", record.get("choices"))
-    labels = list(LETTERS)
+    labels, choices = list(LETTERS), record.get("options", record.get("choices"))
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as in ARC
         labels, choices = choices.get("label", labels), choices["text"]
-    names = list(choices) if isinstance(choices, dict) else labels
-    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    elif isinstance(choices, dict):
+        labels, choices = list(choices), list(choices.values())
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
     choices = [filled(choice, f"choice {letter}").strip() for choice, letter in zip(choices, LETTERS, strict=False)]
     answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
-    if type(answer) in (str, int) and isinstance(names, list) and str(answer) in names:
-        answer = names.index(str(answer))
+    if type(answer) in (str, int) and isinstance(labels, list) and str(answer) in labels:
+        answer = labels.index(str(answer))
     elif isinstance(answer, str) and answer.strip() in choices:
         answer = choices.index(answer.strip())
     if type(answer) is not int or not 0 <= answer < len(choices):
@@ -331,9 +336,8 @@ def answer_choices(
             targets = sequence[1:].clone()
             targets[: -len(ids)] = IGNORE_INDEX
             encoded.append((sequence[:-1], targets))
-    _, perplexity = score_examples(model, encoded, micro_batch_tokens, dtype)
-    total = -np.log(perplexity) * sizes(encoded)[1]  # log p of all of an answer's tokens
-    scores = np.split(total, np.cumsum([len(question.choices) for question in questions])[:-1])
+    total, _ = nats(model, encoded, micro_batch_tokens, dtype)
+    scores = np.split(-total, np.cumsum([len(question.choices) for question in questions])[:-1])
     if by == "text":
         lengths = [np.array([len(choice) for choice in question.choices]) for question in questions]
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]
@@ -525,7 +529,8 @@ def perplexity_or_match(args, device) -> None:
 
 def choice(args, device) -> None:
     """Multiple choice; with --output, a line for each question too."""
-    refuse_existing(args.output)
+    if args.output:
+        refuse_existing(args.output)
     tokenizer, template, dtype = setting_of(args, device)
     questions = read_records(args.data, to_question)
     model = open_model(args.model, dtype, device)
@@ -545,81 +550,102 @@ def generate_answers(args, device) -> None:
     """Answer the records of a file. What is answered is kept beside --output: a run that was stopped goes on there."""
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
-    refuse_existing(args.output)
+    if args.output:
+        refuse_existing(args.output)
     tokenizer, template, dtype = setting_of(args, device)
     asked = read_records(args.data, partial(to_asked, output_format=args.format))
-    name = args.name or Path(args.model).resolve().name
-
-    def sampling_of(each: Asked) -> Sampling:
-        by_category = (
-            MT_BENCH_TEMPERATURE.get(str(each.record.get("category")), 0.0) if args.format == "mt_bench" else 0.0
-        )
-        return Sampling(by_category if args.temperature is None else args.temperature, args.top_p, args.seed)
-
-    settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
-    settings |= {"template": template, "dtype": dtype, "turns": [len(each.turns) for each in asked]}
-    settings["data"] = [checksum["sha256"] for checksum in checksums([Path(args.data)]).values()]
-    weights = sorted(Path(args.model).glob("*.safetensors"))
-    settings["model"] = [checksum["sha256"] for checksum in checksums(weights).values()]
     progress = Path(f"{args.output}.answered") if args.output else None
-    answers = answered_before(progress, settings)
+    if progress and rank() == 0:
+        settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
+        settings |= {"template": template, "dtype": dtype, "turns": [len(each.turns) for each in asked]}
+        begin_or_go_on(progress, settings | {"data": content_of(args.data), "model": content_of(args.model)})
+    barrier()
+    answers = answered_before(progress, asked) if progress else {}
+    barrier()  # all have read it
     model = open_model(args.model, dtype, device)
+
+    def sampling(i: int) -> Sampling:
+        return sampling_of(args, asked[i])
+
     waiting = [i for i in range(len(asked)) if i not in answers]
-    waiting.sort(key=lambda i: (sampling_of(asked[i]), len(asked[i].turns[0])))
+    waiting.sort(key=lambda i: (sampling(i), len(asked[i].turns[0])))
     with open(progress, "a", encoding="utf-8") if progress and rank() == 0 else contextlib.nullcontext() as file:
-        for sampling, numbers in groupby(waiting, key=lambda i: sampling_of(asked[i])):
+        for alike, numbers in groupby(waiting, key=sampling):
             for batch in in_batches(list(numbers), args.batch_size * world_size()):
-                new = answer_turns(
-                    model, [asked[i] for i in batch], tokenizer, template, args.max_new_tokens, sampling, dtype
-                )
+                these = [asked[i] for i in batch]
+                new = answer_turns(model, these, tokenizer, template, args.max_new_tokens, alike, dtype)
                 answers |= zip(batch, new, strict=True)
                 if file:
                     file.writelines(json.dumps({"number": i, "answers": answers[i]}) + "\n" for i in batch)
                     file.flush()
                 say(f"{len(answers)}/{len(asked)} answered", sys.stderr)
     if rank() == 0:
-        records = [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        if not args.output:
-            print(lines, end="")
-            return
-        with written_aside(Path(args.output)) as aside:
-            aside.write_text(json.dumps(records, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
-        progress.unlink()
-        print(json.dumps({"output": args.output, "format": args.format, "records": len(records)}))
+        name = args.name or Path(args.model).resolve().name
+        write_answers(args, [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)])
+        if progress:
+            progress.unlink()
 
 
-def answered_before(file: Path | None, settings: dict) -> dict[int, list[str]]:
-    """The answers that an earlier run with these settings left in a file, by number; where there is none, it is begun.
+def sampling_of(args, asked: Asked) -> Sampling:
+    """How a record is answered: as the flags say, or for MT-Bench, where they say nothing, by its category."""
+    temperature = args.temperature
+    if temperature is None:
+        by_category = MT_BENCH_TEMPERATURE if args.format == "mt_bench" else {}
+        temperature = by_category.get(str(asked.record.get("category")), 0.0)
+    return Sampling(temperature, args.top_p, args.seed)
 
-    Raises ValueError where it was left by a run with other settings.
+
+def write_answers(args, records: list[dict]) -> None:
+    """Write the answered records to --output, or to stdout."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if not args.output:
+        print(lines, end="")
+        return
+    with written_aside(Path(args.output)) as aside:
+        aside.write_text(json.dumps(records, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
+    print(json.dumps({"output": args.output, "format": args.format, "records": len(records)}))
+
+
+def begin_or_go_on(file: Path, settings: dict) -> None:
+    """Begin the file that keeps answers, or make it ready to go on with: a last line that was cut short goes.
+
+    Raises ValueError where it was begun with other settings.
     """
-    if file is None:
-        return {}
-    if rank() == 0:
-        if not file.exists():
-            file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        content = file.read_bytes()
-        with open(file, "rb+") as whole:  # a last line that was cut short goes
-            whole.truncate(content.rfind(b"\n") + 1)
-    barrier()
-    try:
-        before, *lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        answers = {line["number"]: line["answers"] for line in lines}
-        for number, said in answers.items():
-            if not (isinstance(said, list) and all(isinstance(text, str) for text in said)):
-                raise ValueError("an answer is not a list of texts")
-            if len(said) != settings["turns"][number] and before == settings:
-                raise ValueError(f"record {number} has other turns")
+    if not file.exists():
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    content = file.read_bytes()
+    with open(file, "rb+") as whole:
+        whole.truncate(content.rfind(b"\n") + 1)
+    with told_if_damaged(file):
+        before = json.loads(content.splitlines()[0].decode())
         changed = [key for key in settings if before.get(key) != settings[key]]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); remove it, and all is answered anew") from None
-    barrier()  # all have read it
     if changed:
         was, now = before.get(changed[0]), settings[changed[0]]
         told = f" {was!r}, not {now!r}" if len(str((was, now))) < 100 else " of other content"
         raise ValueError(f"{file}: begun with {changed[0]}{told}; give what it was begun with, or remove the file")
+
+
+def answered_before(file: Path, asked: list[Asked]) -> dict[int, list[str]]:
+    """The answers that the file holds, by number. ValueError where they are not those to what is asked."""
+    answers = {}
+    with told_if_damaged(file):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()[1:]):
+            said = line["answers"]
+            if not (isinstance(said, list) and all(isinstance(text, str) for text in said)):
+                raise ValueError("an answer is not a list of texts")
+            if len(said) != len(asked[line["number"]].turns):
+                raise ValueError(f"record {line['number']} has other turns")
+            answers[line["number"]] = said
     return answers
+
+
+@contextlib.contextmanager
+def told_if_damaged(file: Path):
+    """Whatever is wrong with what is read of the file inside becomes a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); remove it, and all is answered anew") from None
 
 
 def in_batches(items: list, size: int) -> Iterator[list]:
@@ -630,14 +656,6 @@ def in_batches(items: list, size: int) -> Iterator[list]:
     """
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def refuse_existing(output: str | None) -> None:
-    """Raise FileExistsError where something is at `output`, FileNotFoundError where its folder is not there."""
-    if output and Path(output).exists():
-        raise FileExistsError(f"{output}: already there; remove it or choose another name")
-    if output and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{output}: its folder does not exist")
 
 
 def chat(args, device) -> None:

@@ -1033,6 +1033,13 @@ def _checksum(file: Path) -> dict:
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def content_of(path) -> list[str]:
+    """The SHA-256 of a file, or of each of a model folder's weight files: the same for the same content."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [checksum["sha256"] for checksum in checksums(files).values()]
+
+
 def check_manifest(folder: Path) -> None:
     """Raise ValueError, naming the file, where one is no longer what the folder's manifest, if it has one, says."""
     if not (folder / MANIFEST).is_file():

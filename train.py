@@ -75,6 +75,7 @@ from model import (
     barrier,
     check_manifest,
     checksums,
+    content_of,
     drop_gathered,
     empty_model,
     fastest_dtype,
@@ -833,15 +834,10 @@ def check_unchanged(config: TrainConfig, content: dict | None = None) -> TrainCo
     return config
 
 
-def content_of(config: TrainConfig) -> dict:
+def contents_of(config: TrainConfig) -> dict:
     """Checksums of what a run reads."""
-    content = {}
-    for name in ("model", "data", "eval_data", *(() if config.online else ("confidence",))):
-        if getattr(config, name) is not None:
-            path = Path(getattr(config, name))
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            content[name] = [checksum["sha256"] for checksum in checksums(files).values()]
-    return content
+    read = ("model", "data", "eval_data", *(() if config.online else ("confidence",)))
+    return {name: content_of(getattr(config, name)) for name in read if getattr(config, name) is not None}
 
 
 # --- What a run leaves behind -----------------------------------------------------------------------------------------
@@ -1312,7 +1308,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         scores_of(config, inputs.train)
     if rank() == 0:  # nothing more can be wrong with what was given
-        content = content_of(config)
+        content = contents_of(config)
         if config.resume:
             check_unchanged(config, content)
         write_json(output / "config.json", asdict(config) | {"content": content})

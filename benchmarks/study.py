@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +78,8 @@ COMPARED = [("SFTMix", "random pairs"), ("SFTMix", "label smoothing"), ("SFTMix,
 COMPARED += [("SFTMix, μ = 1", "label smoothing as of μ = 1"), ("LoRA, SFTMix", "LoRA, NTP")]
 NOISE = (0.3, 0.0, 0.4, 0.2, 0.1)  # shares of wrong answers in the demo's corpus
 SETTINGS = {
-    "demo": "--lr 1e-3 --batch_size 16 --max_length 256 --dtype fp32 --epochs 3 --num_checkpoints 5",
-    "real": "--lr 1e-3 --batch_size 32 --max_length 512 --dtype fp32 --epochs 5 --num_checkpoints 5",
+    "demo": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "epochs": 3, "num_checkpoints": 5},
+    "real": {"lr": 1e-3, "batch_size": 32, "max_length": 512, "dtype": "fp32", "epochs": 5, "num_checkpoints": 5},
 }
 
 # --- One run ----------------------------------------------------------------------------------------------------------
@@ -114,39 +115,38 @@ def calibration_error(model: Transformer, dataset: Dataset, bins: int = 15) -> f
     return float(gaps.abs().sum() / len(sure))
 
 
-def run_arm(arm: Arm, cell: Path, settings: str, seed: int, output: Path) -> dict:
+def flags_of(settings: dict) -> list[str]:
+    """Values by flag, as train.py's command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def run_arm(arm: Arm, cell: Path, settings: dict, output: Path) -> dict:
     """Train an arm on a cell's base, data and scores, and measure what came of it."""
-    data, scores, epochs = (
-        cell / "train.jsonl",
-        cell / "confidence.jsonl",
-        int(settings.split("--epochs ")[1].split()[0]),
-    )
-    more = []
+    data, scores, more = cell / "train.jsonl", cell / "confidence.jsonl", []
     if arm.checkpoints is not None:
         dynamics, chosen = Dynamics.load(scores), list(arm.checkpoints)
         scores = output.with_suffix(".scores")
         Dynamics(dynamics.ids, dynamics.probability[chosen], dynamics.perplexity[chosen]).save(scores)
     if arm.half is not None:
-        kept = set(split_by_confidence(Dynamics.load(scores).confidence)[arm.half].tolist())
+        dynamics = Dynamics.load(scores)
+        kept = {dynamics.ids[i] for i in split_by_confidence(dynamics.confidence)[arm.half].tolist()}
         lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-        ids = {example_id: i for i, example_id in enumerate(Dynamics.load(scores).ids)}
-        chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if ids.get(example.id) in kept]
+        chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if example.id in kept]
         data = output.with_suffix(".jsonl")
         data.write_text("".join(chosen), encoding="utf-8")
-        more = ["--epochs", str(2 * epochs)]
+        more = ["--epochs", str(2 * settings["epochs"])]
     if arm.smoothing:
         train.sftmix_loss = smoothed(arm.smoothing)
     if "sftmix" in arm.flags and "online" not in arm.flags and "random" not in arm.flags:
         more += ["--confidence", str(scores)]
-    paths = ["--model", cell / "base", "--data", data, "--eval_data", cell / "test.jsonl", "--output", output]
-    flags = [*map(str, paths), "--seed", str(seed), "--log_every", "100", *settings.split(), *arm.flags.split(), *more]
-    train.main(flags)
+    paths = {"model": cell / "base", "data": data, "eval_data": cell / "test.jsonl", "output": output}
+    train.main([*flags_of(paths | {"log_every": 100} | settings), *arm.flags.split(), *more])
     stage = "ntp" if "reference" in arm.flags else "sftmix"
     result = json.loads((output / "results.json").read_text())[stage]
     model = load_model(output / ("reference" if stage == "ntp" else "sftmix")).eval()
     tokenizer = load_tokenizer(cell / "base")
     held_out, trained = (
-        load_dataset(file, tokenizer, "alpaca", 256 if "256" in settings else 512, None, sys.stderr)
+        load_dataset(file, tokenizer, "alpaca", settings["max_length"], None, sys.stderr)
         for file in (cell / "test.jsonl", cell / "train.jsonl")
     )
     probability, _ = score_examples(model, trained)
@@ -190,18 +190,14 @@ def make_real_cell(cell: Path, seed: int, model: Path, data: Path, examples: int
 # --- All runs ---------------------------------------------------------------------------------------------------------
 
 
-def planned(args) -> Iterable[tuple[dict, list[str]]]:
-    """Which arms are run in which cell, what matters most first."""
+def planned(args) -> list[tuple[dict, list[str]]]:
+    """Which arms are run with every seed, in which corpus and with what noise; what matters most first."""
     if args.model:
-        for seed in range(args.seeds):
-            yield {"corpus": args.name, "noise": None, "seed": seed}, CORE
-        return
-    for noise, arms in (*((noise, CORE) for noise in NOISE), (0.3, list(ARMS))):
-        for seed in range(args.seeds):
-            yield {"corpus": "demo", "noise": noise, "seed": seed}, arms
+        return [({"corpus": args.name, "noise": None}, CORE)]
+    return [({"corpus": "demo", "noise": noise}, arms) for noise, arms in (*((n, CORE) for n in NOISE), (0.3, ARMS))]
 
 
-def run_cell(args, where: dict, arms: list[str]) -> None:
+def run_cell(args, where: dict, arms: Iterable[str]) -> None:
     """Run the arms of a cell that have not been run, NTP first, whose checkpoints give the others their scores."""
     done = {(n["corpus"], n["noise"], n["seed"], n["arm"]) for n in map(json.loads, RESULTS.read_text().splitlines())}
     waiting = [arm for arm in arms if (*where.values(), arm) not in done]
@@ -217,7 +213,8 @@ def run_cell(args, where: dict, arms: list[str]) -> None:
     for name in waiting:
         output = cell / "run"
         shutil.rmtree(output, ignore_errors=True)
-        request = {"arm": name, "cell": str(cell), "settings": SETTINGS["real" if args.model else "demo"], **where}
+        settings = SETTINGS["real" if args.model else "demo"] | {"seed": where["seed"]}
+        request = {"arm": name, "cell": str(cell), "settings": settings}
         command = [sys.executable, __file__, "one", json.dumps(request)]
         began = time.perf_counter()
         process = subprocess.run(
@@ -238,11 +235,11 @@ def run_cell(args, where: dict, arms: list[str]) -> None:
 
 def one(request: dict) -> None:
     """A single run, in a process of its own."""
-    cell, arm = Path(request["cell"]), ARMS[request["arm"]]
-    result = run_arm(arm, cell, request["settings"], request["seed"], cell / "run")
+    cell, settings, output = Path(request["cell"]), request["settings"], Path(request["cell"]) / "run"
+    result = run_arm(ARMS[request["arm"]], cell, settings, output)
     if request["arm"] == "NTP":
-        common = f"--model {cell / 'base'} --data {cell / 'train.jsonl'} --output {cell / 'run'} --stage confidence"
-        train.main([*common.split(), "--seed", str(request["seed"]), *request["settings"].split()])
+        paths = {"model": cell / "base", "data": cell / "train.jsonl", "output": output}
+        train.main([*flags_of(paths | settings), "--stage", "confidence"])
     print(json.dumps(result))
 
 
@@ -250,19 +247,10 @@ def run(args) -> None:
     """Run all that is planned and not yet done, `jobs` at once."""
     args.work.mkdir(parents=True, exist_ok=True)
     RESULTS.touch()
-    for group in in_order_of_seed(planned(args)):
-        with ThreadPoolExecutor(args.jobs) as pool:  # cells of one kind, whose seeds have nothing in common
-            list(pool.map(lambda entry: run_cell(args, *entry), group))
-
-
-def in_order_of_seed(cells: Iterable) -> list[list]:
-    """The cells in groups of neighbours that differ in their seed alone."""
-    groups: list[list] = []
-    for where, arms in cells:
-        if not groups or where["seed"] == 0:
-            groups.append([])
-        groups[-1].append((where, arms))
-    return groups
+    for where, arms in planned(args):
+        with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
+            cells = [partial(run_cell, args, {**where, "seed": seed}, arms) for seed in range(args.seeds)]
+            list(pool.map(lambda cell: cell(), cells))
 
 
 # --- What they say ----------------------------------------------------------------------------------------------------

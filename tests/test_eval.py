@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import random_encoded, tiny_model
 
+import eval as eval_module
 from data import IGNORE_INDEX, Example, encode_example, encode_examples
 from eval import (
     PLAIN,
@@ -319,8 +320,6 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
         records = json.loads(text) if form == "alpaca_eval" else [json.loads(line) for line in text.splitlines()]
         return [{key: value for key, value in record.items() if key != "tstamp"} for record in records]
 
-    import eval as eval_module
-
     real, calls = eval_module.answer_turns, []
 
     def stopped(*arguments):
@@ -360,8 +359,6 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
 
 
 def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
-    import eval as eval_module
-
     asked = []
 
     def generate(model, prompts, *more):
@@ -376,8 +373,6 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
 
 
 def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
-    import eval as eval_module
-
     asked = [eval_module.to_asked({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
     answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
@@ -402,8 +397,6 @@ def test_damaged_answers_are_told(model_folder, tmp_path, capsys, content):
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
-    import eval as eval_module
-
     lines, prompts, real = iter(["the dog", "and then?", "", "the dog"]), [], eval_module.continue_together
 
     def read_line(_):
