@@ -300,11 +300,10 @@ def encode_choice(tokenizer: Tokenizer, template: str, asked: str, answer: str) 
         return begin + tokenizer.encode(asked), tokenizer.encode(" " + answer, continues=True)
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     ids, learnt = tokenizer.apply_template(messages, template)
-    stop_ids = tokenizer.stop_ids(template)
-    prompt, ids = ids[: learnt.index(True)], [i for i in ids[learnt.index(True) :] if i not in stop_ids]
-    while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():  # the space before Llama 2's end
+    begin = learnt.index(True)
+    while len(ids) > begin + 1 and not tokenizer.decode(ids[-1:]).strip():  # the end, and Llama 2's space before it
         ids.pop()
-    return prompt, ids
+    return ids[:begin], ids[begin:]
 
 
 def answer_choices(
