@@ -1,8 +1,8 @@
 """Does SFTMix beat plain SFT: where, by how much, is it the confidence? Runs, a line of JSON each, and what they say.
 
-    python benchmarks/study.py run --work DIR                       the demo's corpus
-    python benchmarks/study.py run --work DIR --model DIR --data FILE --name NAME     a real model, on real data
-    python benchmarks/study.py report                               the tables and the picture of docs/study.md
+    python benchmarks/study.py run --work DIR           on the demo's corpus
+    python benchmarks/study.py run --work DIR --corpus NAME --model DIR --weaker DIR --data FILE      on real data
+    python benchmarks/study.py report                   the tables and the picture of docs/study.md
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
 with others of the same seed, which have the same base, data and order. Nothing is tuned: arms have the same settings
@@ -30,23 +30,62 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from confidence import Dynamics, load_dataset, load_tokenizer, score_examples, split_by_confidence
-from data import Dataset, demo_corpus, load_examples, pack, split_batch
+from confidence import Dynamics, area_under_roc, load_dataset, load_tokenizer, score_examples, split_by_confidence
+from data import Dataset, demo_corpus, draw_lambda, load_examples, pack, paired_order, split_batch
 from model import Transformer, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"
 
+# --- What is not the paper's: a rival, and other uses of confidence ---------------------------------------------------
+
+
+def smoothed(epsilon: float):
+    """In place of `train.sftmix_loss`: NTP with the target (1−ε) e_y + ε/V."""
+
+    def loss(hidden, weight, targets, index_c, index_u, lam, *, num_supervised, log_p=None, **_):
+        log_probabilities = (hidden @ weight.T).float().log_softmax(-1)
+        gold = log_probabilities.gather(1, targets[:, None]).sum()
+        total = -((1 - epsilon) * gold + epsilon * log_probabilities.mean(1).sum()) / num_supervised
+        return total, (-gold / num_supervised).detach(), torch.zeros(())
+
+    return loss
+
+
+def by_variance(scores: Dynamics, config, epoch: int) -> np.ndarray:
+    """In place of `train.order_by_halves`: the examples whose probability changed least are the confident half."""
+    return paired_order(*split_by_confidence(-scores.variance), config.seed, epoch)
+
+
+def by_rank(scores: Dynamics, config, epoch: int, mirrored: bool = False) -> np.ndarray:
+    """Likewise: the surest of the confident half always meets the surest of the unconfident one, and so on down.
+
+    `mirrored`, the surest of all meets the least sure of all.
+    """
+    confident, unconfident = (half.numpy() for half in split_by_confidence(scores.confidence))
+    n = len(confident)
+    partners = unconfident[::-1] if mirrored else unconfident
+    order = np.random.default_rng([config.seed, epoch]).permutation(n)
+    return np.concatenate([np.stack([confident, partners[:n]], axis=1)[order].reshape(-1), partners[n:]])
+
+
+def leaning(num_pairs: int, alpha: float, seed: int, step: int) -> torch.Tensor:
+    """In place of `train.draw_lambda`: never less than half of the confident example."""
+    lam = draw_lambda(num_pairs, alpha, seed, step)
+    return torch.maximum(lam, 1 - lam)
+
+
 # --- What is compared -------------------------------------------------------------------------------------------------
 
 
 class Arm(NamedTuple):
-    """A way of training, told from NTP by its flags of train.py, its data, or its loss."""
+    """A way of training, told from the others by its flags of train.py, its data, or what it has in place of a part."""
 
     flags: str = "--stage sftmix"
     checkpoints: tuple[int, ...] | None = None  # that its scores are the mean of, by number; None: all
+    weaker: bool = False  # its scores are of the weaker model
     half: int | None = None  # train on the confident half (0) or the unconfident one (1) alone, as many tokens in all
-    smoothing: float = 0.0  # of labels: ε spread over the whole vocabulary
+    parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
 
 # With μ = 0.2 and a mean λ of ½, Mixup moves μ/2 of 1 + μ of all the targets' weight off the gold token.
@@ -55,11 +94,12 @@ ARMS = {
     "NTP": Arm("--stage reference"),
     "SFTMix": Arm(),
     "random pairs": Arm("--stage sftmix --pairing random"),
-    "label smoothing": Arm("--stage reference", smoothing=MATCHED),
+    "label smoothing": Arm("--stage reference", parts={"sftmix_loss": smoothed(MATCHED)}),
     "SFTMix, μ = 1": Arm("--stage sftmix --mu 1"),
     "random pairs, μ = 1": Arm("--stage sftmix --mu 1 --pairing random"),
-    "label smoothing as of μ = 1": Arm("--stage reference", smoothing=0.25),
+    "label smoothing as of μ = 1": Arm("--stage reference", parts={"sftmix_loss": smoothed(0.25)}),
     "SFTMix, by perplexity": Arm("--stage sftmix --confidence_by perplexity"),
+    "SFTMix, by a weaker model": Arm(weaker=True),
     "Mixup alone": Arm("--stage sftmix --ntp_weight 0"),
     "SFTMix, μ = 0.1": Arm("--stage sftmix --mu 0.1"),
     "SFTMix, μ = 0.5": Arm("--stage sftmix --mu 0.5"),
@@ -72,29 +112,46 @@ ARMS = {
     "NTP, unconfident half": Arm("--stage reference", half=1),
     "LoRA, NTP": Arm("--stage reference --lora_rank 8 --lr 5e-3"),
     "LoRA, SFTMix": Arm("--stage sftmix --lora_rank 8 --lr 5e-3"),
+    "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"order_by_halves": by_variance}),
+    "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"order_by_halves": by_rank}),
+    "beyond: surest with least sure": Arm(
+        "--stage sftmix --mu 1", parts={"order_by_halves": partial(by_rank, mirrored=True)}
+    ),
+    "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"draw_lambda": leaning}),
+    "beyond: split anew each epoch": Arm("--stage sftmix --mu 1 --confidence online"),
 }
-CORE = list(ARMS)[:7]
+NAMES = list(ARMS)
+CORE, BEYOND = NAMES[:7], [name for name in NAMES if name.startswith("beyond")]
+REST = [name for name in NAMES if name not in (*CORE, *BEYOND, "SFTMix, by a weaker model")]
 COMPARED = [("SFTMix", "random pairs"), ("SFTMix", "label smoothing"), ("SFTMix, μ = 1", "random pairs, μ = 1")]
 COMPARED += [("SFTMix, μ = 1", "label smoothing as of μ = 1"), ("LoRA, SFTMix", "LoRA, NTP")]
-NOISE = (0.3, 0.0, 0.4, 0.2, 0.1)  # shares of wrong answers in the demo's corpus
+COMPARED += [(name, "random pairs, μ = 1") for name in BEYOND]
+
+
+class Demo(NamedTuple):
+    """The demo's corpus and base, in a variation."""
+
+    noise: float  # the share of wrong answers among those trained on
+    epochs: int = 3
+    held_out: str = "test"
+
+
+DEMOS = {f"demo {share}": Demo(share / 100) for share in (0, 10, 20, 30, 40)}
+DEMOS |= {"demo 30, 10 epochs": Demo(0.3, epochs=10), "demo 30, to choose by": Demo(0.3, epochs=10, held_out="eval")}
+SHARES = list(DEMOS)[:5]
+PLAN = [  # corpus, arms and seeds; what matters most first
+    *((name, CORE, range(10)) for name in ("demo 30", "demo 0", "demo 40", "demo 30, 10 epochs")),
+    ("demo 30", REST, range(10)),
+    *((name, CORE[:4], range(10)) for name in ("demo 20", "demo 10")),
+    ("demo 30, to choose by", ["random pairs, μ = 1", "SFTMix, μ = 1", *BEYOND], range(10)),
+]
+REAL = [*CORE, "SFTMix, by a weaker model"]
 SETTINGS = {
-    "demo": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "epochs": 3, "num_checkpoints": 5},
-    "real": {"lr": 1e-3, "batch_size": 32, "max_length": 512, "dtype": "fp32", "epochs": 5, "num_checkpoints": 5},
+    "demo": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5},
+    "real": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5, "epochs": 5},
 }
 
 # --- One run ----------------------------------------------------------------------------------------------------------
-
-
-def smoothed(epsilon: float):
-    """A loss for train.py: NTP with the target (1−ε) e_y + ε/V, in place of `mixup.sftmix_loss`."""
-
-    def loss(hidden, weight, targets, index_c, index_u, lam, *, num_supervised, log_p=None, **_):
-        log_probabilities = (hidden @ weight.T).float().log_softmax(-1)
-        gold = log_probabilities.gather(1, targets[:, None]).sum()
-        total = -((1 - epsilon) * gold + epsilon * log_probabilities.mean(1).sum()) / num_supervised
-        return total, (-gold / num_supervised).detach(), torch.zeros(())
-
-    return loss
 
 
 @torch.no_grad()
@@ -115,145 +172,176 @@ def calibration_error(model: Transformer, dataset: Dataset, bins: int = 15) -> f
     return float(gaps.abs().sum() / len(sure))
 
 
-def flags_of(settings: dict) -> list[str]:
-    """Values by flag, as train.py's command line."""
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+def run_train(flags: dict, *words: str) -> None:
+    """train.py, with values by flag."""
+    train.main([*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *words])
 
 
-def run_arm(arm: Arm, cell: Path, settings: dict, output: Path) -> dict:
-    """Train an arm on a cell's base, data and scores, and measure what came of it."""
-    data, scores, more = cell / "train.jsonl", cell / "confidence.jsonl", []
+def score(model: Path, data: Path, output: Path, settings: dict) -> None:
+    """Score the data with the checkpoints that an NTP run has left in `output`."""
+    run_train({"model": model, "data": data, "output": output, **settings}, "--stage", "confidence")
+
+
+def scores_for(arm: Arm, cell: Path, settings: dict) -> Path:
+    """The file of the scores by which an arm splits the data."""
+    scores = cell / "confidence.jsonl"
+    if arm.weaker:
+        weaker = cell / "of-weaker"
+        if not (weaker / "confidence.jsonl").exists():
+            shutil.rmtree(weaker, ignore_errors=True)
+            model, data = cell / "weaker", cell / "train.jsonl"
+            run_train({"model": model, "data": data, "output": weaker, **settings}, "--stage", "reference")
+            score(model, data, weaker, settings)
+        scores = weaker / "confidence.jsonl"
     if arm.checkpoints is not None:
         dynamics, chosen = Dynamics.load(scores), list(arm.checkpoints)
-        scores = output.with_suffix(".scores")
+        scores = cell / "of-some.jsonl"
         Dynamics(dynamics.ids, dynamics.probability[chosen], dynamics.perplexity[chosen]).save(scores)
-    if arm.half is not None:
-        dynamics = Dynamics.load(scores)
-        kept = {dynamics.ids[i] for i in split_by_confidence(dynamics.confidence)[arm.half].tolist()}
-        lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-        chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if example.id in kept]
-        data = output.with_suffix(".jsonl")
-        data.write_text("".join(chosen), encoding="utf-8")
-        more = ["--epochs", str(2 * settings["epochs"])]
-    if arm.smoothing:
-        train.sftmix_loss = smoothed(arm.smoothing)
+    return scores
+
+
+def write_half(cell: Path, half: int) -> Path:
+    """The confident (0) or the unconfident (1) half of the data, as a file."""
+    dynamics, data = Dynamics.load(cell / "confidence.jsonl"), cell / "train.jsonl"
+    kept = {dynamics.ids[i] for i in split_by_confidence(dynamics.confidence)[half].tolist()}
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if example.id in kept]
+    (cell / "half.jsonl").write_text("".join(chosen), encoding="utf-8")
+    return cell / "half.jsonl"
+
+
+def run_arm(name: str, cell: Path, settings: dict) -> dict:
+    """Train an arm on a cell's base, data and scores, and measure what came of it."""
+    arm, output, more = ARMS[name], cell / "run", []
+    flags = {"model": cell / "base", "data": cell / "train.jsonl", "output": output}
+    flags |= {"eval_data": cell / "held-out.jsonl", "log_every": 100, **settings}
     if "sftmix" in arm.flags and "online" not in arm.flags and "random" not in arm.flags:
-        more += ["--confidence", str(scores)]
-    paths = {"model": cell / "base", "data": data, "eval_data": cell / "test.jsonl", "output": output}
-    train.main([*flags_of(paths | {"log_every": 100} | settings), *arm.flags.split(), *more])
-    stage = "ntp" if "reference" in arm.flags else "sftmix"
+        more = ["--confidence", str(scores_for(arm, cell, settings))]
+    if arm.half is not None:
+        flags |= {"data": write_half(cell, arm.half), "epochs": 2 * settings["epochs"]}
+    for part, replacement in arm.parts.items():
+        setattr(train, part, replacement)
+    run_train(flags, *arm.flags.split(), *more)
+
+    stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
     result = json.loads((output / "results.json").read_text())[stage]
-    model = load_model(output / ("reference" if stage == "ntp" else "sftmix")).eval()
-    tokenizer = load_tokenizer(cell / "base")
+    model, tokenizer = load_model(output / folder).eval(), load_tokenizer(cell / "base")
     held_out, trained = (
-        load_dataset(file, tokenizer, "alpaca", settings["max_length"], None, sys.stderr)
-        for file in (cell / "test.jsonl", cell / "train.jsonl")
+        load_dataset(cell / f"{part}.jsonl", tokenizer, "alpaca", settings["max_length"], None, sys.stderr)
+        for part in ("held-out", "train")
     )
     probability, _ = score_examples(model, trained)
-    return {
+    measured = {
         "loss": result["loss"],
         "accuracy": result["accuracy"],
         "calibration_error": calibration_error(model, held_out),
         "confidence_spread": float(probability.std()),
         "seconds": result["seconds"],
     }
-
-
-def make_demo_cell(cell: Path, seed: int, noise: float) -> None:
-    """The demo's base of this seed, and its corpus with another share of wrong answers."""
-    base = cell.parent / f"base-{seed}"
-    if not (base / "base" / "config.json").exists():
-        shutil.rmtree(base, ignore_errors=True)
-        command = [sys.executable, ROOT / "train.py", "--stage", "base", "--seed", str(seed), "--output", base]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    corpus = demo_corpus(seed, wrong_share=noise)
-    cell.mkdir(exist_ok=True)
-    for name in ("train", "test"):
-        text = "".join(json.dumps(record) + "\n" for record in getattr(corpus, name))
-        (cell / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    if not (cell / "base").exists():
-        (cell / "base").symlink_to((base / "base").resolve())
-
-
-def make_real_cell(cell: Path, seed: int, model: Path, data: Path, examples: int) -> None:
-    """A real model, and of the data so many examples to train on and a tenth of that, held out, drawn by the seed."""
-    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-    order = np.random.default_rng(seed).permutation(len(lines))
-    cell.mkdir(exist_ok=True)
-    parts = {"train": order[:examples], "test": order[examples : examples + max(200, examples // 10)]}
-    for name, numbers in parts.items():
-        (cell / f"{name}.jsonl").write_text("".join(lines[i] for i in numbers), encoding="utf-8")
-    if not (cell / "base").exists():
-        (cell / "base").symlink_to(model.resolve())
+    if name == "NTP":
+        score(cell / "base", cell / "train.jsonl", output, settings)
+        if (cell / "wrong.json").exists():
+            dynamics, wrong = Dynamics.load(output / "confidence.jsonl"), json.loads((cell / "wrong.json").read_text())
+            if any(wrong):
+                areas = {by: area_under_roc(-dynamics.by(by), wrong) for by in ("probability", "perplexity")}
+                measured["roc_area"] = areas
+    return measured
 
 
 # --- All runs ---------------------------------------------------------------------------------------------------------
 
 
-def planned(args) -> list[tuple[dict, list[str]]]:
-    """Which arms are run with every seed, in which corpus and with what noise; what matters most first."""
-    if args.model:
-        return [({"corpus": args.name, "noise": None}, CORE)]
-    return [({"corpus": "demo", "noise": noise}, arms) for noise, arms in (*((n, CORE) for n in NOISE), (0.3, ARMS))]
+def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
+    """The demo's base of this seed, and its corpus with another share of wrong answers."""
+    base = cell.parent / f"base-{seed}"
+    if not (base / "base" / "config.json").exists():
+        shutil.rmtree(base, ignore_errors=True)
+        command = [sys.executable, ROOT / "train.py", "--stage", "base", "--seed", str(seed), "--output", base]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    corpus = demo_corpus(seed, wrong_share=demo.noise)
+    cell.mkdir(exist_ok=True)
+    for name, records in (("train", corpus.train), ("held-out", getattr(corpus, demo.held_out))):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (cell / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (cell / "wrong.json").write_text(json.dumps(corpus.wrong))
+    link(cell / "base", base / "base")
 
 
-def run_cell(args, where: dict, arms: Iterable[str]) -> None:
-    """Run the arms of a cell that have not been run, NTP first, whose checkpoints give the others their scores."""
-    done = {(n["corpus"], n["noise"], n["seed"], n["arm"]) for n in map(json.loads, RESULTS.read_text().splitlines())}
-    waiting = [arm for arm in arms if (*where.values(), arm) not in done]
-    cell = args.work / "-".join(str(value) for value in where.values() if value is not None)
+def make_real_cell(cell: Path, seed: int, args) -> None:
+    """A real model, and of the data so many examples to train on and a fifth of that, held out, drawn by the seed."""
+    lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    order, n = np.random.default_rng(seed).permutation(len(lines)), args.examples
+    cell.mkdir(exist_ok=True)
+    for name, numbers in (("train", order[:n]), ("held-out", order[n : n + n // 5])):
+        (cell / f"{name}.jsonl").write_text("".join(lines[i] for i in numbers), encoding="utf-8")
+    link(cell / "base", args.model)
+    link(cell / "weaker", args.weaker)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` another name of a folder."""
+    if not path.exists():
+        path.symlink_to(target.resolve())
+
+
+def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
+    """Run the arms that have not been run, NTP first, whose checkpoints give the others their scores."""
+    done = {(note["corpus"], note["seed"], note["arm"]) for note in read_results()}
+    waiting = [arm for arm in arms if (corpus, seed, arm) not in done]
     if not waiting:
         return
-    if args.model:
-        make_real_cell(cell, where["seed"], args.model, args.data, args.examples)
+    cell = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
+    if args.data:
+        make_real_cell(cell, seed, args)
+        settings = SETTINGS["real"]
     else:
-        make_demo_cell(cell, where["seed"], where["noise"])
+        make_demo_cell(cell, seed, DEMOS[corpus])
+        settings = SETTINGS["demo"] | {"epochs": DEMOS[corpus].epochs}
     if not (cell / "confidence.jsonl").exists() and "NTP" not in waiting:
         waiting.insert(0, "NTP")
-    for name in waiting:
-        output = cell / "run"
-        shutil.rmtree(output, ignore_errors=True)
-        settings = SETTINGS["real" if args.model else "demo"] | {"seed": where["seed"]}
-        request = {"arm": name, "cell": str(cell), "settings": settings}
-        command = [sys.executable, __file__, "one", json.dumps(request)]
+    for arm in waiting:
+        shutil.rmtree(cell / "run", ignore_errors=True)
+        request = {"name": arm, "cell": str(cell), "settings": settings | {"seed": seed}}
         began = time.perf_counter()
         process = subprocess.run(
-            command,
+            [sys.executable, __file__, "one", json.dumps(request)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         if process.returncode:
             sys.exit(f"{request}:\n{process.stdout[-2000:]}{process.stderr[-3000:]}")
-        if name == "NTP":
-            shutil.copy(output / "confidence.jsonl", cell / "confidence.jsonl")
-        if (*where.values(), name) not in done:
+        if arm == "NTP":
+            shutil.copy(cell / "run" / "confidence.jsonl", cell / "confidence.jsonl")
+        if (corpus, seed, arm) not in done:
+            note = {"corpus": corpus, "seed": seed, "arm": arm, **json.loads(process.stdout.splitlines()[-1])}
             with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**where, "arm": name, **json.loads(process.stdout.splitlines()[-1])}) + "\n")
-        print(f"{where} {name}: {time.perf_counter() - began:.0f} s", flush=True)
+                file.write(json.dumps(note, ensure_ascii=False) + "\n")
+        print(f"{corpus}, seed {seed}, {arm}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def one(request: dict) -> None:
     """A single run, in a process of its own."""
-    cell, settings, output = Path(request["cell"]), request["settings"], Path(request["cell"]) / "run"
-    result = run_arm(ARMS[request["arm"]], cell, settings, output)
-    if request["arm"] == "NTP":
-        paths = {"model": cell / "base", "data": cell / "train.jsonl", "output": output}
-        train.main([*flags_of(paths | settings), "--stage", "confidence"])
-    print(json.dumps(result))
+    print(json.dumps(run_arm(request["name"], Path(request["cell"]), request["settings"])))
 
 
 def run(args) -> None:
     """Run all that is planned and not yet done, `jobs` at once."""
     args.work.mkdir(parents=True, exist_ok=True)
-    RESULTS.touch()
-    for where, arms in planned(args):
-        with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
-            cells = [partial(run_cell, args, {**where, "seed": seed}, arms) for seed in range(args.seeds)]
-            list(pool.map(lambda cell: cell(), cells))
+    plan = [(args.corpus, REAL, range(5))] if args.data else PLAN
+    for corpus, arms, seeds in plan:
+        if args.corpus in (None, corpus):
+            with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
+                list(pool.map(partial(run_cell, args, corpus, arms), seeds))
 
 
 # --- What they say ----------------------------------------------------------------------------------------------------
+
+
+def read_results() -> list[dict]:
+    """All runs so far."""
+    RESULTS.touch()
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
 def t_tail(t: float, degrees: int) -> float:
@@ -286,7 +374,6 @@ class Difference(NamedTuple):
     half: float
     p: float
     detectable: float  # with 80 % power at a level of 5 %
-    pairs: int
 
 
 def difference(one: list[float], other: list[float]) -> Difference:
@@ -296,7 +383,7 @@ def difference(one: list[float], other: list[float]) -> Difference:
     error = statistics.stdev(differences) / math.sqrt(n)
     t = t_quantile(0.05, n - 1)
     p = t_tail(mean / error, n - 1) if error else 1.0
-    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error, n)
+    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -312,131 +399,147 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-MEASURES = {"loss": ("held-out loss", ".4f", 1), "accuracy": ("exact match, %", ".1f", 100)}
+class Results:
+    """The runs' figures by corpus, arm and seed."""
+
+    def __init__(self):
+        self.notes = {(note["corpus"], note["arm"], note["seed"]): note for note in read_results()}
+
+    def of(self, corpora: list[str], arm: str, measure: str) -> dict[int, float]:
+        """A measure's values by seed; of several corpora their mean, where the seed was run on all of them."""
+        seeds = sorted({seed for corpus, name, seed in self.notes if corpus in corpora and name == arm})
+        found = {seed: [self.notes.get((corpus, arm, seed), {}).get(measure) for corpus in corpora] for seed in seeds}
+        return {seed: statistics.mean(values) for seed, values in found.items() if None not in values}
+
+    def difference(self, corpora: list[str], one: str, other: str, measure: str) -> Difference | None:
+        """The difference of two arms over the seeds that both have; None with fewer than three."""
+        a, b = self.of(corpora, one, measure), self.of(corpora, other, measure)
+        seeds = sorted(a.keys() & b.keys())
+        return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
+
+
+MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
 
 
 def report(args) -> None:
     """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
-    notes = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-    def of(cell: tuple, arm: str, measure: str) -> dict[int, float]:
-        """The values of a measure by seed."""
-        return {
-            n["seed"]: n[measure]
-            for n in notes
-            if (n["corpus"], n["noise"], n["arm"]) == (*cell, arm) and n[measure] is not None
-        }
-
-    cells = sorted({(n["corpus"], n["noise"]) for n in notes}, key=str)
-    cells = [cell for cell in cells if len(of(cell, "NTP", "loss")) > 2]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for corpus, noise in cells:
-        name = corpus if noise is None else f"{corpus} {round(100 * noise)}"
-        tables = cell_table((corpus, noise), of)
+    results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
+    corpora = list(dict.fromkeys(corpus for corpus, _, _ in results.notes))
+    tables = {corpus: [corpus] for corpus in sorted(corpora)} | {"all shares": SHARES}
+    tables = {name: arms_table(results, parts) + others_table(results, parts) for name, parts in tables.items()}
+    tables["wrong answers found"] = areas_table(results)
+    for name, lines in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if begin not in text:
-            text += f"\n## {name}\n\n{begin}{end}\n"
+            text += f"\n### {name}\n\n{begin}{end}\n"
         before, rest = text.split(begin)
-        text = before + begin + tables + end + rest.split(end, 1)[1]
+        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
     DOCUMENT.write_text(text, encoding="utf-8")
-    picture(of, cells)
+    picture(results)
 
 
-def cell_table(cell: tuple, of) -> str:
-    """A row for each arm, with its paired difference to NTP; then the other comparisons."""
-    arms = [arm for arm in ARMS if len(of(cell, arm, "loss")) > 2]
-    lines = [
-        "| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread | s |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    pairs = {arm: ("NTP", arm) for arm in arms if arm != "NTP"}
-    tests = {}
-    for measure in MEASURES:
-        found = {arm: paired(cell, arm, "NTP", measure, of) for arm in pairs}
-        found = {arm: d for arm, d in found.items() if d}
-        corrected = holm([d.p for d in found.values()])
-        tests[measure] = {arm: (d, p) for (arm, d), p in zip(found.items(), corrected, strict=True)}
-    for arm in arms:
-        row = [arm, str(len(of(cell, arm, "loss")))]
-        for measure, (_, form, factor) in MEASURES.items():
-            values = [factor * v for v in of(cell, arm, measure).values()]
-            row.append(f"{statistics.mean(values):{form}}" if values else "–")
-            row += signed(tests[measure].get(arm), form, factor)
-        for measure, form in (("calibration_error", ".3f"), ("confidence_spread", ".3f"), ("seconds", ".0f")):
-            row.append(f"{statistics.mean(of(cell, arm, measure).values()):{form}}")
-        lines.append(f"| {' | '.join(row)} |")
-    others = [(one, other) for one, other in COMPARED if one in arms and other in arms]
-    lines += ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    columns = []
-    for measure, (_, form, factor) in MEASURES.items():
-        found = [paired(cell, one, other, measure, of) for one, other in others]
-        corrected = iter(holm([d.p for d in found if d]))
-        column = []
-        for d in found:
-            detectable = f"{factor * d.detectable:{form}}" if d else "–"
-            column.append([*signed((d, next(corrected)) if d else None, form, factor), detectable])
-        columns.append(column)
-    for (one, other), *cells_of in zip(others, *columns, strict=True):
-        lines.append(f"| {one} − {other} | {' | '.join(c for column in cells_of for c in column)} |")
-    return "\n".join(lines) + "\n"
-
-
-def paired(cell: tuple, one: str, other: str, measure: str, of) -> Difference | None:
-    """The difference of two arms over the seeds that both have; None with fewer than three."""
-    a, b = of(cell, one, measure), of(cell, other, measure)
-    seeds = sorted(a.keys() & b.keys())
-    return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
-
-
-def signed(tested: tuple[Difference, float] | None, form: str, factor: float) -> list[str]:
+def signed(d: Difference | None, p: float | None, form: str, factor: float) -> list[str]:
     """A difference with its interval, and its corrected p-value."""
-    if tested is None:
-        return ["", ""]
-    d, p = tested
+    if d is None:
+        return ["–", "–"]
     return [f"{factor * d.mean:+{form}} ± {factor * d.half:{form}}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
 
 
-def picture(of, cells: list[tuple]) -> None:
-    """Draw each arm's difference to NTP, and how that grows with the share of wrong answers."""
+def tested(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
+    """(difference, p-value corrected for their number) of each pair of arms; (None, None) where there is none."""
+    found = [results.difference(corpora, one, other, measure) for one, other in pairs]
+    corrected = iter(holm([d.p for d in found if d]))
+    return [(d, next(corrected) if d else None) for d in found]
+
+
+def arms_table(results: Results, corpora: list[str]) -> list[str]:
+    """A row for each arm, with its paired difference to NTP."""
+    arms = [arm for arm in ARMS if len(results.of(corpora, arm, "loss")) > 2]
+    pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
+    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    tests = {m: dict(zip(pairs, tested(results, corpora, pairs, m), strict=True)) for m in MEASURES}
+    for arm in arms:
+        row = [arm, str(len(results.of(corpora, arm, "loss")))]
+        for measure, (form, factor) in MEASURES.items():
+            values = [factor * v for v in results.of(corpora, arm, measure).values()]
+            row.append(f"{statistics.mean(values):{form}}" if values else "–")
+            row += ["", ""] if arm == "NTP" else signed(*tests[measure][arm, "NTP"], form, factor)
+        for measure in ("calibration_error", "confidence_spread"):
+            row.append(f"{statistics.mean(results.of(corpora, arm, measure).values()):.3f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def others_table(results: Results, corpora: list[str]) -> list[str]:
+    """The other comparisons, each with the smallest difference that would have been found."""
+    pairs = [pair for pair in COMPARED if results.difference(corpora, *pair, "loss")]
+    if not pairs:
+        return []
+    lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    tests = {measure: tested(results, corpora, pairs, measure) for measure in MEASURES}
+    for n, (one, other) in enumerate(pairs):
+        row = [f"{one} − {other}"]
+        for measure, (form, factor) in MEASURES.items():
+            d, p = tests[measure][n]
+            row += [*signed(d, p, form, factor), f"{factor * d.detectable:{form}}" if d else "–"]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def areas_table(results: Results) -> list[str]:
+    """How well low confidence tells the wrong answers, by the share of them."""
+    lines = ["| wrong answers, % | by probability | by perplexity |", "|---|---|---|"]
+    for corpus in SHARES:
+        areas = [
+            n["roc_area"] for (c, arm, _), n in results.notes.items() if (c, arm) == (corpus, "NTP") and "roc_area" in n
+        ]
+        if len(areas) > 2:
+            columns = [[area[by] for area in areas] for by in ("probability", "perplexity")]
+            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
+            lines.append(f"| {corpus.split()[1]} | {' | '.join(cells)} |")
+    return lines
+
+
+COLOURS = ("#2a6f97", "#d1495b", "#888888")
+
+
+def picture(results: Results) -> None:
+    """Draw each arm's difference to NTP, and how that goes with the share of wrong answers."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    shares = sorted(noise for corpus, noise in cells if corpus == "demo")
-    several = len(shares) > 1
-    widths, ratios = ((11, 3.8), (3, 2)) if several else ((6.5, 3.2), (1,))
-    figure, panels = plt.subplots(
-        1, len(ratios), figsize=widths, layout="constrained", width_ratios=ratios, squeeze=False
-    )
-    panels = panels[0]
-    main_cell = ("demo", 0.3)
-    arms = [arm for arm in ARMS if arm != "NTP" and "LoRA" not in arm and paired(main_cell, arm, "NTP", "accuracy", of)]
-    found = [paired(main_cell, arm, "NTP", "accuracy", of) for arm in arms]
-    panels[0].errorbar(
-        [100 * d.mean for d in found], arms, xerr=[100 * d.half for d in found], fmt="o", color="#2a6f97", capsize=2
-    )
-    panels[0].axvline(0, color="black", lw=1)
-    panels[0].invert_yaxis()
-    panels[0].set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
-    if several:
-        by_noise(panels[1], shares, of)
-    for axes in panels:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
+    arms = [arm for arm in ARMS if arm != "NTP" and "LoRA" not in arm]
+    for corpus, label, colour, shift in (
+        ("demo 30", "3 epochs", COLOURS[0], -0.12),
+        ("demo 30, 10 epochs", "10 epochs", COLOURS[1], 0.12),
+    ):
+        found = [(n, results.difference([corpus], arm, "NTP", "accuracy")) for n, arm in enumerate(arms)]
+        found = [(n + shift, 100 * d.mean, 100 * d.half) for n, d in found if d]
+        if found:
+            places, means, halves = zip(*found, strict=True)
+            left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
+    left.axvline(0, color="black", lw=1)
+    drawn = [n for n, arm in enumerate(arms) if any(results.difference([c], arm, "NTP", "accuracy") for c in DEMOS)]
+    left.set_yticks(drawn, [arms[n] for n in drawn])
+    left.invert_yaxis()
+    left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
+    left.legend(frameon=False)
+    for arm, colour in zip(("SFTMix", "random pairs", "label smoothing"), COLOURS, strict=True):
+        found = [(name, results.difference([name], arm, "NTP", "accuracy")) for name in SHARES]
+        found = [(int(name.split()[1]), 100 * d.mean, 100 * d.half) for name, d in found if d]
+        if found:
+            right.errorbar(*zip(*found, strict=True), color=colour, capsize=2, label=arm)
+    right.axhline(0, color="black", lw=1)
+    right.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
+    right.legend(frameon=False)
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)
-
-
-def by_noise(axes, shares: list[float], of) -> None:
-    """How the differences to NTP go with the share of wrong answers."""
-    for arm, colour in (("SFTMix", "#2a6f97"), ("random pairs", "#d1495b"), ("label smoothing", "#888888")):
-        kept = [share for share in shares if paired(("demo", share), arm, "NTP", "accuracy", of)]
-        found = [paired(("demo", share), arm, "NTP", "accuracy", of) for share in kept]
-        means, halves = ([100 * value for value in column] for column in zip(*((d.mean, d.half) for d in found)))  # noqa: B905
-        axes.errorbar([100 * share for share in kept], means, halves, color=colour, capsize=2, label=arm)
-    axes.axhline(0, color="black", lw=1)
-    axes.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
-    axes.legend(frameon=False)
 
 
 def main() -> None:
@@ -445,15 +548,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--work", type=Path, help="a folder for bases, scores and the run at hand")
+    parser.add_argument("--corpus", help="run this one alone; with real data, what to call it")
     parser.add_argument("--model", type=Path, help="a real model, in place of the demo's")
+    parser.add_argument("--weaker", type=Path, help="a smaller one, which splits the data in one of the arms")
     parser.add_argument("--data", type=Path, help="Alpaca's format, .jsonl")
-    parser.add_argument("--name", help="of that corpus")
-    parser.add_argument("--examples", type=int, default=2900, help="to train on")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--examples", type=int, default=500, help="to train on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    if args.what == "run" and (args.work is None or (args.model is None) != (args.data is None)):
-        parser.error("--work is needed, and --model, --data and --name together")
+    if args.what == "run" and args.work is None:
+        parser.error("run needs --work")
+    if (given := {bool(args.data), bool(args.model), bool(args.weaker)}) == {True, False} or (
+        True in given and args.corpus in (None, *DEMOS)
+    ):
+        parser.error("real data need --data, --model, --weaker, and a name for --corpus")
     {"run": run, "report": report}[args.what](args)
 
 
