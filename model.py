@@ -275,7 +275,9 @@ class RMSNorm(nn.Module):
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-        weight = self.weight.float() + self.offset
+        weight = self.weight.float()
+        if self.offset:
+            weight = weight + self.offset
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(dtype)
 
 
@@ -304,17 +306,18 @@ def rotary_frequencies(config: ModelConfig, device=None):
 def rotary_angles(positions, frequencies):
     """Cosine and sine of the angle by which each pair of a head turns (Su et al. 2021): [N], [d/2] -> two of [N, 1, d].
 
-    The **half-split** layout of Hugging Face pairs element i with i + d/2, so the d/2 angles are laid out twice.
+    The **half-split** layout of Hugging Face pairs element i with i + d/2, so the d/2 angles are laid out twice; the
+    first of a pair takes the sine with a minus.
     """
-    angle = positions[:, None].float() * frequencies  # [N, d/2], float32: bf16 cannot tell position 257 from 258
-    angle = torch.cat([angle, angle], dim=-1)[:, None]  # [N, 1, d]
-    return angle.cos(), angle.sin()
+    angle = positions[:, None, None].float() * frequencies  # [N, 1, d/2], float32: bf16 can't tell 257 from 258
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos, sin [N, 1, d] -> like x."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 class Row(NamedTuple):
@@ -377,7 +380,7 @@ class KVCache:
     def begin(self, row: Row) -> None:
         """Work out what is the same in all layers: whose each token is, and what of its sequence a new one sees."""
         device, lengths = row.positions.device, row.cu_seqlens.diff()
-        self.sequence = torch.repeat_interleave(lengths).to(device)  # [N]
+        self.place = torch.repeat_interleave(lengths).to(device) * self.shape[2] + row.positions  # [N], of B x T
         self.seen = None  # of prompts, which nothing comes before
         if (lengths == 1).all():
             reach = int(row.positions.max()) + 1
@@ -389,7 +392,8 @@ class KVCache:
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(self.shape)
         keys, values = self.layers[layer]  # [B, T, K, d] each
-        keys[self.sequence, row.positions], values[self.sequence, row.positions] = k, v
+        keys.flatten(0, 1).index_copy_(0, self.place, k)
+        values.flatten(0, 1).index_copy_(0, self.place, v)
         if self.seen is None:
             return packed_attention(q, k, v, row)
         reach = self.seen.shape[-1]
@@ -420,8 +424,8 @@ class Attention(nn.Module):
 
     def forward(self, x, row: Row, cache: KVCache | None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), row.cos, row.sin)  # [N, H, d]
-        k = rotate(self.k_norm(k), row.cos, row.sin)  # [N, K, d], as v
+        heads = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # [N, H + K, d]
+        q, k = rotate(heads, row.cos, row.sin).split([q.shape[1], k.shape[1]], dim=1)  # [N, H, d], [N, K, d] as v
         if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
