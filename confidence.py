@@ -16,6 +16,7 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -413,16 +414,19 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
 
 
 def refuse_existing(file: str) -> None:
-    """Raise FileExistsError where something is at `file` already, FileNotFoundError where its folder is not there."""
+    """Raise FileExistsError where something is at `file` already, and what `check_folder_of` raises."""
     if Path(file).exists():
         raise FileExistsError(f"{file}: already there; remove it or choose another name")
     check_folder_of(file)
 
 
 def check_folder_of(file: str) -> None:
-    """Raise FileNotFoundError where the folder that `file` is to be in is not there."""
-    if not Path(file).absolute().parent.is_dir():
+    """Raise OSError where the folder that `file` is to be in is not there, or not to be written to."""
+    folder = Path(file).absolute().parent
+    if not folder.is_dir():
         raise FileNotFoundError(f"{file}: its folder does not exist")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{file}: its folder is not to be written to")
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

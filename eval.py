@@ -7,11 +7,13 @@ Letters: B sequences generated together, N examples, D hidden size, V vocabulary
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
@@ -83,8 +85,8 @@ def nats(model: Transformer, encoded, micro_batch_tokens: int, dtype: str) -> tu
 
 class Sampling(NamedTuple):
     """How the next token is chosen: the likeliest at temperature 0, else one drawn from the likeliest that make up
-    `top_p` (nucleus sampling, Holtzman et al. 2020). What is drawn depends on the seed and the prompt, and not on what
-    is generated beside it."""
+    `top_p` (nucleus sampling, Holtzman et al. 2020). The random numbers depend on the seed and the prompt, and not on
+    what is generated beside it."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -374,8 +376,8 @@ def choice_report(questions: list[Question], chosen: list[int]) -> dict:
 
 # --- Answers, for people and for judges -------------------------------------------------------------------------------
 
-# At what temperature FastChat has the questions of a category answered.
-MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+# At what temperature FastChat has the questions of a category answered; of any other, at 0.7.
+MT_BENCH_TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
 
 class Asked(NamedTuple):
@@ -402,12 +404,13 @@ def answer_turns(
     max_new_tokens: int,
     sampling: Sampling,
     dtype: str,
-) -> list[list[str]]:
-    """Answer the turns of each, every answer becoming part of what the next turn is asked after: -> its answers.
+) -> tuple[list[list[str]], int]:
+    """Answer the turns of each, every answer becoming part of what the next turn is asked after.
 
-    Of a conversation that has become too long for the model, the answer is empty.
+    -> (the answers of each, how many of all were cut). Of a conversation that has become too long for
+    the model, the answer is empty.
     """
-    talks = [list(each.before) for each in asked]
+    talks, unended = [list(each.before) for each in asked], 0
     answers: list[list[str]] = [[] for _ in asked]
     stop_ids = tokenizer.stop_ids(template)
     for turn in range(max((len(each.turns) for each in asked), default=0)):
@@ -420,7 +423,8 @@ def answer_turns(
             said = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             answers[i].append(said)
             talks[i].append({"role": "assistant", "content": said})
-    return answers
+            unended += bool(ids) and ids[-1] not in stop_ids
+    return answers, unended
 
 
 def in_format(asked: Asked, answers: list[str], output_format: str, name: str) -> dict:
@@ -553,44 +557,66 @@ def generate_answers(args, device) -> None:
         refuse_existing(args.output)
     tokenizer, template, dtype = setting_of(args, device)
     asked = read_records(args.data, partial(to_asked, output_format=args.format))
-    progress = Path(f"{args.output}.answered") if args.output else None
-    if progress and rank() == 0:
-        settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
-        settings |= {"template": template, "dtype": dtype, "turns": [len(each.turns) for each in asked]}
-        begin_or_go_on(progress, settings | {"data": content_of(args.data), "model": content_of(args.model)})
-    barrier()
-    answers = answered_before(progress, asked) if progress else {}
-    barrier()  # all have read it
-    model = open_model(args.model, dtype, device)
-
-    def sampling(i: int) -> Sampling:
-        return sampling_of(args, asked[i])
-
-    waiting = [i for i in range(len(asked)) if i not in answers]
-    waiting.sort(key=lambda i: (sampling(i), len(asked[i].turns[0])))
-    with open(progress, "a", encoding="utf-8") if progress and rank() == 0 else contextlib.nullcontext() as file:
-        for alike, numbers in groupby(waiting, key=sampling):
+    question_ids = Counter(str(each.record["question_id"]) for each in asked if args.format == "mt_bench")
+    if twice := [name for name, count in question_ids.items() if count > 1]:
+        raise ValueError(f"{args.data}: question_id {twice[0]} stands there more than once")
+    settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
+    settings |= {"template": template, "dtype": dtype, "turns": [len(each.turns) for each in asked]}
+    unended = 0
+    with progress_file(args, settings) as progress:
+        answers = answered_before(progress, asked) if progress else {}
+        barrier()  # all have read it
+        model = open_model(args.model, dtype, device)
+        waiting = [i for i in range(len(asked)) if i not in answers]
+        waiting.sort(key=lambda i: (sampling_of(args, asked[i]), len(asked[i].turns[0])))
+        for alike, numbers in groupby(waiting, key=lambda i: sampling_of(args, asked[i])):
             for batch in in_batches(list(numbers), args.batch_size * world_size()):
                 these = [asked[i] for i in batch]
-                new = answer_turns(model, these, tokenizer, template, args.max_new_tokens, alike, dtype)
+                new, cut = answer_turns(model, these, tokenizer, template, args.max_new_tokens, alike, dtype)
                 answers |= zip(batch, new, strict=True)
-                if file:
-                    file.writelines(json.dumps({"number": i, "answers": answers[i]}) + "\n" for i in batch)
-                    file.flush()
+                unended += cut
+                if progress and rank() == 0:
+                    with open(progress, "a", encoding="utf-8") as file:
+                        file.writelines(json.dumps({"number": i, "answers": answers[i]}) + "\n" for i in batch)
                 say(f"{len(answers)}/{len(asked)} answered", sys.stderr)
-    if rank() == 0:
-        name = args.name or Path(args.model).resolve().name
-        write_answers(args, [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)])
-        if progress:
-            progress.unlink()
+        if unended:
+            say(f"warning: {unended} answers were cut at --max_new_tokens or the model's last position", sys.stderr)
+        if rank() == 0:
+            name = args.name or Path(args.model).resolve().name
+            write_answers(args, [in_format(each, answers[i], args.format, name) for i, each in enumerate(asked)])
+            if progress:
+                progress.unlink()
+
+
+@contextlib.contextmanager
+def progress_file(args, settings: dict):
+    """Yield the file beside --output that keeps answers, begun or ready to go on with; None where there is no --output.
+
+    Raises FileExistsError where another run is at work on it, ValueError where it was begun with other settings.
+    """
+    if args.output is None:
+        yield None
+        return
+    path = Path(f"{args.output}.answered")
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            lock = held.enter_context(open(path, "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(f"{path}: another run is at work on it; wait, or choose another --output") from None
+            contents = {"data": content_of(args.data), "model": content_of(args.model)}
+            begin_or_go_on(path, settings | contents)
+        barrier()  # it is there
+        yield path
 
 
 def sampling_of(args, asked: Asked) -> Sampling:
     """How a record is answered: as the flags say, or for MT-Bench, where they say nothing, by its category."""
     temperature = args.temperature
     if temperature is None:
-        by_category = MT_BENCH_TEMPERATURE if args.format == "mt_bench" else {}
-        temperature = by_category.get(str(asked.record.get("category")), 0.0)
+        category = str(asked.record.get("category"))
+        temperature = MT_BENCH_TEMPERATURE.get(category, 0.7) if args.format == "mt_bench" else 0.0
     return Sampling(temperature, args.top_p, args.seed)
 
 
@@ -610,7 +636,7 @@ def begin_or_go_on(file: Path, settings: dict) -> None:
 
     Raises ValueError where it was begun with other settings.
     """
-    if not file.exists():
+    if file.stat().st_size == 0:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     content = file.read_bytes()
     with open(file, "rb+") as whole:

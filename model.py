@@ -982,6 +982,10 @@ def written_aside(path: Path):
             flush(part)
         aside.replace(path)
         flush(path.parent)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # which a full disk does not tell
     finally:
         _remove(aside)
 

@@ -1,5 +1,6 @@
 """Held-out loss, generation, exact match and their intervals."""
 
+import fcntl
 import json
 import math
 
@@ -367,16 +368,16 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
 
     monkeypatch.setattr(eval_module, "generate", generate)
     two = eval_module.to_asked({"turns": ["the dog?", "and the fox?"]}, "jsonl")
-    answers = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling(), "fp32")
-    assert answers == [["it sleeps", "it sleeps"]]
+    answers, unended = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling(), "fp32")
+    assert answers == [["it sleeps", "it sleeps"]] and unended == 0
     assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
 
 
 def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
     asked = [eval_module.to_asked({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
-    answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
-    assert answers[1] == [""] and "1 prompts are too long for the model" in capsys.readouterr().err
+    answers, unended = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
+    assert answers[1] == [""] and unended == 1 and "1 prompts are too long for the model" in capsys.readouterr().err
 
 
 def test_an_answer_ends_before_the_space_of_its_template(tokenizer):
@@ -394,6 +395,25 @@ def test_damaged_answers_are_told(model_folder, tmp_path, capsys, content):
     with pytest.raises(SystemExit):
         printed(capsys, *given)
     assert "o.answered: " in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_one_run_at_a_time_keeps_answers_in_a_file(model_folder, tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps(ASKED["jsonl"]))
+    given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]
+    with open(tmp_path / "o.answered", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            printed(capsys, *given)
+        assert "o.answered: another run is at work on it" in capsys.readouterr().err
+    printed(capsys, *given, "--max_new_tokens", 3)
+
+
+def test_a_question_asked_twice_of_a_judge_is_told(model_folder, tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps([{"question_id": 81, "turns": ["the dog?"]}] * 2))
+    given = ["--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]
+    with pytest.raises(SystemExit):
+        printed(capsys, "generate", *given, "--format", "mt_bench")
+    assert "question_id 81 stands there more than once" in capsys.readouterr().err
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
