@@ -415,6 +415,8 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
 
 def refuse_existing(file: str) -> None:
     """Raise FileExistsError where something is at `file` already, and what `check_folder_of` raises."""
+    if not file:
+        raise FileNotFoundError("--output '': names no file")
     if Path(file).exists():
         raise FileExistsError(f"{file}: already there; remove it or choose another name")
     check_folder_of(file)

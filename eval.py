@@ -532,7 +532,7 @@ def perplexity_or_match(args, device) -> None:
 
 def choice(args, device) -> None:
     """Multiple choice; with --output, a line for each question too."""
-    if args.output:
+    if args.output is not None:
         refuse_existing(args.output)
     tokenizer, template, dtype = setting_of(args, device)
     questions = read_records(args.data, to_question)
@@ -553,7 +553,7 @@ def generate_answers(args, device) -> None:
     """Answer the records of a file. What is answered is kept beside --output: a run that was stopped goes on there."""
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
-    if args.output:
+    if args.output is not None:
         refuse_existing(args.output)
     tokenizer, template, dtype = setting_of(args, device)
     asked = read_records(args.data, partial(to_asked, output_format=args.format))
@@ -604,7 +604,9 @@ def progress_file(args, settings: dict):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FileExistsError(f"{path}: another run is at work on it; wait, or choose another --output") from None
+                raise FileExistsError(
+                    f"{path}: another run is at work on it; wait, or choose another --output"
+                ) from None
             contents = {"data": content_of(args.data), "model": content_of(args.model)}
             begin_or_go_on(path, settings | contents)
         barrier()  # it is there

@@ -408,6 +408,13 @@ def test_one_run_at_a_time_keeps_answers_in_a_file(model_folder, tmp_path, capsy
     printed(capsys, *given, "--max_new_tokens", 3)
 
 
+@pytest.mark.parametrize("command", ["choice", "generate"])
+def test_an_output_without_a_name_is_told(model_folder, tmp_path, capsys, command):
+    with pytest.raises(SystemExit):
+        printed(capsys, command, "--model", model_folder, "--data", tmp_path / "q.json", "--output", "")
+    assert "--output '': names no file" in capsys.readouterr().err
+
+
 def test_a_question_asked_twice_of_a_judge_is_told(model_folder, tmp_path, capsys):
     (tmp_path / "q.json").write_text(json.dumps([{"question_id": 81, "turns": ["the dog?"]}] * 2))
     given = ["--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]

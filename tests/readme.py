@@ -1,0 +1,100 @@
+"""Run every command of the README as it stands there, on a model and data small enough to be quick.
+
+    python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
+
+Names the README takes for granted are links to these; eight processes become two, and two nodes become two on this
+machine. What installs, runs the tests or the demo is left to whoever calls this. A command that fails ends it.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS, DATA = ("stories3M-hf", "Llama-3.1-8B"), ("alpaca_train.jsonl", "alpaca_test.jsonl", "data.jsonl")
+ELSEWHERE = ("pip install", "torchrun train.py")  # how lines begin that .ci/run itself runs; the second is all of it
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a document's code blocks, in order: after a $, or all lines of a block without any.
+
+    >>> commands("```\\na \\\\\\n  b\\n```\\n```\\n$ c\\nwhat it prints\\n```")
+    ['a   b', 'c']
+    """
+    found = []
+    for block in re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", "").splitlines()
+        prompted = [line[2:] for line in lines if line.startswith("$ ")]
+        programs = ("python ", "torchrun ", "pip ", "head ")
+        found += prompted or [line for line in lines if line.startswith(programs)]
+    return found
+
+
+def made_small(command: str, number: int) -> str:
+    """The command with folders, files and numbers of processes that are at hand."""
+    command = command.replace("…  ", "… ").replace(" …", " --model DIR --data FILE --output DIR")
+    command = command.replace("--checkpoints DIR…", "--checkpoints DIR").replace(
+        "--nproc_per_node 8", "--nproc_per_node 2"
+    )
+    command = re.sub(r"--(output|work) DIR\b", rf"--\1 runs/readme-{number}", command)
+    return re.sub(r"\bFILE\b", DATA[2], re.sub(r"\bDIR\b", MODELS[0], command))
+
+
+def prepare(folder: Path, demo: Path) -> None:
+    """The project, and under the README's names the demo's model and some of its data."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", "runs"):
+            (folder / path.name).symlink_to(path)
+    for name in MODELS:
+        (folder / name).symlink_to(demo / "base")
+    lines = (demo / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name in DATA:
+        (folder / name).write_text("".join(lines[:48]), encoding="utf-8")
+    question = {"question": "Is snow white?", "options": {"A": "yes", "B": "no"}, "answer_idx": "A"}
+    (folder / "medqa_test.jsonl").write_text(3 * (json.dumps(question) + "\n"))
+    (folder / "runs").mkdir()
+    for name in ("demo", "gemma"):
+        (folder / "runs" / name).symlink_to(demo)
+
+
+def run(command: str, folder: Path) -> None:
+    """Run it, on two nodes where it says so. SystemExit with what it said where it fails."""
+    copies = 2 if "--nnodes 2" in command else 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = command.replace("HOST:29500", f"localhost:{port}")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    settings = {"cwd": folder, "env": environment, "text": True, "shell": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    begun = [subprocess.Popen(command, **settings, **pipes) for _ in range(copies)]
+    said = [process.communicate("What is the capital of Peru?\n", timeout=600)[0] for process in begun]
+    if any(process.returncode for process in begun):
+        raise SystemExit(f"{command}\n{''.join(said)[-3000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True, help="output folder of the demo")
+    args = parser.parse_args()
+    number = itertools.count()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, args.demo.resolve())
+        for line in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+            if line.startswith(ELSEWHERE[0]) or line.split("#")[0].strip() == ELSEWHERE[1]:
+                continue
+            began = time.perf_counter()
+            run(made_small(line, next(number)), folder)
+            print(f"{time.perf_counter() - began:5.0f} s  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
