@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -53,7 +54,9 @@ def prepare(folder: Path, demo: Path) -> None:
         if path.name not in (".git", "runs"):
             (folder / path.name).symlink_to(path)
     for name in MODELS:
-        (folder / name).symlink_to(demo / "base")
+        shutil.copytree(demo / "base", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     lines = (demo / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name in DATA:
         (folder / name).write_text("".join(lines[:48]), encoding="utf-8")
