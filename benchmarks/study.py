@@ -5,8 +5,8 @@
     python benchmarks/study.py report                   the tables and the picture of docs/study.md
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
-with others of the same seed, which have the same base, data and order. Nothing is tuned: arms have the same settings
-but for what their names say, and all are reported, on held-out examples that no arm has seen.
+with others of the same seed, which have the same base and data. Nothing is tuned: arms have the same settings but for
+what their names say, and all are reported, on held-out examples that no arm has seen.
 """
 
 import argparse
@@ -30,9 +30,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from confidence import Dynamics, area_under_roc, load_dataset, load_tokenizer, score_examples, split_by_confidence
+from confidence import (
+    Dynamics,
+    area_under_roc,
+    choose_template,
+    load_dataset,
+    load_tokenizer,
+    score_examples,
+    split_by_confidence,
+)
 from data import Dataset, demo_corpus, draw_lambda, load_examples, pack, paired_order, split_batch
-from model import Transformer, load_model
+from eval import exact_match
+from model import Transformer, content_of, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"
@@ -88,17 +97,27 @@ class Arm(NamedTuple):
     parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
 
-# With μ = 0.2 and a mean λ of ½, Mixup moves μ/2 of 1 + μ of all the targets' weight off the gold token.
-MATCHED = 0.1 / 1.2
+def smoothing(epsilon: float) -> Arm:
+    """NTP with label smoothing."""
+    return Arm("--stage reference", parts={"sftmix_loss": smoothed(epsilon)})
+
+
+# Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1) of the targets' weight to another token, where the two tokens
+# that meet differ: at 31 % of mixed positions in the demo, whose answers have fixed words; nearly always in real data. As
+# strong as Mixup is smoothing with ε = 0.013 (μ = 0.2) and 0.04 (μ = 1) in the demo, with 0.04 (μ = 0.2) on real data.
 ARMS = {
     "NTP": Arm("--stage reference"),
     "SFTMix": Arm(),
     "random pairs": Arm("--stage sftmix --pairing random"),
-    "label smoothing": Arm("--stage reference", parts={"sftmix_loss": smoothed(MATCHED)}),
+    "label smoothing, ε = 0.013": smoothing(0.013),
     "SFTMix, μ = 1": Arm("--stage sftmix --mu 1"),
     "random pairs, μ = 1": Arm("--stage sftmix --mu 1 --pairing random"),
-    "label smoothing as of μ = 1": Arm("--stage reference", parts={"sftmix_loss": smoothed(0.25)}),
+    "label smoothing, ε = 0.04": smoothing(0.04),
     "SFTMix, by perplexity": Arm("--stage sftmix --confidence_by perplexity"),
+    "SFTMix, by perplexity, μ = 1": Arm("--stage sftmix --mu 1 --confidence_by perplexity"),
+    "NTP in SFTMix's order": Arm("--stage sftmix --mu 0"),
+    "label smoothing, ε = 0.083": smoothing(0.1 / 1.2),
+    "label smoothing, ε = 0.25": smoothing(0.25),
     "SFTMix, by a weaker model": Arm(weaker=True),
     "Mixup alone": Arm("--stage sftmix --ntp_weight 0"),
     "SFTMix, μ = 0.1": Arm("--stage sftmix --mu 0.1"),
@@ -121,11 +140,18 @@ ARMS = {
     "beyond: split anew each epoch": Arm("--stage sftmix --mu 1 --confidence online"),
 }
 NAMES = list(ARMS)
-CORE, BEYOND = NAMES[:7], [name for name in NAMES if name.startswith("beyond")]
-REST = [name for name in NAMES if name not in (*CORE, *BEYOND, "SFTMix, by a weaker model")]
-COMPARED = [("SFTMix", "random pairs"), ("SFTMix", "label smoothing"), ("SFTMix, μ = 1", "random pairs, μ = 1")]
-COMPARED += [("SFTMix, μ = 1", "label smoothing as of μ = 1"), ("LoRA, SFTMix", "LoRA, NTP")]
-COMPARED += [(name, "random pairs, μ = 1") for name in BEYOND]
+MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
+REST, BEYOND = NAMES[NAMES.index("Mixup alone") : -5], NAMES[-5:]
+COMPARED = [
+    ("SFTMix", "random pairs"),
+    ("SFTMix, by perplexity", "random pairs"),
+    ("SFTMix", "NTP in SFTMix's order"),
+    ("SFTMix", "label smoothing, ε = 0.013"),
+    ("SFTMix, μ = 1", "random pairs, μ = 1"),
+    ("SFTMix, by perplexity, μ = 1", "random pairs, μ = 1"),
+    ("SFTMix, μ = 1", "label smoothing, ε = 0.04"),
+    ("LoRA, SFTMix", "LoRA, NTP"),
+]
 
 
 class Demo(NamedTuple):
@@ -133,23 +159,24 @@ class Demo(NamedTuple):
 
     noise: float  # the share of wrong answers among those trained on
     epochs: int = 3
-    held_out: str = "test"
 
 
 DEMOS = {f"demo {share}": Demo(share / 100) for share in (0, 10, 20, 30, 40)}
-DEMOS |= {"demo 30, 10 epochs": Demo(0.3, epochs=10), "demo 30, to choose by": Demo(0.3, epochs=10, held_out="eval")}
-SHARES = list(DEMOS)[:5]
-PLAN = [  # corpus, arms and seeds; what matters most first
-    *((name, CORE, range(10)) for name in ("demo 30", "demo 0", "demo 40", "demo 30, 10 epochs")),
-    ("demo 30", REST, range(10)),
-    *((name, CORE[:4], range(10)) for name in ("demo 20", "demo 10")),
-    ("demo 30, to choose by", ["random pairs, μ = 1", "SFTMix, μ = 1", *BEYOND], range(10)),
+SHARES = list(DEMOS)
+LONG = "demo 30, 10 epochs"
+DEMOS[LONG] = Demo(0.3, epochs=10)
+PLAN = [  # corpus and arms; what matters most first
+    (LONG, [name for name in OFTEN if name not in ("label smoothing, ε = 0.013", "SFTMix, by perplexity")]),
+    ("demo 30", OFTEN),
+    ("demo 0", CORE),
+    ("demo 40", CORE),
+    ("demo 20", MAIN),
+    ("demo 10", MAIN),
+    (LONG, BEYOND),
+    ("demo 30", REST),
 ]
-REAL = [*CORE, "SFTMix, by a weaker model"]
-SETTINGS = {
-    "demo": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5},
-    "real": {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5, "epochs": 5},
-}
+REAL = [*MAIN, "label smoothing, ε = 0.04", "SFTMix, by a weaker model"]
+SETTINGS = {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5, "epochs": 5}
 
 # --- One run ----------------------------------------------------------------------------------------------------------
 
@@ -226,18 +253,23 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
     result = json.loads((output / "results.json").read_text())[stage]
     model, tokenizer = load_model(output / folder).eval(), load_tokenizer(cell / "base")
-    held_out, trained = (
-        load_dataset(cell / f"{part}.jsonl", tokenizer, "alpaca", settings["max_length"], None, sys.stderr)
-        for part in ("held-out", "train")
-    )
-    probability, _ = score_examples(model, trained)
+    template = choose_template(tokenizer, None, sys.stderr)
+    encoded = {
+        part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], None, sys.stderr)
+        for part in ("held-out", "train", "eval")
+        if (cell / f"{part}.jsonl").exists()
+    }
+    probability, _ = score_examples(model, encoded["train"])
     measured = {
         "loss": result["loss"],
         "accuracy": result["accuracy"],
-        "calibration_error": calibration_error(model, held_out),
+        "calibration_error": calibration_error(model, encoded["held-out"]),
         "confidence_spread": float(probability.std()),
         "seconds": result["seconds"],
     }
+    if "eval" in encoded:  # to choose by
+        examples = load_examples(cell / "eval.jsonl")
+        measured["eval_accuracy"] = exact_match(model, examples, tokenizer, template)["accuracy"]
     if name == "NTP":
         score(cell / "base", cell / "train.jsonl", output, settings)
         if (cell / "wrong.json").exists():
@@ -260,7 +292,7 @@ def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     corpus = demo_corpus(seed, wrong_share=demo.noise)
     cell.mkdir(exist_ok=True)
-    for name, records in (("train", corpus.train), ("held-out", getattr(corpus, demo.held_out))):
+    for name, records in (("train", corpus.train), ("eval", corpus.eval), ("held-out", corpus.test)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         (cell / f"{name}.jsonl").write_text(text, encoding="utf-8")
     (cell / "wrong.json").write_text(json.dumps(corpus.wrong))
@@ -269,13 +301,21 @@ def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
 
 def make_real_cell(cell: Path, seed: int, args) -> None:
     """A real model, and of the data so many examples to train on and a fifth of that, held out, drawn by the seed."""
-    lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in dict.fromkeys(args.data.read_text(encoding="utf-8").split("\n")) if short_enough(line)]
     order, n = np.random.default_rng(seed).permutation(len(lines)), args.examples
+    if len(lines) < n + n // 5:
+        sys.exit(f"{args.data}: {len(lines)} records that can be used are fewer than {n + n // 5}")
     cell.mkdir(exist_ok=True)
     for name, numbers in (("train", order[:n]), ("held-out", order[n : n + n // 5])):
-        (cell / f"{name}.jsonl").write_text("".join(lines[i] for i in numbers), encoding="utf-8")
+        (cell / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in numbers), encoding="utf-8")
     link(cell / "base", args.model)
     link(cell / "weaker", args.weaker)
+
+
+def short_enough(line: str) -> bool:
+    """Whether a record's question leaves room for an answer, however few pieces a tokenizer has."""
+    record = json.loads(line or "{}")
+    return 0 < len(record.get("instruction", "") + record.get("input", "")) <= 200
 
 
 def link(path: Path, target: Path) -> None:
@@ -293,15 +333,20 @@ def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
     cell = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
     if args.data:
         make_real_cell(cell, seed, args)
-        settings = SETTINGS["real"]
+        settings = SETTINGS | {"seed": seed}
     else:
         make_demo_cell(cell, seed, DEMOS[corpus])
-        settings = SETTINGS["demo"] | {"epochs": DEMOS[corpus].epochs}
+        settings = SETTINGS | {"seed": seed, "epochs": DEMOS[corpus].epochs}
+    made_with = json.dumps({**settings, "data": content_of(cell / "train.jsonl"), "model": content_of(cell / "base")})
+    if not (cell / "made-with.json").exists():
+        (cell / "made-with.json").write_text(made_with)
+    if (cell / "made-with.json").read_text() != made_with:
+        sys.exit(f"{cell}: made with other settings, data or model; choose another --work")
     if not (cell / "confidence.jsonl").exists() and "NTP" not in waiting:
         waiting.insert(0, "NTP")
     for arm in waiting:
         shutil.rmtree(cell / "run", ignore_errors=True)
-        request = {"name": arm, "cell": str(cell), "settings": settings | {"seed": seed}}
+        request = {"name": arm, "cell": str(cell), "settings": settings}
         began = time.perf_counter()
         process = subprocess.run(
             [sys.executable, __file__, "one", json.dumps(request)],
@@ -328,11 +373,10 @@ def one(request: dict) -> None:
 def run(args) -> None:
     """Run all that is planned and not yet done, `jobs` at once."""
     args.work.mkdir(parents=True, exist_ok=True)
-    plan = [(args.corpus, REAL, range(5))] if args.data else PLAN
-    for corpus, arms, seeds in plan:
+    for corpus, arms in [(args.corpus, REAL)] if args.data else PLAN:
         if args.corpus in (None, corpus):
             with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
-                list(pool.map(partial(run_cell, args, corpus, arms), seeds))
+                list(pool.map(partial(run_cell, args, corpus, arms), range(5 if args.data else 10)))
 
 
 # --- What they say ----------------------------------------------------------------------------------------------------
@@ -382,7 +426,7 @@ def difference(one: list[float], other: list[float]) -> Difference:
     n, mean = len(differences), statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(n)
     t = t_quantile(0.05, n - 1)
-    p = t_tail(mean / error, n - 1) if error else 1.0
+    p = t_tail(mean / error, n - 1) if error else float(mean == 0)
     return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error)
 
 
@@ -424,10 +468,11 @@ MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and 
 def report(args) -> None:
     """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
     results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
-    corpora = list(dict.fromkeys(corpus for corpus, _, _ in results.notes))
-    tables = {corpus: [corpus] for corpus in sorted(corpora)} | {"all shares": SHARES}
-    tables = {name: arms_table(results, parts) + others_table(results, parts) for name, parts in tables.items()}
+    corpora = sorted({corpus for corpus, _, _ in results.notes})
+    parts = {corpus: [corpus] for corpus in corpora} | {"all shares": SHARES}
+    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in parts.items()}
     tables["wrong answers found"] = areas_table(results)
+    tables["beyond the paper"] = beyond_table(results)
     for name, lines in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if begin not in text:
@@ -454,7 +499,8 @@ def tested(results: Results, corpora: list[str], pairs: list[tuple[str, str]], m
 
 def arms_table(results: Results, corpora: list[str]) -> list[str]:
     """A row for each arm, with its paired difference to NTP."""
-    arms = [arm for arm in ARMS if len(results.of(corpora, arm, "loss")) > 2]
+    seeds = results.of(corpora, "NTP", "loss").keys()
+    arms = [arm for arm in ARMS if len(seeds) > 2 and seeds <= results.of(corpora, arm, "loss").keys()]
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
     lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
@@ -473,8 +519,9 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
 
 def others_table(results: Results, corpora: list[str]) -> list[str]:
     """The other comparisons, each with the smallest difference that would have been found."""
-    pairs = [pair for pair in COMPARED if results.difference(corpora, *pair, "loss")]
-    if not pairs:
+    seeds = results.of(corpora, "NTP", "loss").keys()
+    pairs = [pair for pair in COMPARED if all(seeds <= results.of(corpora, arm, "loss").keys() for arm in pair)]
+    if not pairs or len(seeds) < 3:
         return []
     lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -502,6 +549,18 @@ def areas_table(results: Results) -> list[str]:
     return lines
 
 
+def beyond_table(results: Results) -> list[str]:
+    """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
+    arms = ("SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND)
+    pairs = [(arm, "random pairs, μ = 1") for arm in arms if results.difference([LONG], arm, arm, "eval_accuracy")]
+    columns = [tested(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
+    lines = ["| − random pairs, μ = 1 | exact match to choose by, points | p | exact match on test | p |"]
+    lines.append("|---|---|---|---|---|")
+    for (arm, _), *cells in zip(pairs, *columns, strict=True):
+        lines.append(f"| {arm} | {' | '.join(x for cell in cells for x in signed(*cell, '.1f', 100))} |")
+    return lines
+
+
 COLOURS = ("#2a6f97", "#d1495b", "#888888")
 
 
@@ -516,7 +575,7 @@ def picture(results: Results) -> None:
     arms = [arm for arm in ARMS if arm != "NTP" and "LoRA" not in arm]
     for corpus, label, colour, shift in (
         ("demo 30", "3 epochs", COLOURS[0], -0.12),
-        ("demo 30, 10 epochs", "10 epochs", COLOURS[1], 0.12),
+        (LONG, "10 epochs", COLOURS[1], 0.12),
     ):
         found = [(n, results.difference([corpus], arm, "NTP", "accuracy")) for n, arm in enumerate(arms)]
         found = [(n + shift, 100 * d.mean, 100 * d.half) for n, d in found if d]
@@ -524,12 +583,13 @@ def picture(results: Results) -> None:
             places, means, halves = zip(*found, strict=True)
             left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
     left.axvline(0, color="black", lw=1)
-    drawn = [n for n, arm in enumerate(arms) if any(results.difference([c], arm, "NTP", "accuracy") for c in DEMOS)]
+    both = ("demo 30", LONG)
+    drawn = [n for n, arm in enumerate(arms) if any(results.difference([c], arm, "NTP", "accuracy") for c in both)]
     left.set_yticks(drawn, [arms[n] for n in drawn])
     left.invert_yaxis()
     left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
     left.legend(frameon=False)
-    for arm, colour in zip(("SFTMix", "random pairs", "label smoothing"), COLOURS, strict=True):
+    for arm, colour in zip(("SFTMix", "random pairs"), COLOURS, strict=False):
         found = [(name, results.difference([name], arm, "NTP", "accuracy")) for name in SHARES]
         found = [(int(name.split()[1]), 100 * d.mean, 100 * d.half) for name, d in found if d]
         if found:
@@ -557,10 +617,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "run" and args.work is None:
         parser.error("run needs --work")
-    if (given := {bool(args.data), bool(args.model), bool(args.weaker)}) == {True, False} or (
-        True in given and args.corpus in (None, *DEMOS)
-    ):
+    real = [args.data, args.model, args.weaker]
+    if any(real) and not (all(real) and args.corpus):
         parser.error("real data need --data, --model, --weaker, and a name for --corpus")
+    if args.corpus is not None and (args.corpus in DEMOS) == any(real):
+        parser.error(f"--corpus {args.corpus}: the demo's are {', '.join(DEMOS)}; real data take another name")
     {"run": run, "report": report}[args.what](args)
 
 
