@@ -103,8 +103,8 @@ def smoothing(epsilon: float) -> Arm:
 
 
 # Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1) of the targets' weight to another token, where the two tokens
-# that meet differ: at 31 % of mixed positions in the demo, whose answers have fixed words; nearly always in real data. As
-# strong as Mixup is smoothing with ε = 0.013 (μ = 0.2) and 0.04 (μ = 1) in the demo, with 0.04 (μ = 0.2) on real data.
+# that meet differ: at 31 % of mixed positions in the demo, whose answers have fixed words; at nearly all in real data.
+# So smoothing is as strong with ε = 0.013 (μ = 0.2) and 0.04 (μ = 1) in the demo, with 0.04 (μ = 0.2) on real data.
 ARMS = {
     "NTP": Arm("--stage reference"),
     "SFTMix": Arm(),
