@@ -455,6 +455,11 @@ class Results:
         found = {seed: [self.notes.get((corpus, arm, seed), {}).get(measure) for corpus in corpora] for seed in seeds}
         return {seed: statistics.mean(values) for seed, values in found.items() if None not in values}
 
+    def arms(self, corpora: list[str]) -> list[str]:
+        """The arms that were run with all seeds, which are those of NTP; none before there are three."""
+        seeds = self.of(corpora, "NTP", "loss").keys()
+        return [arm for arm in ARMS if len(seeds) > 2 and seeds <= self.of(corpora, arm, "loss").keys()]
+
     def difference(self, corpora: list[str], one: str, other: str, measure: str) -> Difference | None:
         """The difference of two arms over the seeds that both have; None with fewer than three."""
         a, b = self.of(corpora, one, measure), self.of(corpora, other, measure)
@@ -499,8 +504,7 @@ def tested(results: Results, corpora: list[str], pairs: list[tuple[str, str]], m
 
 def arms_table(results: Results, corpora: list[str]) -> list[str]:
     """A row for each arm, with its paired difference to NTP."""
-    seeds = results.of(corpora, "NTP", "loss").keys()
-    arms = [arm for arm in ARMS if len(seeds) > 2 and seeds <= results.of(corpora, arm, "loss").keys()]
+    arms = results.arms(corpora)
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
     lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
@@ -519,9 +523,8 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
 
 def others_table(results: Results, corpora: list[str]) -> list[str]:
     """The other comparisons, each with the smallest difference that would have been found."""
-    seeds = results.of(corpora, "NTP", "loss").keys()
-    pairs = [pair for pair in COMPARED if all(seeds <= results.of(corpora, arm, "loss").keys() for arm in pair)]
-    if not pairs or len(seeds) < 3:
+    pairs = [pair for pair in COMPARED if {*pair} <= {*results.arms(corpora)}]
+    if not pairs:
         return []
     lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -551,8 +554,8 @@ def areas_table(results: Results) -> list[str]:
 
 def beyond_table(results: Results) -> list[str]:
     """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
-    arms = ("SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND)
-    pairs = [(arm, "random pairs, μ = 1") for arm in arms if results.difference([LONG], arm, arm, "eval_accuracy")]
+    arms = {"SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND}
+    pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
     columns = [tested(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
     lines = ["| − random pairs, μ = 1 | exact match to choose by, points | p | exact match on test | p |"]
     lines.append("|---|---|---|---|---|")
@@ -561,7 +564,7 @@ def beyond_table(results: Results) -> list[str]:
     return lines
 
 
-COLOURS = ("#2a6f97", "#d1495b", "#888888")
+COLOURS = ("#2a6f97", "#d1495b")
 
 
 def picture(results: Results) -> None:
@@ -572,28 +575,28 @@ def picture(results: Results) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
-    arms = [arm for arm in ARMS if arm != "NTP" and "LoRA" not in arm]
+    whole = {corpus: results.arms([corpus]) for corpus in DEMOS}
+    arms = [arm for arm in ARMS if arm in (*whole["demo 30"], *whole[LONG]) and arm != "NTP" and "LoRA" not in arm]
     for corpus, label, colour, shift in (
         ("demo 30", "3 epochs", COLOURS[0], -0.12),
         (LONG, "10 epochs", COLOURS[1], 0.12),
     ):
-        found = [(n, results.difference([corpus], arm, "NTP", "accuracy")) for n, arm in enumerate(arms)]
-        found = [(n + shift, 100 * d.mean, 100 * d.half) for n, d in found if d]
-        if found:
-            places, means, halves = zip(*found, strict=True)
-            left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
+        places = [n for n, arm in enumerate(arms) if arm in whole[corpus]]
+        found = [results.difference([corpus], arms[n], "NTP", "accuracy") for n in places]
+        means, halves = [100 * d.mean for d in found], [100 * d.half for d in found]
+        places = [n + shift for n in places]
+        left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
     left.axvline(0, color="black", lw=1)
-    both = ("demo 30", LONG)
-    drawn = [n for n, arm in enumerate(arms) if any(results.difference([c], arm, "NTP", "accuracy") for c in both)]
-    left.set_yticks(drawn, [arms[n] for n in drawn])
+    left.set_yticks(range(len(arms)), arms)
     left.invert_yaxis()
     left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
     left.legend(frameon=False)
-    for arm, colour in zip(("SFTMix", "random pairs"), COLOURS, strict=False):
-        found = [(name, results.difference([name], arm, "NTP", "accuracy")) for name in SHARES]
-        found = [(int(name.split()[1]), 100 * d.mean, 100 * d.half) for name, d in found if d]
-        if found:
-            right.errorbar(*zip(*found, strict=True), color=colour, capsize=2, label=arm)
+    for arm, colour, shift in (("SFTMix", COLOURS[0], -0.3), ("random pairs", COLOURS[1], 0.3)):
+        corpora = [corpus for corpus in SHARES if arm in whole[corpus]]
+        found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus in corpora]
+        means, halves = [100 * d.mean for d in found], [100 * d.half for d in found]
+        places = [100 * DEMOS[corpus].noise + shift for corpus in corpora]
+        right.errorbar(places, means, yerr=halves, color=colour, capsize=2, label=arm)
     right.axhline(0, color="black", lw=1)
     right.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
     right.legend(frameon=False)
