@@ -177,6 +177,7 @@ PLAN = [  # corpus and arms; what matters most first
 ]
 REAL = [*MAIN, "label smoothing, ε = 0.04", "SFTMix, by a weaker model"]
 SETTINGS = {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5, "epochs": 5}
+HELD_OUT = 200  # examples of real data
 
 # --- One run ----------------------------------------------------------------------------------------------------------
 
@@ -300,13 +301,13 @@ def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
 
 
 def make_real_cell(cell: Path, seed: int, args) -> None:
-    """A real model, and of the data so many examples to train on and a fifth of that, held out, drawn by the seed."""
+    """A real model, and of the data so many examples to train on and others held out, drawn by the seed."""
     lines = [line for line in dict.fromkeys(args.data.read_text(encoding="utf-8").split("\n")) if short_enough(line)]
     order, n = np.random.default_rng(seed).permutation(len(lines)), args.examples
-    if len(lines) < n + n // 5:
-        sys.exit(f"{args.data}: {len(lines)} records that can be used are fewer than {n + n // 5}")
+    if len(lines) < n + HELD_OUT:
+        sys.exit(f"{args.data}: {len(lines)} records that can be used are fewer than {n + HELD_OUT}")
     cell.mkdir(exist_ok=True)
-    for name, numbers in (("train", order[:n]), ("held-out", order[n : n + n // 5])):
+    for name, numbers in (("train", order[:n]), ("held-out", order[n : n + HELD_OUT])):
         (cell / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in numbers), encoding="utf-8")
     link(cell / "base", args.model)
     link(cell / "weaker", args.weaker)
