@@ -62,6 +62,10 @@ def prepare(folder: Path, demo: Path) -> None:
         (folder / name).write_text("".join(lines[:48]), encoding="utf-8")
     question = {"question": "Is snow white?", "options": {"A": "yes", "B": "no"}, "answer_idx": "A"}
     (folder / "medqa_test.jsonl").write_text(3 * (json.dumps(question) + "\n"))
+    asked = [{"dataset": "helpful_base", "instruction": "Name the capital of Peru."}]
+    (folder / "alpaca_eval.json").write_text(json.dumps(asked))
+    asked = {"question_id": 81, "category": "writing", "turns": ["Name the capital of Peru.", "And of Japan?"]}
+    (folder / "question.jsonl").write_text(json.dumps(asked) + "\n")
     (folder / "runs").mkdir()
     for name in ("demo", "gemma"):
         (folder / "runs" / name).symlink_to(demo)
