@@ -496,7 +496,7 @@ def signed(d: Difference | None, p: float | None, form: str, factor: float) -> l
     return [f"{factor * d.mean:+{form}} ± {factor * d.half:{form}}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
 
 
-def tested(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
+def compared(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
     """(difference, p-value corrected for their number) of each pair of arms; (None, None) where there is none."""
     found = [results.difference(corpora, one, other, measure) for one, other in pairs]
     corrected = iter(holm([d.p for d in found if d]))
@@ -509,7 +509,7 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
     lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    tests = {m: dict(zip(pairs, tested(results, corpora, pairs, m), strict=True)) for m in MEASURES}
+    tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
     for arm in arms:
         row = [arm, str(len(results.of(corpora, arm, "loss")))]
         for measure, (form, factor) in MEASURES.items():
@@ -529,7 +529,7 @@ def others_table(results: Results, corpora: list[str]) -> list[str]:
         return []
     lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
     lines.append("|---|---|---|---|---|---|---|")
-    tests = {measure: tested(results, corpora, pairs, measure) for measure in MEASURES}
+    tests = {measure: compared(results, corpora, pairs, measure) for measure in MEASURES}
     for n, (one, other) in enumerate(pairs):
         row = [f"{one} − {other}"]
         for measure, (form, factor) in MEASURES.items():
@@ -557,7 +557,7 @@ def beyond_table(results: Results) -> list[str]:
     """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
     arms = {"SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND}
     pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
-    columns = [tested(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
+    columns = [compared(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
     lines = ["| − random pairs, μ = 1 | exact match to choose by, points | p | exact match on test | p |"]
     lines.append("|---|---|---|---|---|")
     for (arm, _), *cells in zip(pairs, *columns, strict=True):

@@ -26,8 +26,8 @@ ELSEWHERE = ("pip install", "torchrun train.py")  # how lines begin that .ci/run
 def commands(text: str) -> list[str]:
     """The command lines of a document's code blocks, in order: after a $, or all lines of a block without any.
 
-    >>> commands("```\\na \\\\\\n  b\\n```\\n```\\n$ c\\nwhat it prints\\n```")
-    ['a   b', 'c']
+    >>> commands("```\\npython a \\\\\\n  b\\n```\\n```\\n$ c\\nwhat it prints\\n```")
+    ['python a   b', 'c']
     """
     found = []
     for block in re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):

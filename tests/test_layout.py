@@ -59,3 +59,13 @@ def test_the_readme_holds_the_commands_that_are_run_for_it():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for command in re.findall(r"command_in_readme '([^']+)'", script):
         assert lines.count(f"pip install -r requirements.txt && {command}") == 1
+
+
+def test_the_arms_of_the_study_set_flags_and_replace_parts_that_exist(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import study
+    import train
+
+    for arm in study.ARMS.values():
+        train.parse_config(["--model", "m", "--data", "d", "--output", "o", *arm.flags.split()])
+        assert all(callable(getattr(train, part)) for part in arm.parts)

@@ -630,13 +630,13 @@ SHAPES = {
 )
 def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, shape, settings):
     save_model(tiny_model(**shape), tmp_path / "m")
-    config = TrainConfig(**{"dtype": "fp32", "batch_size": 8, "epochs": 2, "log_every": 9, **settings})
+    config = TrainConfig(**{"dtype": "fp32", "batch_size": 8, "epochs": 2, "log_every": 9, "seed": 1, **settings})
     dataset = dataset_of([120, 90, 100, 60, 150, 110, 80, 70])
 
     def run():
         model = open_model(tmp_path / "m", config.dtype, "cpu")
         model.activation_checkpointing = config.activation_checkpointing
-        train(model, dataset, config, lambda epoch: epoch_order(8, 0, 0), lambda record: None, group=lambda epoch: 2)
+        train(model, dataset, config, lambda epoch: epoch_order(8, 1, 0), lambda record: None, group=lambda epoch: 2)
 
     peak = peak_of(run)
     work = heaviest_work(dataset, config, 1)
