@@ -64,6 +64,7 @@ def test_the_readme_holds_the_commands_that_are_run_for_it():
 def test_the_arms_of_the_study_set_flags_and_replace_parts_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import study
+
     import train
 
     for arm in study.ARMS.values():
