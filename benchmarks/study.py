@@ -218,6 +218,7 @@ def scores_for(arm: Arm, cell: Path, settings: dict) -> Path:
         if not (weaker / "confidence.jsonl").exists():
             shutil.rmtree(weaker, ignore_errors=True)
             model, data = cell / "weaker", cell / "train.jsonl"
+            settings = settings | {"max_length": 512}  # with fewer pieces, texts have more tokens
             run_train({"model": model, "data": data, "output": weaker, **settings}, "--stage", "reference")
             score(model, data, weaker, settings)
         scores = weaker / "confidence.jsonl"
@@ -310,7 +311,8 @@ def make_real_cell(cell: Path, seed: int, args) -> None:
     for name, numbers in (("train", order[:n]), ("held-out", order[n : n + HELD_OUT])):
         (cell / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in numbers), encoding="utf-8")
     link(cell / "base", args.model)
-    link(cell / "weaker", args.weaker)
+    if args.weaker:
+        link(cell / "weaker", args.weaker)
 
 
 def short_enough(line: str) -> bool:
@@ -374,7 +376,8 @@ def one(request: dict) -> None:
 def run(args) -> None:
     """Run all that is planned and not yet done, `jobs` at once."""
     args.work.mkdir(parents=True, exist_ok=True)
-    for corpus, arms in [(args.corpus, REAL)] if args.data else PLAN:
+    real = [arm for arm in REAL if args.weaker or not ARMS[arm].weaker]
+    for corpus, arms in [(args.corpus, real)] if args.data else PLAN:
         if args.corpus in (None, corpus):
             with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
                 list(pool.map(partial(run_cell, args, corpus, arms), range(5 if args.data else 10)))
@@ -614,17 +617,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for bases, scores and the run at hand")
     parser.add_argument("--corpus", help="run this one alone; with real data, what to call it")
     parser.add_argument("--model", type=Path, help="a real model, in place of the demo's")
-    parser.add_argument("--weaker", type=Path, help="a smaller one, which splits the data in one of the arms")
+    parser.add_argument("--weaker", type=Path, help="a smaller one, for an arm whose split is its")
     parser.add_argument("--data", type=Path, help="Alpaca's format, .jsonl")
     parser.add_argument("--examples", type=int, default=500, help="to train on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.what == "run" and args.work is None:
         parser.error("run needs --work")
-    real = [args.data, args.model, args.weaker]
-    if any(real) and not (all(real) and args.corpus):
-        parser.error("real data need --data, --model, --weaker, and a name for --corpus")
-    if args.corpus is not None and (args.corpus in DEMOS) == any(real):
+    real = args.data is not None
+    if real != (args.model is not None) or (real and args.corpus is None):
+        parser.error("real data need --data, --model, and a name for --corpus")
+    if args.corpus is not None and (args.corpus in DEMOS) == real:
         parser.error(f"--corpus {args.corpus}: the demo's are {', '.join(DEMOS)}; real data take another name")
     {"run": run, "report": report}[args.what](args)
 
