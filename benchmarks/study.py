@@ -137,11 +137,10 @@ ARMS = {
         "--stage sftmix --mu 1", parts={"order_by_halves": partial(by_rank, mirrored=True)}
     ),
     "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"draw_lambda": leaning}),
-    "beyond: split anew each epoch": Arm("--stage sftmix --mu 1 --confidence online"),
 }
 NAMES = list(ARMS)
 MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
-REST, BEYOND = NAMES[NAMES.index("Mixup alone") : -5], NAMES[-5:]
+REST, BEYOND = NAMES[NAMES.index("Mixup alone") : -4], NAMES[-4:]
 COMPARED = [
     ("SFTMix", "random pairs"),
     ("SFTMix, by perplexity", "random pairs"),
