@@ -149,6 +149,8 @@ COMPARED = [
     ("SFTMix, μ = 1", "random pairs, μ = 1"),
     ("SFTMix, by perplexity, μ = 1", "random pairs, μ = 1"),
     ("SFTMix, μ = 1", "label smoothing, ε = 0.04"),
+    ("SFTMix", "label smoothing, ε = 0.04"),
+    ("SFTMix, by a weaker model", "SFTMix"),
     ("LoRA, SFTMix", "LoRA, NTP"),
 ]
 
