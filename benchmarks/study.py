@@ -581,7 +581,7 @@ def picture(results: Results) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
     whole = {corpus: results.arms([corpus]) for corpus in DEMOS}
-    left_out = ("NTP", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix")  # the second by 48 points; LoRA has its own NTP
+    left_out = ("NTP", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix")  # far away, and LoRA has its own NTP
     arms = [arm for arm in ARMS if arm in (*whole["demo 30"], *whole[LONG]) and arm not in left_out]
     for corpus, label, colour, shift in (
         ("demo 30", "3 epochs", COLOURS[0], -0.12),
