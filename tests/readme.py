@@ -51,9 +51,6 @@ def made_small(command: str, number: int) -> str:
 
 def prepare(folder: Path, demo: Path) -> None:
     """The project, and under the README's names the demo's model and some of its data."""
-    for path in ROOT.iterdir():
-        if path.name not in (".git", "runs"):
-            (folder / path.name).symlink_to(path)
     for name in MODELS:
         shutil.copytree(demo / "base", folder / name)
         config = json.loads((folder / name / "config.json").read_text())
@@ -70,6 +67,9 @@ def prepare(folder: Path, demo: Path) -> None:
     (folder / "runs").mkdir()
     for name in ("demo", "gemma"):
         (folder / "runs" / name).symlink_to(demo)
+    for path in ROOT.iterdir():
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
 
 
 def run(command: str, folder: Path) -> None:
