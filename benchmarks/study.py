@@ -140,7 +140,8 @@ ARMS = {
 }
 NAMES = list(ARMS)
 MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
-REST, BEYOND = NAMES[NAMES.index("Mixup alone") : -4], NAMES[-4:]
+BEYOND = [name for name in NAMES if name.startswith("beyond")]
+REST = NAMES[NAMES.index("Mixup alone") : NAMES.index(BEYOND[0])]
 COMPARED = [
     ("SFTMix", "random pairs"),
     ("SFTMix, by perplexity", "random pairs"),
@@ -572,6 +573,12 @@ def beyond_table(results: Results) -> list[str]:
 COLOURS = ("#2a6f97", "#d1495b")
 
 
+def over_ntp(results: Results, cells: list[tuple[str, str]]) -> tuple[list[float], list[float]]:
+    """By how many points of exact match each (corpus, arm) is over NTP, and half of each interval."""
+    found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus, arm in cells]
+    return [100 * d.mean for d in found], [100 * d.half for d in found]
+
+
 def picture(results: Results) -> None:
     """Draw each arm's difference to NTP, and how that goes with the share of wrong answers."""
     import matplotlib
@@ -588,8 +595,7 @@ def picture(results: Results) -> None:
         (LONG, "10 epochs", COLOURS[1], 0.12),
     ):
         places = [n for n, arm in enumerate(arms) if arm in whole[corpus]]
-        found = [results.difference([corpus], arms[n], "NTP", "accuracy") for n in places]
-        means, halves = [100 * d.mean for d in found], [100 * d.half for d in found]
+        means, halves = over_ntp(results, [(corpus, arms[n]) for n in places])
         places = [n + shift for n in places]
         left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
     left.axvline(0, color="black", lw=1)
@@ -599,8 +605,7 @@ def picture(results: Results) -> None:
     left.legend(frameon=False)
     for arm, colour, shift in (("SFTMix", COLOURS[0], -0.3), ("random pairs", COLOURS[1], 0.3)):
         corpora = [corpus for corpus in SHARES if arm in whole[corpus]]
-        found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus in corpora]
-        means, halves = [100 * d.mean for d in found], [100 * d.half for d in found]
+        means, halves = over_ntp(results, [(corpus, arm) for corpus in corpora])
         places = [100 * DEMOS[corpus].noise + shift for corpus in corpora]
         right.errorbar(places, means, yerr=halves, color=colour, capsize=2, label=arm)
     right.axhline(0, color="black", lw=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS, DATA = ("stories3M-hf", "Llama-3.1-8B"), ("alpaca_train.jsonl", "alpaca_test.jsonl", "data.jsonl")
-ELSEWHERE = ("pip install", "python benchmarks/study.py")  # how lines begin that are not run here
+LEFT_OUT = ("pip install", "python benchmarks/study.py")  # how lines begin that are not run here
 
 
 def commands(text: str) -> list[str]:
@@ -41,11 +41,9 @@ def commands(text: str) -> list[str]:
 
 def made_small(command: str, number: int) -> str:
     """The command with folders, files and numbers of processes that are at hand."""
-    command = command.replace("…  ", "… ").replace(" …", " --model DIR --data FILE --output DIR")
-    command = command.replace("--checkpoints DIR…", "--checkpoints DIR").replace(
-        "--nproc_per_node 8", "--nproc_per_node 2"
-    )
-    command = re.sub(r"--(output|work) DIR\b", rf"--\1 runs/readme-{number}", command)
+    command = command.replace(" …", " --model DIR --data FILE --output DIR").replace("DIR…", "DIR")
+    command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    command = re.sub(r"--output DIR\b", f"--output runs/readme-{number}", command)
     return re.sub(r"\bFILE\b", DATA[2], re.sub(r"\bDIR\b", MODELS[0], command))
 
 
@@ -97,7 +95,7 @@ def main() -> None:
         folder = Path(temporary)
         prepare(folder, args.demo.resolve())
         for line in commands((ROOT / "README.md").read_text(encoding="utf-8")):
-            if line.startswith(ELSEWHERE):
+            if line.startswith(LEFT_OUT):
                 continue
             began = time.perf_counter()
             run(made_small(line, next(number)), folder)
