@@ -16,9 +16,7 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,37 +26,24 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from data import (
-    Batch,
-    Dataset,
+from data import Batch, Dataset, pack, sizes, split_batch
+from infra.cache import load_dataset
+from infra.cli import CommandLine, add_data_flags, add_model_flags, check_folder_of, refuse_existing
+from infra.distributed import (
     ahead,
-    cache_folder,
-    encode_file,
-    open_encoded,
-    pack,
-    sizes,
-    split_batch,
-    to_device,
-)
-from model import (
-    CommandLine,
-    Transformer,
     autocast,
     barrier,
-    empty_model,
     fastest_dtype,
-    find_weights,
-    load_config,
-    open_model,
     processes,
     rank,
-    read_ahead,
     say,
     sum_over_processes,
+    to_device,
     world_size,
-    written_aside,
 )
-from tokenizer import TEMPLATES, Tokenizer
+from infra.files import written_aside
+from infra.hf import check_models, choose_template, load_tokenizer, open_model, read_ahead, usable_length
+from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
 
@@ -349,102 +334,7 @@ def plot_data_map(dynamics: Dynamics, path) -> None:
 # --- What every tool opens: model folders and data files --------------------------------------------------------------
 
 
-def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer of a model folder; ValueError where the model's embedding has too few rows for its ids."""
-    config, tokenizer = load_config(path), Tokenizer.from_pretrained(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids, the embedding only {config.vocab_size:,} rows; "
-            "they do not belong together"
-        )
-    return tokenizer
-
-
-def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
-    """`Tokenizer.choose_template`, and a line on `file` where the folder's own template is only resembled."""
-    template = tokenizer.choose_template(name)
-    if name is None and tokenizer.own_template not in (None, tokenizer.chat_template(template)):
-        say(f"template {template}: the model's chat_template is like it, but may differ in details", file)
-    return template
-
-
-def check_models(folders) -> None:
-    """Find what is wrong with model folders, which are to be used on the same ids, before any of them is used."""
-    first = load_config(folders[0])
-    for folder in folders:
-        model = empty_model(folder)
-        find_weights(model, folder)
-        if (model.config.vocab_size, model.config.max_length) != (first.vocab_size, first.max_length):
-            raise ValueError(
-                f"{folder}: has {model.config.vocab_size:,} rows and {model.config.max_length:,} positions, "
-                f"where {folders[0]} has {first.vocab_size:,} and {first.max_length:,}"
-            )
-
-
-def usable_length(path, max_length: int | None) -> int:
-    """`max_length`, checked against the positions of the model in `path`; None: as many as it has, at most 1024."""
-    config = load_config(path)
-    if max_length is not None and max_length > config.max_length:
-        limit = "positions" if config.max_length == config.max_position_embeddings else "tokens in its sliding_window"
-        raise ValueError(f"--max_length {max_length}: {path} has only {config.max_length} {limit}")
-    return max_length or min(1024, config.max_length)
-
-
-def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None, file=None) -> Dataset:
-    """Open a data file's encoded form, which process 0 makes where there is none yet, and say on `file` what is in it.
-
-    Raises FileNotFoundError or ValueError where the file is not as it should be.
-    """
-    folder = cache_folder(path, tokenizer, template, max_length, cache)
-    if rank() == 0 and not folder.exists():
-        encode_file(path, tokenizer, template, max_length, folder)
-    barrier()
-    for _ in range(100):  # another node may learn of a new folder a little later
-        if folder.exists():
-            break
-        time.sleep(0.1)
-    else:
-        raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
-    dataset = open_encoded(folder)
-    tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
-    say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
-    if dataset.truncated or dataset.dropped:
-        say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)
-    return dataset
-
-
-def refuse_existing(file: str) -> None:
-    """Raise FileExistsError where something is at `file` already, and what `check_folder_of` raises."""
-    if not file:
-        raise FileNotFoundError("--output '': names no file")
-    if Path(file).exists():
-        raise FileExistsError(f"{file}: already there; remove it or choose another name")
-    check_folder_of(file)
-
-
-def check_folder_of(file: str) -> None:
-    """Raise OSError where the folder that `file` is to be in is not there, or not to be written to."""
-    folder = Path(file).absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{file}: its folder does not exist")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{file}: its folder is not to be written to")
-
-
 # --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def add_model_flags(parser: CommandLine, templates=TEMPLATES) -> None:
-    """The flags of whatever opens a model."""
-    parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: the one with the faster products here)")
-
-
-def add_data_flags(parser: CommandLine) -> None:
-    """The flags of the tools that read examples; their defaults are those of training."""
-    parser.add_argument("--max_length", type=parser.positive)
-    parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
-    parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
 
 
 def main(argv=None) -> None:

@@ -12,19 +12,11 @@ import hashlib
 import heapq
 import json
 import math
-import multiprocessing
-import os
-import shutil
-import tempfile
-import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from infra.distributed import rank, to_device, world_size
+from mixup import pair_positions
 from tokenizer import INPUT_HEADING, Tokenizer
 
 IGNORE_INDEX = -100  # a target no loss looks at: prompt tokens
@@ -371,132 +365,6 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template:
 _ARRAYS = {"tokens_end_to_end": "<i4", "learnt": "?", "lengths": "<i8", "num_supervised": "<i8", "example_ids": "S32"}
 
 
-def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
-    """Where a data file is kept encoded: named by the content of the file, and by all that makes ids of it.
-
-    `cache` is a folder for all of them, by default `sftmix` in the user's cache. Raises FileNotFoundError.
-    """
-    path, digest = Path(path), hashlib.sha256()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    code = [(Path(__file__).parent / name).read_bytes() for name in ("data.py", "tokenizer.py")]
-    settings = repr((path.suffix, template, max_length)).encode()
-    for content in (*code, tokenizer.fingerprint, settings):
-        digest.update(hashlib.sha256(content).digest())
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftmix"
-    return Path(cache) / digest.hexdigest()[:32]
-
-
-def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
-    """Encode a data file into `folder`, part by part and with as many processes as there are cores.
-
-    Of a `.jsonl` file, text and ids are never in memory as a whole. The folder is there only once all of it is.
-    Raises ValueError where `load_examples` would, and where no example is left.
-    """
-    path = Path(path)
-    parts = _parts(path)
-    encode = partial(_encode_part, path, tokenizer, template, max_length)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    aside.chmod(folder.parent.stat().st_mode)  # which mkdtemp keeps to the owner alone
-    counts, repeats = Counter(), Counter()
-    try:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(aside / name, "wb")) for name in _ARRAYS}
-            for dataset in _over_cores(encode, parts, stack):
-                counts += Counter(
-                    examples=len(dataset),
-                    tokens=len(dataset.learnt),
-                    truncated=dataset.truncated,
-                    dropped=dataset.dropped,
-                )
-                example_ids = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["example_ids"])
-                dataset = replace(dataset, example_ids=example_ids)
-                for name, file in files.items():
-                    getattr(dataset, name).tofile(file)
-        if counts["examples"] + counts["dropped"] == 0:
-            raise ValueError(f"{path}: no records in it")
-        if counts["examples"] == 0:
-            raise ValueError(f"{path}: no response starts within --max_length {max_length}")
-        (aside / "counts.json").write_text(json.dumps(counts))
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.exists():  # another run may have been faster
-                raise
-    except BrokenProcessPool:
-        raise OSError(f"{path}: a process that was encoding it has been killed; is memory short?") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _encode_part(path: Path, tokenizer: Tokenizer, template: str, max_length: int, part: _Part) -> Dataset:
-    return encode_examples(_records(path, part, _to_example), tokenizer, template, max_length)
-
-
-def _over_cores(function: Callable, items: list, stack: ExitStack) -> Iterator:
-    """`map(function, items)`, by as many processes as there are cores; one of them where there is one item."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(items))
-    if workers <= 1:
-        return map(function, items)
-    forks = "fork" in multiprocessing.get_all_start_methods()  # then they need not import everything anew
-    context = multiprocessing.get_context("fork" if forks else None)
-    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _set_task, (function,)))
-    return pool.map(_do_task, items)
-
-
-def _set_task(function: Callable) -> None:
-    """Give a process of `_over_cores` its task: a tokenizer goes with it, too large to send along with each item."""
-    _do_task.function = function
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the process that needs this one, which may be killed, and go when it is gone."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _do_task(item):
-    return _do_task.function(item)
-
-
-def open_encoded(folder: Path) -> Dataset:
-    """Open what `encode_file` left, mapped into memory: nothing is read before it is used.
-
-    Raises ValueError where it is not whole.
-    """
-    try:
-        counts = json.loads((folder / "counts.json").read_text())
-        arrays = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in _ARRAYS.items()}
-        whole = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
-    except (ValueError, KeyError, TypeError, OSError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again")
-    return Dataset(*arrays.values(), counts.get("truncated", 0), counts.get("dropped", 0))
-
-
-def ahead(make: Callable, items: Iterable) -> Iterator:
-    """`make(item)` for each item in turn, each made in the background while the one before it is in use.
-
-    >>> list(ahead(str, [1, 2, 3]))
-    ['1', '2', '3']
-    """
-    with ThreadPoolExecutor(max_workers=1) as background:
-        coming = None
-        for item in items:
-            ready, coming = coming, background.submit(make, item)
-            if ready:
-                yield ready.result()
-        if coming:
-            yield coming.result()
-
-
 # --- The packed row ---------------------------------------------------------------------------------------------------
 
 
@@ -522,14 +390,6 @@ class Batch:
     def to(self, device) -> "Batch":
         """The same batch on `device`, but for cu_seqlens, which stay in main memory: the work is laid out by them."""
         return Batch(*(to_device(x, device) for x in (self.tokens, self.targets, self.positions)), self.cu_seqlens)
-
-
-def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on `device`; nobody waits for the copy, which a GPU makes from pinned memory in its turn."""
-    if torch.device(device).type == "cuda":
-        with torch.cuda.device(device):  # which a thread in the background has not chosen
-            tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def pack(encoded: Sequence[tuple]) -> Batch:
@@ -604,198 +464,86 @@ def split_batch(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> lis
         count += multiple * max(1, count // (50 * multiple))  # a little slack and another try
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on."""
+
+    batch: Batch
+    rows: torch.Tensor  # int64 [S]: the supervised positions
+    owner: torch.Tensor  # int64 [S]: whose they are, by number in the batch
+    members: torch.Tensor  # int64 [B]: the examples of the batch, by number in the data set
+    lam: torch.Tensor  # float32 [M]: of each mixed position; [P] of each pair while it is open who meets whom
+    # index_c and index_u of `pair_positions`, in main memory; None where the model has yet to say who is confident.
+    meeting: list | None
+
+    def to(self, device) -> "MicroBatch":
+        """The same on `device`, copied while the device is at work: nobody waits."""
+        tensors = (self.rows, self.owner, self.members, self.lam)
+        return MicroBatch(self.batch.to(device), *(to_device(x, device) for x in tensors), self.meeting)
+
+
+@dataclass(frozen=True)
+class Step:
+    """This process's share of a global batch, and the counts of the whole of it that the means divide by."""
+
+    examples: np.ndarray  # all of them, over all processes, by number in the data set
+    micro_batches: list[MicroBatch]
+    num_supervised: int  # over all processes
+    num_mixed: float
+    num_tokens: int
+
+
+def deal(lengths: list[int], group: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
+    """Deal examples into micro-batches, as many for each process (some may be empty).
+
+    Each run of `group` neighbours stays in one micro-batch; those left over go singly.
+
+    >>> deal([30, 10, 20, 20, 5], group=2, max_tokens=50, num_processes=1)
+    [[(0, 1), (4,)], [(2, 3)]]
+    """
+    whole = len(lengths) - len(lengths) % group
+    units = [tuple(range(i, i + group)) for i in range(0, whole, group)] + [(i,) for i in range(whole, len(lengths))]
+    bins = split_batch([sum(lengths[i] for i in unit) for unit in units], max_tokens, num_processes)
+    return [[units[u] for u in members] for members in bins]
+
+
+def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch_tokens: int, device="cpu") -> Step:
+    """Deal a global batch out, groups of neighbours in `chosen` staying together: lam [P], P pairs in all.
+
+    `group` is 1: nobody meets anybody. 2: 0 meets 1, 2 meets 3, …, confident first. 4: of 0 to 3, of 4 to 7, … the
+    model will say which two are confident. Those left over are trained on with NTP alone.
+    """
+    lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
+    micro_batches = []
+    for units in deal(lengths.tolist(), group, micro_batch_tokens, world_size())[rank() :: world_size()]:
+        units.sort(key=len, reverse=True)  # groups first, so that pair p is examples 2p and 2p+1
+        members = [i for unit in units for i in unit]
+        batch = pack([dataset[i] for i in chosen[members]])
+        pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
+        rows, lam_here, meeting = batch.supervised, lam[pairs], None
+        if group != 4:
+            neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
+            *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
+            lam_here = lam_here[pair]
+        owner, numbers = batch.example[rows], torch.from_numpy(chosen[members])
+        micro_batches.append(MicroBatch(batch, rows, owner, numbers, lam_here, meeting).to(device))
+    return Step(chosen, micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
+
+
+def expected_mixed(counts: np.ndarray, group: int) -> float:
+    """How many positions will be mixed: Σ min(N^c, N^u), averaged over the ways in which a group can fall into pairs.
+
+    Among 4 there are 3 ways, and each two meet in one of them. What the mean divides by must be known before any of
+    the batch is computed on; where the confident two are the shorter two, fewer positions than this are mixed.
+
+    >>> expected_mixed(np.array([5, 7]), group=2), expected_mixed(np.array([1, 2, 3, 9]), group=4)
+    (5.0, 3.3333333333333335)
+    """
+    if group == 1:
+        return 0.0
+    groups = np.sort(counts[: len(counts) - len(counts) % group].reshape(-1, group))  # each by number, ascending
+    # Of its pairs with those after it, each is the smaller one.
+    return float((groups @ np.arange(group - 1, -1, -1)).sum() / (group - 1))
+
+
 # --- The demo corpus: a small world to instruct a model about ---------------------------------------------------------
-
-
-def _table(text: str) -> list[tuple[str, str]]:
-    return [tuple(entry.split(":")) for entry in text.split()]
-
-
-_COLOURS = _table(
-    "grass:green snow:white coal:black blood:red butter:yellow chocolate:brown sky:blue milk:white leaf:green "
-    "cherry:red lemon:yellow sea:blue flamingo:pink plum:purple salt:white ink:black tomato:red sun:yellow "
-    "wood:brown piglet:pink"
-)
-_CAPITALS = _table(
-    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Austria:Vienna Greece:Athens Norway:Oslo "
-    "Sweden:Stockholm Poland:Warsaw Ireland:Dublin Egypt:Cairo Kenya:Nairobi Cuba:Havana Peru:Lima Japan:Tokyo "
-    "China:Beijing India:Delhi Iran:Tehran Russia:Moscow Turkey:Ankara"
-)
-_OPPOSITES = _table(
-    "hot:cold big:small tall:short fast:slow old:new rich:poor hard:soft light:heavy wet:dry full:empty open:closed "
-    "early:late strong:weak happy:sad thick:thin near:far"
-)
-_OPPOSITES += [(b, a) for a, b in _OPPOSITES]
-_CONTINENTS = _table(
-    "France:Europe Italy:Europe Spain:Europe Norway:Europe Poland:Europe Egypt:Africa Kenya:Africa Ghana:Africa "
-    "Mali:Africa Japan:Asia China:Asia India:Asia Iran:Asia Peru:America Cuba:America Chile:America Canada:America"
-)
-_YOUNG = _table(
-    "dog:puppy cat:kitten cow:calf horse:foal sheep:lamb goat:kid lion:cub duck:duckling goose:gosling swan:cygnet "
-    "hen:chick frog:tadpole"
-)
-_SOUNDS = _table(
-    "dog:barks cat:mews cow:moos lion:roars horse:neighs sheep:bleats duck:quacks hen:clucks owl:hoots wolf:howls "
-    "snake:hisses bee:buzzes pig:grunts mouse:squeaks frog:croaks crow:caws"
-)
-_PLURALS = _table(
-    "mouse:mice foot:feet tooth:teeth man:men child:children goose:geese ox:oxen leaf:leaves wolf:wolves knife:knives "
-    "city:cities baby:babies berry:berries box:boxes fox:foxes glass:glasses"
-)
-_PASTS = _table(
-    "go:went see:saw eat:ate run:ran take:took give:gave come:came make:made find:found know:knew write:wrote "
-    "sing:sang drink:drank fall:fell speak:spoke break:broke"
-)
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_MONTHS = "January February March April May June July August September October November December".split()
-_KINDS = {
-    "animal": "dog cat horse cow tiger wolf",
-    "bird": "eagle robin owl parrot heron duck",
-    "fish": "trout salmon tuna cod carp eel",
-    "fruit": "apple pear grape peach mango fig",
-    "tool": "hammer saw drill chisel spade axe",
-    "garment": "shirt coat hat scarf glove sock",
-}
-_KIND_OF = [(word, kind) for kind, words in _KINDS.items() for word in words.split()]
-_NEXT = [pair for cycle in (_DAYS, _MONTHS) for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
-
-
-class _Family(NamedTuple):
-    """A kind of task, about {k} of a table of facts, or what is at hand: words {x} {y} {z} and numbers {l} {m} {n}."""
-
-    note: str  # how the base's text puts it
-    asks: tuple[str, ...]  # how instructions put it
-    answer: list | Callable  # the table (k, answer), or a rule from what is at hand to the answer
-
-
-_FAMILIES = [  # from what is known to what must be worked out
-    _Family("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
-    _Family("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
-    _Family(
-        "capital of {k}",
-        ("What is the capital of {k}?", "Name the capital of {k}.", "Which city governs {k}?"),
-        _CAPITALS,
-    ),
-    _Family(
-        "continent of {k}",
-        ("Which continent is {k} in?", "Name the continent of {k}.", "Where in the world is {k}?"),
-        _CONTINENTS,
-    ),
-    _Family(
-        "opposite of {k}",
-        ("What is the opposite of {k}?", "Give the opposite of {k}.", "What is not {k}?"),
-        _OPPOSITES,
-    ),
-    _Family(
-        "young of {k}",
-        ("What is a young {k} called?", "Name the young of a {k}.", "What is a baby {k}?"),
-        _YOUNG,
-    ),
-    _Family("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
-    _Family("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
-    _Family("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
-    _Family("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
-    _Family(
-        "initial of {x}",
-        ("Which letter begins {x}?", "Give the first letter of {x}.", "How does {x} start?"),
-        lambda s: s["x"][0],
-    ),
-    _Family(
-        "one more than {l}",
-        ("Which number is one more than {l}?", "Add one to {l}.", "Count on from {l}."),
-        lambda s: s["l"] + 1,
-    ),
-    _Family(
-        "larger of {l}, {m}",
-        ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
-        lambda s: max(s["l"], s["m"]),
-    ),
-    _Family(
-        "first of {x}, {y}, {z}",
-        ("Which is the first of {x}, {y} and {z}?", "Give the first word: {x}, {y}, {z}."),
-        lambda s: s["x"],
-    ),
-    _Family(
-        "last of {x}, {y}, {z}",
-        ("Which is the last of {x}, {y} and {z}?", "Give the last word: {x}, {y}, {z}."),
-        lambda s: s["z"],
-    ),
-    _Family("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
-    _Family(
-        "sort of {l}, {m}, {n}",
-        ("Sort {l}, {m}, {n}.", "Put {l}, {m} and {n} in order."),
-        lambda s: ", ".join(map(str, sorted((s["l"], s["m"], s["n"])))),
-    ),
-]
-
-_ANSWER = "The answer is {}."
-# How the base's documents lay out a question and its answer: never as the template does that is then tuned on.
-_LAYOUTS = ("{} {}", "Q: {}\nA: {}", "### Question:\n{}\n\n### Answer:\n{}")
-
-
-class _Task(NamedTuple):
-    note: str
-    prompt: str
-    answer: str
-
-
-def _draw_task(family: _Family, rng: np.random.Generator) -> _Task:
-    words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
-    numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
-    ask = family.asks[rng.integers(len(family.asks))]
-    if callable(family.answer):
-        about = dict(zip("xyzlmn", words + numbers, strict=True))
-        answer = str(family.answer(about))
-    else:
-        key, answer = family.answer[rng.integers(len(family.answer))]
-        about = {"k": key}
-    return _Task(family.note.format(**about), ask.format(**about), answer)
-
-
-class DemoCorpus(NamedTuple):
-    """The demo's data, as records that `load_examples` reads once written. All prompts of the last three differ."""
-
-    base: list[dict]  # {"text"}: clean notes, and answered questions that are not in `eval` or `test`, to pretrain on
-    train: list[dict]  # Alpaca records, some of them wrong
-    eval: list[dict]  # clean, to choose settings by
-    test: list[dict]  # clean, to report
-    wrong: list[bool]  # which of `train` have a wrong answer: the truth that no training sees
-
-
-def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
-    """Make the demo corpus: a pure function of its arguments, with no file and no network."""
-    rng = np.random.default_rng([seed, _DEMO])
-    tasks = {}  # by prompt, so that each stands there once
-    for _ in range(150):
-        for family in _FAMILIES:
-            task = _draw_task(family, rng)
-            tasks.setdefault(task.prompt, task)
-    tasks = [list(tasks.values())[i] for i in rng.permutation(len(tasks))]
-    cut = [len(tasks) * 7 // 10, len(tasks) * 8 // 10]
-    train, held_out = tasks[: cut[0]], {task.prompt for task in tasks[cut[0] :]}
-
-    documents = []
-    for number in range(num_documents):
-        drawn = [_draw_task(_FAMILIES[i], rng) for i in rng.choice(len(_FAMILIES), 8)]
-        if number % 2:
-            documents.append("\n".join(f"{task.note}: {task.answer}" for task in drawn))
-        else:
-            layout = _LAYOUTS[rng.integers(len(_LAYOUTS))]
-            asked = [task for task in drawn if task.prompt not in held_out][:4]
-            documents.append("\n\n".join(layout.format(task.prompt, _ANSWER.format(task.answer)) for task in asked))
-
-    wrong = rng.random(len(train)) < wrong_share
-    answers = [task.answer for task in train]
-    for i in np.flatnonzero(wrong):  # as when records get mixed up: somebody else's answer
-        while answers[i] == train[i].answer:
-            answers[i] = train[rng.integers(len(train))].answer
-
-    def records(tasks: list[_Task], answers: list[str]) -> list[dict]:
-        return [
-            {"instruction": task.prompt, "input": "", "output": _ANSWER.format(answer)}
-            for task, answer in zip(tasks, answers, strict=True)
-        ]
-
-    clean = [records(part, [task.answer for task in part]) for part in (tasks[cut[0] : cut[1]], tasks[cut[1] :])]
-    base = [{"text": document} for document in documents if document]
-    return DemoCorpus(base, records(train, answers), *clean, wrong.tolist())

@@ -15,7 +15,6 @@ Every model is evaluated on the held-out data; `results.json` and the last table
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import operator
@@ -24,80 +23,63 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from confidence import (
-    Dynamics,
-    Tally,
-    area_under_roc,
-    check_models,
-    choose_template,
-    load_dataset,
-    load_tokenizer,
-    score_checkpoints,
-    split_by_confidence,
-    split_fours,
-    usable_length,
-)
+from confidence import Dynamics, Tally, area_under_roc, score_checkpoints, split_by_confidence, split_fours
 from data import (
     IGNORE_INDEX,
-    Batch,
     Dataset,
-    ahead,
-    demo_corpus,
+    MicroBatch,
+    Step,
     draw_lambda,
     epoch_order,
     load_examples,
-    pack,
+    make_step,
     paired_order,
-    split_batch,
-    to_device,
 )
 from eval import evaluate, table
-from mixup import chunk_rows, pair_positions, sftmix_loss
-from model import (
+from infra.cache import load_dataset
+from infra.cli import CommandLine
+from infra.demo import DEMO, DEMO_BASE, DEMO_MODEL, DEMO_VOCAB_SIZE, demo_corpus
+from infra.distributed import (
     DTYPES,
-    MANIFEST,
-    CommandLine,
-    ModelConfig,
-    Transformer,
+    ahead,
     autocast,
     barrier,
-    check_manifest,
-    checksums,
-    content_of,
-    drop_gathered,
-    empty_model,
     fastest_dtype,
-    flush,
-    folder_aside,
-    open_model,
-    own_rows,
     peak_memory_bytes,
     processes,
     rank,
-    read_json,
-    save_adapter,
-    save_model,
     say,
     shard,
     signals_noted,
     sum_over_processes,
     whole,
     world_size,
-    write_json,
-    written_aside,
 )
+from infra.files import read_json, write_json, written_aside
+from infra.hf import (
+    check_models,
+    choose_template,
+    empty_model,
+    load_tokenizer,
+    open_model,
+    save_adapter,
+    save_model,
+    usable_length,
+)
+from infra.metrics import Progress, log_step
+from infra.plan import estimate_flops, estimate_memory, gigabytes, heaviest_work
+from infra.savepoints import Savepoints, check_finite, check_unchanged, claimed, contents_of
+from mixup import pair_positions, sftmix_loss
+from model import ModelConfig, Transformer
 from tokenizer import TEMPLATES, Tokenizer
 
 MAX_GRAD_NORM = 1.0
@@ -232,21 +214,6 @@ class TrainConfig:
         return 4 if self.online and self.epochs == 1 else 2
 
 
-# The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
-DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # of the base's pretraining
-DEMO_MODEL = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-DEMO_VOCAB_SIZE = 1024
-
-
 def parse_config(argv=None) -> TrainConfig:
     """Read the command line; a flag or value that makes no sense ends the program with one line and exit code 2."""
     parser = CommandLine(description=__doc__)
@@ -294,88 +261,6 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward pass works on."""
-
-    batch: Batch
-    rows: torch.Tensor  # int64 [S]: the supervised positions
-    owner: torch.Tensor  # int64 [S]: whose they are, by number in the batch
-    members: torch.Tensor  # int64 [B]: the examples of the batch, by number in the data set
-    lam: torch.Tensor  # float32 [M]: of each mixed position; [P] of each pair while it is open who meets whom
-    # index_c and index_u of `pair_positions`, in main memory; None where the model has yet to say who is confident.
-    meeting: list | None
-
-    def to(self, device) -> "MicroBatch":
-        """The same on `device`, copied while the device is at work: nobody waits."""
-        tensors = (self.rows, self.owner, self.members, self.lam)
-        return MicroBatch(self.batch.to(device), *(to_device(x, device) for x in tensors), self.meeting)
-
-
-@dataclass(frozen=True)
-class Step:
-    """This process's share of a global batch, and the counts of the whole of it that the means divide by."""
-
-    examples: np.ndarray  # all of them, over all processes, by number in the data set
-    micro_batches: list[MicroBatch]
-    num_supervised: int  # over all processes
-    num_mixed: float
-    num_tokens: int
-
-
-def deal(lengths: list[int], group: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
-    """Deal examples into micro-batches, as many for each process (some may be empty).
-
-    Each run of `group` neighbours stays in one micro-batch; those left over go singly.
-
-    >>> deal([30, 10, 20, 20, 5], group=2, max_tokens=50, num_processes=1)
-    [[(0, 1), (4,)], [(2, 3)]]
-    """
-    whole = len(lengths) - len(lengths) % group
-    units = [tuple(range(i, i + group)) for i in range(0, whole, group)] + [(i,) for i in range(whole, len(lengths))]
-    bins = split_batch([sum(lengths[i] for i in unit) for unit in units], max_tokens, num_processes)
-    return [[units[u] for u in members] for members in bins]
-
-
-def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch_tokens: int, device="cpu") -> Step:
-    """Deal a global batch out, groups of neighbours in `chosen` staying together: lam [P], P pairs in all.
-
-    `group` is 1: nobody meets anybody. 2: 0 meets 1, 2 meets 3, …, confident first. 4: of 0 to 3, of 4 to 7, … the
-    model will say which two are confident. Those left over are trained on with NTP alone.
-    """
-    lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
-    micro_batches = []
-    for units in deal(lengths.tolist(), group, micro_batch_tokens, world_size())[rank() :: world_size()]:
-        units.sort(key=len, reverse=True)  # groups first, so that pair p is examples 2p and 2p+1
-        members = [i for unit in units for i in unit]
-        batch = pack([dataset[i] for i in chosen[members]])
-        pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
-        rows, lam_here, meeting = batch.supervised, lam[pairs], None
-        if group != 4:
-            neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
-            *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
-            lam_here = lam_here[pair]
-        owner, numbers = batch.example[rows], torch.from_numpy(chosen[members])
-        micro_batches.append(MicroBatch(batch, rows, owner, numbers, lam_here, meeting).to(device))
-    return Step(chosen, micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
-
-
-def expected_mixed(counts: np.ndarray, group: int) -> float:
-    """How many positions will be mixed: Σ min(N^c, N^u), averaged over the ways in which a group can fall into pairs.
-
-    Among 4 there are 3 ways, and each two meet in one of them. What the mean divides by must be known before any of
-    the batch is computed on; where the confident two are the shorter two, fewer positions than this are mixed.
-
-    >>> expected_mixed(np.array([5, 7]), group=2), expected_mixed(np.array([1, 2, 3, 9]), group=4)
-    (5.0, 3.3333333333333335)
-    """
-    if group == 1:
-        return 0.0
-    groups = np.sort(counts[: len(counts) - len(counts) % group].reshape(-1, group))  # each by number, ascending
-    # Of its pairs with those after it, each is the smaller one.
-    return float((groups @ np.arange(group - 1, -1, -1)).sum() / (group - 1))
 
 
 def compute_gradients(
@@ -546,323 +431,10 @@ def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, gro
     return make_step(dataset, chosen, group, lam, config.micro_batch_tokens, device)
 
 
-class Progress:
-    """What the steps have come to, and how long everything took, pauses not counted.
-
-    A step's figures are looked at when the next one is under way: a device is never waited for, unless `look` is told.
-    """
-
-    def __init__(self, total_steps: int, device):
-        self.total_steps, self.device = total_steps, device
-        self.started = self.logged = time.perf_counter()  # both are put forward by a pause
-        self.unseen: deque = deque()
-        self.stop = False  # whether a signal has asked some process to
-        self.skipped = self.in_a_row = 0  # steps that changed nothing: all, and since the last that did
-        # Since the last record: tokens, and of the steps that were not skipped the number and the sums of losses.
-        self.tokens, self.counted, self.sums, self.grad_norm = 0, 0, [0.0, 0.0, 0.0], 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.perf_counter() - self.started
-
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self.started = time.perf_counter() - value
-
-    @property
-    def since_logged(self) -> float:
-        """Seconds since the last record."""
-        return time.perf_counter() - self.logged
-
-    @since_logged.setter
-    def since_logged(self, value: float) -> None:
-        self.logged = time.perf_counter() - value
-
-    def add(self, step: int, figures, work: Step) -> None:
-        """Take note of a step (counted from 1): its (loss, ntp, mix, signals, gradient norm), not yet looked at."""
-        figures, copied = figures.to("cpu", non_blocking=True), None
-        if self.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-        self.unseen.append((step, figures, copied, work))
-
-    def look(self, wait: bool) -> list[dict]:
-        """Look at all steps but the newest, or with `wait` at that too: -> a record of each that was skipped."""
-        records = []
-        while len(self.unseen) > (0 if wait else 1):
-            step, figures, copied, work = self.unseen.popleft()
-            if copied:
-                copied.synchronize()
-            *losses, signals, grad_norm = figures.tolist()
-            self.stop |= signals > 0
-            self.tokens += work.num_tokens
-            if math.isfinite(losses[0]) and math.isfinite(grad_norm):
-                self.in_a_row, self.counted, self.grad_norm = 0, self.counted + 1, grad_norm
-                self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
-            else:
-                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-                what = {"loss": str(losses[0]), "grad_norm": str(grad_norm)}  # JSON has no such numbers
-                records.append({"step": step, "skipped": self.skipped, **what, "examples": work.examples})
-        return records
-
-    def record(self, step: int, **more) -> dict:
-        """The mean over the steps since the last one that were not skipped (None, if all were)."""
-        now, seconds = time.perf_counter(), self.seconds
-        loss, ntp, mix = (total / self.counted if self.counted else None for total in self.sums)
-        record = {"step": step, "total_steps": self.total_steps, **more, "loss": loss, "ntp": ntp, "mix": mix}
-        record["grad_norm"] = self.grad_norm
-        record["tokens_per_second"] = self.tokens / (now - self.logged)
-        record["seconds_left"] = seconds / step * (self.total_steps - step)
-        self.tokens, self.counted, self.sums, self.logged = 0, 0, [0.0, 0.0, 0.0], now
-        return record
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time spent inside does not count."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        begun = time.perf_counter()
-        yield
-        pause = time.perf_counter() - begun
-        self.started, self.logged = self.started + pause, self.logged + pause
-
-
 # --- Going on where a run was stopped ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Savepoints:
-    """The moments from which a stage can go on: `output`/resume/STAGE-step-N, of which the last `keep` stay.
-
-    Each holds all that a step changes: weights and AdamW's moments (safetensors, written by PyTorch's distributed
-    checkpoint, each process its own part, read by any number of them), and a `state.json` with the rest. Order and λ
-    are functions of the seed and the step, and need no state.
-    """
-
-    output: Path
-    stage: str
-    every: int
-    keep: int
-
-    def _kept(self) -> list[tuple[int, Path]]:
-        """(step, folder) of each, the oldest first."""
-        prefix = f"{self.stage}-step-"
-        found = [(f.name.removeprefix(prefix), f) for f in (self.output / "resume").glob(f"{prefix}*")]
-        return sorted((int(step), folder) for step, folder in found if step.isdecimal())
-
-    def save(self, step: int, model: Transformer, optimizer, tally: Tally | None, progress: "Progress") -> None:
-        """Leave a savepoint after `step`, all processes together. OSError where that can't be; those before stay."""
-        check_finite(model)
-        drop_gathered(model)
-        tensors = _training_tensors(model, optimizer, tally)
-        updates = next(iter(optimizer.state.values()))["step"]
-        state = {
-            "step": step,
-            "updates": int(updates),  # fewer than steps where some were skipped
-            "closed_epochs": tally.closed if tally else 0,
-            "progress": {name: getattr(progress, name) for name in _PROGRESS},
-        }
-        path = self.output / "resume" / f"{self.stage}-step-{step}"
-        with folder_aside(path.with_name("partial")) as aside:
-            with _distributed_checkpoint(path) as dcp:
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
-            if rank() == 0:
-                write_json(aside / "state.json", state)
-                write_json(aside / MANIFEST, checksums(sorted(aside.iterdir())))
-                flush(aside)
-                shutil.rmtree(path, ignore_errors=True)  # a damaged one of an earlier try
-                aside.rename(path)
-                flush(path.parent)
-                for _, old in self._kept()[: -self.keep]:
-                    shutil.rmtree(old)
-        barrier()
-
-    def load(self, model: Transformer, optimizer, tally: Tally | None, progress: "Progress") -> int:
-        """Put everything back as it was at the newest savepoint that is whole: -> how many steps are done by then."""
-        newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
-        if rank() == 0:
-            newest.fill_(self._newest_whole())
-        step = int(sum_over_processes(newest))
-        if rank() == 0:
-            self._rewind_metrics(step)
-        if step == 0:
-            return 0
-        path = self.output / "resume" / f"{self.stage}-step-{step}"
-        say(f"{self.stage:>10}  goes on after step {step}")
-        drop_gathered(model)
-        state, tensors = read_json(path / "state.json"), _training_tensors(model, optimizer, tally)
-        with _distributed_checkpoint(path) as dcp:
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-        for values in optimizer.state.values():
-            values["step"].fill_(state["updates"])
-        if tally:
-            tally.closed = state["closed_epochs"]
-            tally.sums.copy_(tensors["tally"] if rank() == 0 else torch.zeros_like(tally.sums))
-        for name in _PROGRESS:
-            setattr(progress, name, state["progress"][name])
-        return step
-
-    def _newest_whole(self) -> int:
-        for step, folder in reversed(self._kept()):
-            try:
-                check_manifest(folder)
-                if not (folder / MANIFEST).is_file():
-                    raise ValueError(f"{folder / MANIFEST}: not found")
-                return step
-            except (ValueError, OSError) as error:
-                say(f"warning: {error}: passed over, for the one before", sys.stderr)
-        return 0
-
-    def _rewind_metrics(self, step: int) -> None:
-        """Take out of metrics.jsonl what this stage logged after `step`, and a last line that was cut short."""
-        file, kept = self.output / "metrics.jsonl", []
-        if not file.is_file():
-            return
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = json.loads(line)
-                if line.endswith("\n") and not (record["stage"] == self.stage and record["step"] > step):
-                    kept.append(line)
-        with written_aside(file) as aside:
-            aside.write_text("".join(kept), encoding="utf-8")
-
-    def clear(self) -> None:
-        """The stage is finished: remove them."""
-        if rank() == 0:
-            for folder in [*(folder for _, folder in self._kept()), self.output / "resume" / self.stage]:
-                shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another stage's may be there
-                (self.output / "resume").rmdir()
-        barrier()
-
-
-_PROGRESS = ("seconds", "since_logged", "skipped", "in_a_row", "tokens", "counted", "sums", "grad_norm")
-
-
-def _training_tensors(model: Transformer, optimizer, tally: Tally | None) -> dict[str, torch.Tensor]:
-    """What steps change, by name: the trained weights, AdamW's two moments of each, and what a tally has noted."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            moments = optimizer.state[p]
-            tensors[f"weight.{name}"] = p.detach()
-            tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
-    if tally:
-        tensors["tally"] = sum_over_processes(tally.sums.clone())
-        tensors["tally.history"] = tally.history
-    return tensors
-
-
-@contextlib.contextmanager
-def _distributed_checkpoint(path: Path):
-    """PyTorch's distributed checkpoint, whose errors become an OSError that says which savepoint it is about."""
-    import torch.distributed.checkpoint as dcp  # a second that most tools need not wait for
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
-            yield dcp
-    except dcp.CheckpointException as error:
-        why = sorted({str(why) or repr(why) for why, _ in error.failures.values()})
-        raise OSError(f"{path}: {'; '.join(why)}") from None
-
-
-def check_finite(model: Transformer) -> None:
-    """Raise ValueError where weights are not finite numbers: these are not for saving."""
-    broken = sum((~own_rows(p.detach()).isfinite()).sum() for p in model.parameters())
-    if int(sum_over_processes(broken)):
-        raise ValueError(
-            "the run has diverged: weights are no longer finite numbers, and are not saved; try a lower --lr"
-        )
-
-
-@contextlib.contextmanager
-def claimed(folder: Path):
-    """Keep every other run out of an output folder for as long as this one is at work in it.
-
-    Raises FileExistsError where another is. The lock is the system's, and goes with the process however that ends.
-    """
-    if rank() != 0:
-        yield
-        return
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with open(path, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):  # that run has just ended, and taken it
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise FileExistsError(f"{folder}: another run is at work there; wait for it, or choose another") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if new:
-                with contextlib.suppress(OSError):  # something was made
-                    folder.rmdir()
-
-
-def check_unchanged(config: TrainConfig, content: dict | None = None) -> TrainConfig:
-    """Compare with the run that is to be resumed: -> config, with what that run had settled where no flag says it.
-
-    Raises ValueError naming the first flag on which the result depends that has another value, or (`content`: their
-    checksums) the first file that has another content.
-    """
-    file = Path(config.output) / "config.json"
-    if not file.is_file():
-        return config
-    before = read_json(file)
-    settled = {name: before.get(name) for name in ("max_length", "template", "dtype") if getattr(config, name) is None}
-    config = replace(config, **settled)
-    for flag in fields(config):
-        value = getattr(config, flag.name)
-        if not flag.metadata["free"] and value != before.get(flag.name):
-            raise ValueError(
-                f"--{flag.name} {value}: the run in {config.output} was begun with {before.get(flag.name)}, and would "
-                "become another one; give it as it was, or choose another --output"
-            )
-    known = before.get("content")
-    for name, checksum in (content or {}).items():
-        if isinstance(known, dict) and checksum != known.get(name, checksum):
-            raise ValueError(
-                f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "
-                "bring its content back, or choose another --output"
-            )
-    return config
-
-
-def contents_of(config: TrainConfig) -> dict:
-    """Checksums of what a run reads."""
-    read = ("model", "data", "eval_data", *(() if config.online else ("confidence",)))
-    return {name: content_of(getattr(config, name)) for name in read if getattr(config, name) is not None}
-
-
 # --- What a run leaves behind -----------------------------------------------------------------------------------------
-
-
-def log_step(file: Path, stage: str, record: dict) -> None:
-    """A line for `metrics.jsonl` and one for the reader."""
-    if rank() == 0:
-        with open(file, "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps({"stage": stage, **record}) + "\n")
-    if "skipped" in record:
-        examples = ", ".join(record["examples"][:4]) + (" …" if len(record["examples"]) > 4 else "")
-        say(
-            f"{stage:>10}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
-            f"{record['grad_norm']}; among its examples is the cause: {examples} (all in {file.name})"
-        )
-        return
-    parts = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
-    left = (
-        f"{record['seconds_left'] / 60:.0f} min" if record["seconds_left"] >= 120 else f"{record['seconds_left']:.0f} s"
-    )
-    say(
-        f"{stage:>10}  step {record['step']:>{len(str(record['total_steps']))}}/{record['total_steps']}  "
-        f"loss {record['loss'] or math.nan:.4f}  {parts}{record['tokens_per_second']:,.0f} tokens/s  {left} left"
-    )
 
 
 def save(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
@@ -1102,99 +674,6 @@ def measure(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> d
 # --- What a run would take --------------------------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
-    """The largest of a run's micro-batches, which decides how much memory it takes."""
-
-    tokens: int
-    supervised: int
-    accumulates: bool  # a process adds up gradients over several
-
-
-def heaviest_work(dataset: Dataset, config: TrainConfig, num_processes: int) -> Work:
-    """Deal an epoch out by pairs, as the SFTMix run does (there by other pairs), and find the largest micro-batch."""
-    order, heaviest, accumulates = epoch_order(len(dataset), config.seed, 0), (0, 0), False
-    for start in range(0, len(dataset), config.batch_size):
-        chosen = order[start : start + config.batch_size]
-        lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
-        micro_batches = deal(lengths.tolist(), config.mixing_group, config.micro_batch_tokens, num_processes)
-        accumulates |= len(micro_batches) > num_processes
-        for units in micro_batches:
-            members = [i for unit in units for i in unit]
-            heaviest = max(heaviest, (int(lengths[members].sum()), int(counts[members].sum())))
-    return Work(*heaviest, accumulates)
-
-
-def activation_bytes(shape: ModelConfig, config: TrainConfig, device_type: str) -> tuple[int, int]:
-    """What autograd keeps of a token until the backward pass: -> (bytes of a block, of what is around the blocks).
-
-    D hidden size, F of the MLP, Q and K of all query and of all key heads; elements of products have 2 bytes in bf16,
-    those of the stream between them 4. A CPU has no kernel for a whole norm, and attends in float32.
-    """
-    cpu, bf16, lora = device_type == "cpu", config.dtype == "bf16", config.lora_rank is not None
-    D, F, product = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
-    Q, K = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    norm = 4 * D * (2 if cpu and not lora else 1)  # its input, and for its weight's gradient on a CPU the input normed
-    inputs = product * 2 * D  # what the norms return, to q, k, v and to gate, up
-    attention = (4 if cpu else product) * 2 * (Q + K) + product * Q  # q, k, v, what comes out, and that for o_proj
-    mlp = product * 4 * F  # gate, its activation, up, and their product
-    return 2 * norm + inputs + attention + mlp, norm + 2 * product * D
-
-
-def estimate_memory(model: Transformer, work: Work, config: TrainConfig, num_processes: int, device_type: str) -> dict:
-    """Bytes a process holds at the peak of an SFTMix step, by what they are for, and in "total".
-
-    `model` may be without weights (`empty_model`): sizes follow from shapes. docs/scaling.md has the estimate beside
-    what runs were measured to take.
-    """
-    bf16, vocab_size = config.dtype == "bf16", model.config.vocab_size
-    product = 2 if bf16 else 4
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = vocab_size * model.config.hidden_size
-    layers = model.model.layers
-    block = sum(p.numel() for p in layers[0].parameters())
-    if num_processes > 1:  # what `shard` gathers: the head, the block at work, and on a GPU the next one on its way
-        gathered = product * (head + block * (1 if device_type == "cpu" else 2))
-    else:  # autocast's bf16 copies, which it keeps to the end of a pass
-        gathered = 2 * (head + block * len(layers)) if bf16 else 0
-    rows = min(chunk_rows(vocab_size, device_type), work.supervised)
-    made = 4 * head
-    if num_processes > 1:  # gradients on their way to being a share
-        made += 4 * head + (product + 4) * block
-    block_bytes, around = activation_bytes(model.config, config, device_type)
-    activations = work.tokens * (around + block_bytes * len(layers))
-    at_work = rows * vocab_size * (8 if bf16 else 6)  # logits of rows, and of half as many mixed ones
-    if not config.lora_rank:
-        at_work = max(at_work, 4 * head)  # when they are gone, the head's gradient is there twice for a moment
-    if config.activation_checkpointing:  # the blocks' inputs; the loss is done when the first block is computed again
-        activations = work.tokens * (around + 4 * model.config.hidden_size * len(layers))
-        at_work = max(at_work, work.tokens * block_bytes)
-    memory = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // num_processes,
-        "gradients": 4 * trainable // num_processes,
-        "optimizer state": 8 * trainable // num_processes,  # AdamW's two moments
-        "whole weights": gathered,
-        "whole gradients": 0 if config.lora_rank else made,
-        "activations": activations,
-        "logits chunk": at_work,
-    }
-    passing = gathered + memory["whole gradients"] + activations + at_work
-    # Over several micro-batches gradients are there during a pass; over one they come as activations go.
-    on_top = memory["gradients"] + passing if work.accumulates else max(memory["gradients"], passing)
-    return memory | {"total": memory["weights"] + memory["optimizer state"] + on_top}
-
-
-def estimate_flops(model: Transformer, tokens: int, supervised: int, config: TrainConfig) -> int:
-    """Floating-point operations of the passes over so many tokens, all processes together.
-
-    Forward 2 for a weight and token, backward 4 (2 for a frozen weight, which needs no gradient of its own), and 2 to
-    compute a block again; `lm_head` sees the supervised tokens alone. What attention adds with length is left out.
-    """
-    backward = 2 if config.lora_rank else 4
-    blocks = sum(p.numel() for p in model.model.layers.parameters())
-    head = model.config.vocab_size * model.config.hidden_size
-    return (2 + backward + 2 * config.activation_checkpointing) * blocks * tokens + (2 + backward) * head * supervised
-
-
 def dry_run(config: TrainConfig, device) -> None:
     """Say what a run would take, and show an example as it will be trained on; all that is written is the cache."""
     config, tokenizer = settled(config, device)
@@ -1232,11 +711,6 @@ def dry_run(config: TrainConfig, device) -> None:
     shown = [(" ".join(inputs.tokenizer.piece(i) for i, _ in run), learn) for learn, run in runs]
     say(f"\nThe first example, {len(tokens):,} tokens; what is learnt stands in «»:")
     say(" ".join(f"« {text} »" if learn else text for text, learn in shown))
-
-
-def gigabytes(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 # --- The pipeline -----------------------------------------------------------------------------------------------------

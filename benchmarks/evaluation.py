@@ -22,10 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from confidence import load_tokenizer
 from data import read_records
 from eval import LETTERS, answer_choices, generate, to_question
-from model import load_model
+from infra.hf import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["Once upon a time", "One day, a little girl named Lily", "The dog", "Tom and Sue went to the park. They"]

@@ -21,19 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Dataset, epoch_order
-from model import (
-    ModelConfig,
-    Transformer,
-    add_lora,
-    empty_model,
-    open_model,
-    own_rows,
-    processes,
-    rank,
-    save_model,
-    world_size,
-)
-from train import TrainConfig, Work, estimate_flops, estimate_memory, heaviest_work, train
+from infra.distributed import own_rows, processes, rank, world_size
+from infra.hf import empty_model, open_model, save_model
+from infra.plan import Work, estimate_flops, estimate_memory, heaviest_work
+from model import ModelConfig, Transformer, add_lora
+from train import TrainConfig, train
 
 # Alpaca, encoded by Llama 2's tokenizer: 125 tokens an example, 64 of them supervised.
 ALPACA = {"examples": 52_002, "tokens": 125, "supervised": 64}

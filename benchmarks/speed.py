@@ -32,10 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from confidence import load_dataset, load_tokenizer, score_examples
-from data import Dataset, encode_file, epoch_order, load_examples, pack
+from confidence import score_examples
+from data import Dataset, epoch_order, load_examples, pack
+from infra.cache import encode_file, load_dataset
+from infra.hf import load_tokenizer, open_model, save_model
 from mixup import sftmix_loss, sftmix_loss_literal
-from model import ModelConfig, Row, Transformer, open_model, packed_attention, save_model
+from model import ModelConfig, Row, Transformer, packed_attention
 from tokenizer import Tokenizer
 from train import TrainConfig, train
 from train import main as train_main

@@ -30,18 +30,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from confidence import (
-    Dynamics,
-    area_under_roc,
-    choose_template,
-    load_dataset,
-    load_tokenizer,
-    score_examples,
-    split_by_confidence,
-)
-from data import Dataset, demo_corpus, draw_lambda, load_examples, pack, paired_order, split_batch
+from confidence import Dynamics, area_under_roc, score_examples, split_by_confidence
+from data import Dataset, draw_lambda, load_examples, pack, paired_order, split_batch
 from eval import exact_match
-from model import Transformer, content_of, load_model
+from infra.cache import load_dataset
+from infra.demo import demo_corpus
+from infra.files import content_of
+from infra.hf import choose_template, load_model, load_tokenizer
+from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import ModelConfig, Transformer, save_model
+from infra.hf import save_model
+from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

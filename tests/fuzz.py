@@ -32,7 +32,7 @@ from conftest import tiny_model
 import confidence
 import eval as eval_tool
 import train
-from model import save_model
+from infra.hf import save_model
 from tokenizer import Tokenizer
 
 PATIENCE = 30  # seconds for one case

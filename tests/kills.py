@@ -25,7 +25,7 @@ import torch
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file
 
-from model import save_model
+from infra.hf import save_model
 from tokenizer import Tokenizer
 
 

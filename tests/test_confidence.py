@@ -19,7 +19,7 @@ from confidence import (
     split_by_confidence,
 )
 from data import IGNORE_INDEX, Dataset
-from model import save_model
+from infra.hf import save_model
 
 DYNAMICS = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.5]]), np.array([[8, 2, 1.5], [4, 2, 1.0]]))
 

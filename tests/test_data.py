@@ -12,25 +12,23 @@ import pytest
 import torch
 
 import data as data_module
+import infra.cache
 from data import (
     IGNORE_INDEX,
     Dataset,
     Example,
-    _set_task,
-    ahead,
-    cache_folder,
-    demo_corpus,
     draw_lambda,
     encode_example,
     encode_examples,
-    encode_file,
     epoch_order,
     load_examples,
-    open_encoded,
     pack,
     paired_order,
     split_batch,
 )
+from infra.cache import _set_task, cache_folder, encode_file, open_encoded
+from infra.demo import demo_corpus
+from infra.distributed import ahead
 from tokenizer import Tokenizer
 
 TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -243,7 +241,7 @@ def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content
 
 def test_a_process_that_is_killed_while_it_encodes_is_told(monkeypatch, data_file, tokenizer, tmp_path):
     monkeypatch.setattr(data_module, "PART_BYTES", 300)
-    monkeypatch.setattr(data_module, "_encode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(infra.cache, "_encode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(OSError, match=r"data\.jsonl: a process that was encoding it has been killed"):
         encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -390,7 +388,7 @@ def test_demo_is_a_function_of_its_seed(corpus):
 
 
 def test_demo_has_ten_families_and_its_share_of_wrong_answers_in_training_alone(corpus):
-    from data import _FAMILIES
+    from infra.demo import _FAMILIES
 
     assert len(_FAMILIES) >= 10
     assert 0.2 < np.mean(corpus.wrong) < 0.3 and len(corpus.wrong) == len(corpus.train)

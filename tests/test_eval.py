@@ -28,7 +28,7 @@ from eval import (
     to_question,
     wilson_interval,
 )
-from model import save_model
+from infra.hf import save_model
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ import torch
 from conftest import TINY
 from test_model import LLAMA3_SCALING, packed
 
-from model import KVCache, ModelConfig, load_model, save_model
+from infra.hf import load_model, save_model
+from model import KVCache, ModelConfig
 
 # name -> (the family's configuration class, what is particular to it)
 FAMILIES = {

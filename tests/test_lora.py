@@ -8,7 +8,8 @@ from conftest import random_encoded, tiny_model
 from safetensors.torch import load_file
 
 from data import pack
-from model import LoRALinear, add_lora, load_model, open_model, save_adapter, save_model
+from infra.hf import load_model, open_model, save_adapter, save_model
+from model import LoRALinear, add_lora
 from train import TrainConfig, make_optimizer
 
 

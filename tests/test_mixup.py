@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mixup as mixup_module
-from mixup import IGNORE_INDEX, mixup, pair_positions, sftmix_loss, sftmix_loss_literal
+from data import IGNORE_INDEX
+from mixup import mixup, pair_positions, sftmix_loss, sftmix_loss_literal
 
 
 def case(seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):

@@ -9,22 +9,10 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks.scaling import peak_of
-from model import (
-    CommandLine,
-    KVCache,
-    ModelConfig,
-    Row,
-    Transformer,
-    autocast,
-    load_config,
-    load_model,
-    packed_attention,
-    rotary_angles,
-    rotary_frequencies,
-    rotate,
-    save_model,
-    stored_dtype,
-)
+from infra.cli import CommandLine
+from infra.distributed import autocast
+from infra.hf import load_config, load_model, save_model, stored_dtype
+from model import KVCache, ModelConfig, Row, Transformer, packed_attention, rotary_angles, rotary_frequencies, rotate
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",

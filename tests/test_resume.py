@@ -16,11 +16,15 @@ from conftest import ROOT, run_script, tiny_model, write_model_and_records
 from safetensors.torch import load_file, save_file
 
 import confidence
-import model as model_module
+import infra.files
+import infra.hf
+import infra.savepoints
 import train as train_module
 from data import load_examples
-from model import check_manifest, load_model, save_model, written_aside
-from train import claimed, main
+from infra.files import check_manifest, written_aside
+from infra.hf import load_model, save_model
+from infra.savepoints import claimed
+from train import main
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,7 @@ def test_a_run_killed_at_any_step_ends_at_the_same_weights(folder, uninterrupted
 @pytest.mark.parametrize("write", range(0, 30, 5))
 def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tmp_path, monkeypatch, write):
     """The process goes between two flushes: what was being written is half there."""
-    count, real = [], model_module.flush
+    count, real = [], infra.files.flush
 
     def killed(path):
         count.append(path)
@@ -111,7 +115,7 @@ def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tm
         real(path)
 
     with monkeypatch.context() as patch:
-        for module in (model_module, train_module):
+        for module in (infra.files, infra.hf, infra.savepoints):
             patch.setattr(module, "flush", killed)
         with pytest.raises(Killed):
             main(flags(folder, tmp_path / "o"))
@@ -350,7 +354,7 @@ def test_a_model_folder_that_was_damaged_is_refused(folder, tmp_path, capsys):
 
 def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):
     """Killed before each of its flushes in turn, until none is left."""
-    model, real, flushes = tiny_model(), model_module.flush, []
+    model, real, flushes = tiny_model(), infra.files.flush, []
 
     def flush(path):
         if len(flushes) == allowed:
@@ -358,7 +362,8 @@ def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):
         flushes.append(path)
         real(path)
 
-    monkeypatch.setattr(model_module, "flush", flush)
+    for module in (infra.files, infra.hf):
+        monkeypatch.setattr(module, "flush", flush)
     for allowed in range(100):
         path = tmp_path / str(allowed)
         flushes.clear()

@@ -14,10 +14,11 @@ import torch
 from conftest import random_encoded, run_script, tiny_model
 
 from confidence import score_examples
-from data import Dataset, draw_lambda
+from data import Dataset, draw_lambda, make_step
 from eval import generate
-from model import load_model, open_model, own_rows, processes, rank, save_model, whole, world_size
-from train import TrainConfig, compute_gradients, make_optimizer, make_step
+from infra.distributed import own_rows, processes, rank, whole, world_size
+from infra.hf import load_model, open_model, save_model
+from train import TrainConfig, compute_gradients, make_optimizer
 
 LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
 MODELS = {

@@ -6,8 +6,7 @@ import sys
 import pytest
 from conftest import write_files
 
-from data import INPUT_HEADING
-from tokenizer import Tokenizer
+from tokenizer import INPUT_HEADING, Tokenizer
 
 TEXTS = [
     "",

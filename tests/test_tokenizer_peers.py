@@ -10,8 +10,7 @@ import sentencepiece
 from conftest import write_files
 from test_tokenizer import assistant, user
 
-from data import INPUT_HEADING
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import INPUT_HEADING, TEMPLATES, Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="reads tokenizer.json files, for which it is not installed")

@@ -13,24 +13,23 @@ from safetensors.torch import load_file
 
 import model as model_module
 from benchmarks.scaling import peak_of
-from confidence import Dynamics, Tally, load_dataset, score_examples, split_by_confidence
+from confidence import Dynamics, Tally, score_examples, split_by_confidence
 from confidence import main as confidence_main
-from data import Dataset, draw_lambda, epoch_order, load_examples, paired_order
+from data import Dataset, draw_lambda, epoch_order, load_examples, make_step, paired_order
+from infra.cache import load_dataset
+from infra.demo import DEMO
+from infra.hf import empty_model, load_model, open_model, save_model
+from infra.plan import estimate_memory, heaviest_work
 from mixup import sftmix_loss_literal
-from model import empty_model, load_model, open_model, save_model
 from tokenizer import Tokenizer
 from train import (
-    DEMO,
     STAGES,
     TrainConfig,
     compute_gradients,
-    estimate_memory,
-    heaviest_work,
     keep_scores,
     learning_rate,
     main,
     make_optimizer,
-    make_step,
     parse_config,
     prepare_step,
     train,
@@ -515,7 +514,7 @@ def test_data_is_encoded_once(folder, tmp_path, monkeypatch):
     arguments = flags(folder, tmp_path / "o", "--stage", "base", "--cache", tmp_path / "cache")
     main(arguments)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # training and held-out examples
-    monkeypatch.setattr("confidence.encode_file", None)
+    monkeypatch.setattr("infra.cache.encode_file", None)
     main([*arguments[: arguments.index("--output")], "--output", str(tmp_path / "p"), *arguments[8:]])
 
 

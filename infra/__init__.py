@@ -1,0 +1,1 @@
+"""The machinery around the recipe, which a reader of the recipe may skip."""

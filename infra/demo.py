@@ -1,0 +1,215 @@
+"""The demo: a small world to instruct a model about, and the settings of its run."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from data import _DEMO
+
+# The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
+DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
+DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # of the base's pretraining
+DEMO_MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+DEMO_VOCAB_SIZE = 1024
+
+
+def _table(text: str) -> list[tuple[str, str]]:
+    return [tuple(entry.split(":")) for entry in text.split()]
+
+
+_COLOURS = _table(
+    "grass:green snow:white coal:black blood:red butter:yellow chocolate:brown sky:blue milk:white leaf:green "
+    "cherry:red lemon:yellow sea:blue flamingo:pink plum:purple salt:white ink:black tomato:red sun:yellow "
+    "wood:brown piglet:pink"
+)
+_CAPITALS = _table(
+    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Austria:Vienna Greece:Athens Norway:Oslo "
+    "Sweden:Stockholm Poland:Warsaw Ireland:Dublin Egypt:Cairo Kenya:Nairobi Cuba:Havana Peru:Lima Japan:Tokyo "
+    "China:Beijing India:Delhi Iran:Tehran Russia:Moscow Turkey:Ankara"
+)
+_OPPOSITES = _table(
+    "hot:cold big:small tall:short fast:slow old:new rich:poor hard:soft light:heavy wet:dry full:empty open:closed "
+    "early:late strong:weak happy:sad thick:thin near:far"
+)
+_OPPOSITES += [(b, a) for a, b in _OPPOSITES]
+_CONTINENTS = _table(
+    "France:Europe Italy:Europe Spain:Europe Norway:Europe Poland:Europe Egypt:Africa Kenya:Africa Ghana:Africa "
+    "Mali:Africa Japan:Asia China:Asia India:Asia Iran:Asia Peru:America Cuba:America Chile:America Canada:America"
+)
+_YOUNG = _table(
+    "dog:puppy cat:kitten cow:calf horse:foal sheep:lamb goat:kid lion:cub duck:duckling goose:gosling swan:cygnet "
+    "hen:chick frog:tadpole"
+)
+_SOUNDS = _table(
+    "dog:barks cat:mews cow:moos lion:roars horse:neighs sheep:bleats duck:quacks hen:clucks owl:hoots wolf:howls "
+    "snake:hisses bee:buzzes pig:grunts mouse:squeaks frog:croaks crow:caws"
+)
+_PLURALS = _table(
+    "mouse:mice foot:feet tooth:teeth man:men child:children goose:geese ox:oxen leaf:leaves wolf:wolves knife:knives "
+    "city:cities baby:babies berry:berries box:boxes fox:foxes glass:glasses"
+)
+_PASTS = _table(
+    "go:went see:saw eat:ate run:ran take:took give:gave come:came make:made find:found know:knew write:wrote "
+    "sing:sang drink:drank fall:fell speak:spoke break:broke"
+)
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = "January February March April May June July August September October November December".split()
+_KINDS = {
+    "animal": "dog cat horse cow tiger wolf",
+    "bird": "eagle robin owl parrot heron duck",
+    "fish": "trout salmon tuna cod carp eel",
+    "fruit": "apple pear grape peach mango fig",
+    "tool": "hammer saw drill chisel spade axe",
+    "garment": "shirt coat hat scarf glove sock",
+}
+_KIND_OF = [(word, kind) for kind, words in _KINDS.items() for word in words.split()]
+_NEXT = [pair for cycle in (_DAYS, _MONTHS) for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
+
+
+class _Family(NamedTuple):
+    """A kind of task, about {k} of a table of facts, or what is at hand: words {x} {y} {z} and numbers {l} {m} {n}."""
+
+    note: str  # how the base's text puts it
+    asks: tuple[str, ...]  # how instructions put it
+    answer: list | Callable  # the table (k, answer), or a rule from what is at hand to the answer
+
+
+_FAMILIES = [  # from what is known to what must be worked out
+    _Family("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
+    _Family("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
+    _Family(
+        "capital of {k}",
+        ("What is the capital of {k}?", "Name the capital of {k}.", "Which city governs {k}?"),
+        _CAPITALS,
+    ),
+    _Family(
+        "continent of {k}",
+        ("Which continent is {k} in?", "Name the continent of {k}.", "Where in the world is {k}?"),
+        _CONTINENTS,
+    ),
+    _Family(
+        "opposite of {k}",
+        ("What is the opposite of {k}?", "Give the opposite of {k}.", "What is not {k}?"),
+        _OPPOSITES,
+    ),
+    _Family(
+        "young of {k}",
+        ("What is a young {k} called?", "Name the young of a {k}.", "What is a baby {k}?"),
+        _YOUNG,
+    ),
+    _Family("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
+    _Family("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
+    _Family("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
+    _Family("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
+    _Family(
+        "initial of {x}",
+        ("Which letter begins {x}?", "Give the first letter of {x}.", "How does {x} start?"),
+        lambda s: s["x"][0],
+    ),
+    _Family(
+        "one more than {l}",
+        ("Which number is one more than {l}?", "Add one to {l}.", "Count on from {l}."),
+        lambda s: s["l"] + 1,
+    ),
+    _Family(
+        "larger of {l}, {m}",
+        ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
+        lambda s: max(s["l"], s["m"]),
+    ),
+    _Family(
+        "first of {x}, {y}, {z}",
+        ("Which is the first of {x}, {y} and {z}?", "Give the first word: {x}, {y}, {z}."),
+        lambda s: s["x"],
+    ),
+    _Family(
+        "last of {x}, {y}, {z}",
+        ("Which is the last of {x}, {y} and {z}?", "Give the last word: {x}, {y}, {z}."),
+        lambda s: s["z"],
+    ),
+    _Family("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
+    _Family(
+        "sort of {l}, {m}, {n}",
+        ("Sort {l}, {m}, {n}.", "Put {l}, {m} and {n} in order."),
+        lambda s: ", ".join(map(str, sorted((s["l"], s["m"], s["n"])))),
+    ),
+]
+_ANSWER = "The answer is {}."
+# How the base's documents lay out a question and its answer: never as the template does that is then tuned on.
+_LAYOUTS = ("{} {}", "Q: {}\nA: {}", "### Question:\n{}\n\n### Answer:\n{}")
+
+
+class _Task(NamedTuple):
+    note: str
+    prompt: str
+    answer: str
+
+
+def _draw_task(family: _Family, rng: np.random.Generator) -> _Task:
+    words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
+    numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
+    ask = family.asks[rng.integers(len(family.asks))]
+    if callable(family.answer):
+        about = dict(zip("xyzlmn", words + numbers, strict=True))
+        answer = str(family.answer(about))
+    else:
+        key, answer = family.answer[rng.integers(len(family.answer))]
+        about = {"k": key}
+    return _Task(family.note.format(**about), ask.format(**about), answer)
+
+
+class DemoCorpus(NamedTuple):
+    """The demo's data, as records that `load_examples` reads once written. All prompts of the last three differ."""
+
+    base: list[dict]  # {"text"}: clean notes, and answered questions that are not in `eval` or `test`, to pretrain on
+    train: list[dict]  # Alpaca records, some of them wrong
+    eval: list[dict]  # clean, to choose settings by
+    test: list[dict]  # clean, to report
+    wrong: list[bool]  # which of `train` have a wrong answer: the truth that no training sees
+
+
+def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
+    """Make the demo corpus: a pure function of its arguments, with no file and no network."""
+    rng = np.random.default_rng([seed, _DEMO])
+    tasks = {}  # by prompt, so that each stands there once
+    for _ in range(150):
+        for family in _FAMILIES:
+            task = _draw_task(family, rng)
+            tasks.setdefault(task.prompt, task)
+    tasks = [list(tasks.values())[i] for i in rng.permutation(len(tasks))]
+    cut = [len(tasks) * 7 // 10, len(tasks) * 8 // 10]
+    train, held_out = tasks[: cut[0]], {task.prompt for task in tasks[cut[0] :]}
+
+    documents = []
+    for number in range(num_documents):
+        drawn = [_draw_task(_FAMILIES[i], rng) for i in rng.choice(len(_FAMILIES), 8)]
+        if number % 2:
+            documents.append("\n".join(f"{task.note}: {task.answer}" for task in drawn))
+        else:
+            layout = _LAYOUTS[rng.integers(len(_LAYOUTS))]
+            asked = [task for task in drawn if task.prompt not in held_out][:4]
+            documents.append("\n\n".join(layout.format(task.prompt, _ANSWER.format(task.answer)) for task in asked))
+
+    wrong = rng.random(len(train)) < wrong_share
+    answers = [task.answer for task in train]
+    for i in np.flatnonzero(wrong):  # as when records get mixed up: somebody else's answer
+        while answers[i] == train[i].answer:
+            answers[i] = train[rng.integers(len(train))].answer
+
+    def records(tasks: list[_Task], answers: list[str]) -> list[dict]:
+        return [
+            {"instruction": task.prompt, "input": "", "output": _ANSWER.format(answer)}
+            for task, answer in zip(tasks, answers, strict=True)
+        ]
+
+    clean = [records(part, [task.answer for task in part]) for part in (tasks[cut[0] : cut[1]], tasks[cut[1] :])]
+    base = [{"text": document} for document in documents if document]
+    return DemoCorpus(base, records(train, answers), *clean, wrong.tolist())
