@@ -269,20 +269,6 @@ def split_by_confidence(scores) -> tuple[torch.Tensor, torch.Tensor]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
-def split_fours(scores: torch.Tensor) -> torch.Tensor:
-    """Of each four neighbours, pair the two with the higher score with the two others: scores [4G] -> pairs [2G, 2].
-
-    Among the two and the two it goes by their order, which knows nothing of scores.
-
-    >>> split_fours(torch.tensor([0.5, 0.9, 0.1, 0.3])).tolist()
-    [[0, 2], [1, 3]]
-    """
-    fours = scores.view(len(scores) // 4, 4)
-    order = fours.argsort(dim=1, descending=True, stable=True)  # [G, 4], most confident first
-    halves = order.view(len(order), 2, 2).sort(dim=2).values  # [G, half, 2]
-    return (halves + 4 * torch.arange(len(order))[:, None, None]).transpose(1, 2).reshape(-1, 2)
-
-
 def area_under_roc(scores, positive) -> float:
     """The chance that a positive example scores higher than a negative one, ties counting half (Mann-Whitney U).
 

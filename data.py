@@ -470,15 +470,13 @@ class MicroBatch:
 
     batch: Batch
     rows: torch.Tensor  # int64 [S]: the supervised positions
-    owner: torch.Tensor  # int64 [S]: whose they are, by number in the batch
-    members: torch.Tensor  # int64 [B]: the examples of the batch, by number in the data set
-    lam: torch.Tensor  # float32 [M]: of each mixed position; [P] of each pair while it is open who meets whom
-    # index_c and index_u of `pair_positions`, in main memory; None where the model has yet to say who is confident.
-    meeting: list | None
+    owner: torch.Tensor  # int64 [S]: whose they are, by number in the data set
+    lam: torch.Tensor  # float32 [M]: of each mixed position
+    meeting: tuple  # index_c and index_u of `pair_positions`, int64 [M] each, in main memory
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`, copied while the device is at work: nobody waits."""
-        tensors = (self.rows, self.owner, self.members, self.lam)
+        tensors = (self.rows, self.owner, self.lam)
         return MicroBatch(self.batch.to(device), *(to_device(x, device) for x in tensors), self.meeting)
 
 
@@ -489,61 +487,39 @@ class Step:
     examples: np.ndarray  # all of them, over all processes, by number in the data set
     micro_batches: list[MicroBatch]
     num_supervised: int  # over all processes
-    num_mixed: float
+    num_mixed: int
     num_tokens: int
 
 
-def deal(lengths: list[int], group: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
+def deal(lengths: list[int], num_pairs: int, max_tokens: int, num_processes: int) -> list[list[tuple]]:
     """Deal examples into micro-batches, as many for each process (some may be empty).
 
-    Each run of `group` neighbours stays in one micro-batch; those left over go singly.
+    Of the first examples 0 and 1, 2 and 3, … `num_pairs` pairs stay together; the others go singly.
 
-    >>> deal([30, 10, 20, 20, 5], group=2, max_tokens=50, num_processes=1)
+    >>> deal([30, 10, 20, 20, 5], num_pairs=2, max_tokens=50, num_processes=1)
     [[(0, 1), (4,)], [(2, 3)]]
     """
-    whole = len(lengths) - len(lengths) % group
-    units = [tuple(range(i, i + group)) for i in range(0, whole, group)] + [(i,) for i in range(whole, len(lengths))]
+    units = [(2 * p, 2 * p + 1) for p in range(num_pairs)] + [(i,) for i in range(2 * num_pairs, len(lengths))]
     bins = split_batch([sum(lengths[i] for i in unit) for unit in units], max_tokens, num_processes)
     return [[units[u] for u in members] for members in bins]
 
 
-def make_step(dataset: Dataset, chosen: np.ndarray, group: int, lam, micro_batch_tokens: int, device="cpu") -> Step:
-    """Deal a global batch out, groups of neighbours in `chosen` staying together: lam [P], P pairs in all.
+def make_step(dataset: Dataset, chosen: np.ndarray, lam, micro_batch_tokens: int, device="cpu") -> Step:
+    """Deal a global batch out: 0 meets 1, 2 meets 3, …, confident first, as many pairs as there are λ in lam [P].
 
-    `group` is 1: nobody meets anybody. 2: 0 meets 1, 2 meets 3, …, confident first. 4: of 0 to 3, of 4 to 7, … the
-    model will say which two are confident. Those left over are trained on with NTP alone.
+    Those left over are trained on with NTP alone.
     """
     lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
     micro_batches = []
-    for units in deal(lengths.tolist(), group, micro_batch_tokens, world_size())[rank() :: world_size()]:
-        units.sort(key=len, reverse=True)  # groups first, so that pair p is examples 2p and 2p+1
+    for units in deal(lengths.tolist(), len(lam), micro_batch_tokens, world_size())[rank() :: world_size()]:
+        units.sort(key=len, reverse=True)  # pairs first, so that pair p is examples 2p and 2p+1
         members = [i for unit in units for i in unit]
         batch = pack([dataset[i] for i in chosen[members]])
         pairs = torch.tensor([i // 2 for unit in units if len(unit) > 1 for i in unit[::2]], dtype=torch.int64)
-        rows, lam_here, meeting = batch.supervised, lam[pairs], None
-        if group != 4:
-            neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
-            *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
-            lam_here = lam_here[pair]
-        owner, numbers = batch.example[rows], torch.from_numpy(chosen[members])
-        micro_batches.append(MicroBatch(batch, rows, owner, numbers, lam_here, meeting).to(device))
-    return Step(chosen, micro_batches, int(counts.sum()), expected_mixed(counts, group), int(lengths.sum()))
-
-
-def expected_mixed(counts: np.ndarray, group: int) -> float:
-    """How many positions will be mixed: Σ min(N^c, N^u), averaged over the ways in which a group can fall into pairs.
-
-    Among 4 there are 3 ways, and each two meet in one of them. What the mean divides by must be known before any of
-    the batch is computed on; where the confident two are the shorter two, fewer positions than this are mixed.
-
-    >>> expected_mixed(np.array([5, 7]), group=2), expected_mixed(np.array([1, 2, 3, 9]), group=4)
-    (5.0, 3.3333333333333335)
-    """
-    if group == 1:
-        return 0.0
-    groups = np.sort(counts[: len(counts) - len(counts) % group].reshape(-1, group))  # each by number, ascending
-    # Of its pairs with those after it, each is the smaller one.
-    return float((groups @ np.arange(group - 1, -1, -1)).sum() / (group - 1))
-
-
-# --- The demo corpus: a small world to instruct a model about ---------------------------------------------------------
+        neighbours = torch.arange(2 * len(pairs)).view(-1, 2)
+        *meeting, pair = pair_positions(batch.targets, batch.cu_seqlens, neighbours)
+        rows, numbers = batch.supervised, torch.from_numpy(chosen[members])
+        owner = numbers[batch.example[rows]]
+        micro_batches.append(MicroBatch(batch, rows, owner, lam[pairs][pair], tuple(meeting)).to(device))
+    num_mixed = counts[: 2 * len(lam)].reshape(-1, 2).min(axis=1).sum()  # Σ min(N^c, N^u)
+    return Step(chosen, micro_batches, int(counts.sum()), int(num_mixed), int(lengths.sum()))

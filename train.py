@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from confidence import Dynamics, Tally, area_under_roc, score_checkpoints, split_by_confidence, split_fours
+from confidence import Dynamics, Tally, area_under_roc, score_checkpoints, split_by_confidence
 from data import (
     IGNORE_INDEX,
     Dataset,
@@ -78,7 +78,7 @@ from infra.hf import (
 from infra.metrics import Progress, log_step
 from infra.plan import estimate_flops, estimate_memory, gigabytes, heaviest_work
 from infra.savepoints import Savepoints, check_finite, check_unchanged, claimed, contents_of
-from mixup import pair_positions, sftmix_loss
+from mixup import sftmix_loss
 from model import ModelConfig, Transformer
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -196,8 +196,8 @@ class TrainConfig:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
         if self.online and self.pairing == "random":
             raise ValueError("--confidence online: --pairing random makes no use of it")
-        if self.mixing_group == 4 and self.batch_size % 4:
-            raise ValueError(f"--batch_size {self.batch_size}: must be a multiple of 4 for one epoch online")
+        if self.online and self.epochs < 2:
+            raise ValueError(f"--epochs {self.epochs}: --confidence online needs 2 or more, the first being plain NTP")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
         for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
             if getattr(self, one) is not None and getattr(self, other) is None:
@@ -207,11 +207,6 @@ class TrainConfig:
     def online(self) -> bool:
         """Whether the SFTMix run finds out by itself who is confident."""
         return self.confidence == "online"
-
-    @property
-    def mixing_group(self) -> int:
-        """How many neighbours stay together in a step that mixes: a pair, or four yet to be split into two."""
-        return 4 if self.online and self.epochs == 1 else 2
 
 
 def parse_config(argv=None) -> TrainConfig:
@@ -264,43 +259,37 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
 
 
 def compute_gradients(
-    model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str, tally=None, by: str = "probability"
+    model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str, tally=None
 ) -> torch.Tensor:
     """Leave in `.grad` the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
     Every micro-batch's sums are divided by the **global** counts, so adding up gradients, over micro-batches here and
     over processes in `model.shard`, gives the gradient of the global mean: the same for any number of either.
-    A `tally` takes note of log p(y) on the way; `by` is the measure that splits groups of four.
+    A `tally` takes note of log p(y) on the way.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in step.micro_batches:
-        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype, tally, by)
+        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype, tally)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
     return losses
 
 
 def compute_loss(
-    model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str, tally, by: str
+    model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str, tally
 ):
     """A micro-batch's part of L = L_NTP + μ L_Mixup: -> (loss, ntp, mix), of which the first carries gradients."""
     batch, rows = micro_batch.batch, micro_batch.rows
 
     def loss_of(hidden):
         z, y = hidden[rows], batch.targets[rows]  # [S, D], [S]
-        if micro_batch.meeting is None:
-            index_c, index_u, pair = meet_in_fours(model, micro_batch, z, y, by)
-            lam = micro_batch.lam[pair]
-        else:
-            (index_c, index_u), lam = micro_batch.meeting, micro_batch.lam
         log_p = None if tally is None else torch.empty(len(y), device=y.device)
         loss = sftmix_loss(
             z,
             model.head_weight,
             y,
-            index_c,
-            index_u,
-            lam,
+            *micro_batch.meeting,
+            micro_batch.lam,
             mu=mu,
             ntp_weight=ntp_weight,
             num_supervised=step.num_supervised,
@@ -308,23 +297,11 @@ def compute_loss(
             log_p=log_p,
         )
         if tally is not None:
-            tally.add(micro_batch.members[micro_batch.owner], log_p)
+            tally.add(micro_batch.owner, log_p)
         return loss
 
     with autocast(batch.tokens.device, dtype):
         return model(batch.tokens, batch.positions, batch.cu_seqlens, head=loss_of)
-
-
-def meet_in_fours(model: Transformer, micro_batch: MicroBatch, z, y, by: str):
-    """`pair_positions` of a micro-batch whose groups of four the model splits now, by what it predicts as it is.
-
-    How many positions that mixes decides the shapes of what follows: here, and only here, the GPU is waited for.
-    """
-    log_p = model.gold_log_probs(z, y)  # [S]
-    values = torch.stack([log_p.exp() if by == "probability" else log_p, torch.ones_like(log_p)])
-    total, count = values.new_zeros(2, len(micro_batch.members)).index_add_(1, micro_batch.owner, values)  # [B]
-    scores = (total / count)[: 2 * len(micro_batch.lam)]
-    return pair_positions(micro_batch.batch.targets.cpu(), micro_batch.batch.cu_seqlens, split_fours(scores.cpu()))
 
 
 def update(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
@@ -354,18 +331,18 @@ def train(
     order: Callable[[int], np.ndarray],
     log: Callable[[dict], None],
     *,
-    group: Callable[[int], int] = lambda epoch: 1,
+    mixes: Callable[[int], bool] = lambda epoch: False,
     tally: Tally | None = None,
     after_step: dict[int, Callable[[], None]] | None = None,
     savepoints: "Savepoints | None" = None,
 ) -> dict:
-    """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing in a `group(epoch)` of neighbours.
+    """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing neighbours if `mixes(epoch)`.
 
     `order` is asked once an epoch, when all before it are done.
-    In a group of 1, the default, nobody meets anybody: what is left of L is L_NTP. A `tally` takes note of log p(y) of
+    Where nothing is mixed, the default, what is left of L is L_NTP. A `tally` takes note of log p(y) of
     what is trained on, and is closed after each epoch. `log` gets a progress record every `config.log_every` steps,
-    `after_step` says what to call after which steps, counted from 1. Between these nothing waits for a GPU, but where
-    fours are split. A step whose loss or gradient is not finite changes nothing, and is logged too.
+    `after_step` says what to call after which steps, counted from 1. Between these nothing waits for a GPU.
+    A step whose loss or gradient is not finite changes nothing, and is logged too.
 
     With `savepoints` it goes on from the newest of these, and leaves new ones. SIGTERM and SIGINT then finish the step,
     leave one, and end the process. -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
@@ -380,12 +357,12 @@ def train(
     model.train()
     with signals_noted() if savepoints else contextlib.nullcontext([]) as signals:
         for epoch in range(first // epoch_steps, config.epochs):
-            prepare = partial(prepare_step, dataset, config, order(epoch), group(epoch), device)
-            mu, ntp_weight = (config.mu, config.ntp_weight) if group(epoch) > 1 else (0.0, 1.0)
+            prepare = partial(prepare_step, dataset, config, order(epoch), mixes(epoch), device)
+            mu, ntp_weight = (config.mu, config.ntp_weight) if mixes(epoch) else (0.0, 1.0)
             end = (epoch + 1) * epoch_steps
             steps = range(max(first, epoch * epoch_steps), end)
             for step, work in zip(steps, ahead(prepare, steps), strict=True):
-                losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally, config.confidence_by)
+                losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally)
                 lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
                 figures = update(model, optimizer, lr, losses, len(signals))
 
@@ -422,13 +399,12 @@ def steps_per_epoch(dataset: Dataset, config: TrainConfig) -> int:
     return math.ceil(len(dataset) / config.batch_size)
 
 
-def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, group: int, device, step: int) -> Step:
+def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, mixes: bool, device, step: int) -> Step:
     """The global batch of a step (counted from 0), given its epoch's order, dealt out and on the device."""
     start = step % steps_per_epoch(dataset, config) * config.batch_size
     chosen = indices[start : start + config.batch_size]
-    num_pairs = len(chosen) // group * (group // 2)
-    lam = draw_lambda(num_pairs, config.alpha, config.seed, step)
-    return make_step(dataset, chosen, group, lam, config.micro_batch_tokens, device)
+    lam = draw_lambda(len(chosen) // 2 if mixes else 0, config.alpha, config.seed, step)
+    return make_step(dataset, chosen, lam, config.micro_batch_tokens, device)
 
 
 # --- Going on where a run was stopped ---------------------------------------------------------------------------------
@@ -495,10 +471,9 @@ class Inputs:
 
 
 def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
-    """Say so where a batch has too few pairs (or fours) to give every process one."""
-    if config.batch_size < config.mixing_group * num_processes:
-        unit = "a pair" if config.mixing_group == 2 else "four examples"
-        say(f"warning: --batch_size {config.batch_size} is less than {unit} for each of {num_processes} processes")
+    """Say so where a batch has too few pairs to give every process one."""
+    if config.batch_size < 2 * num_processes:
+        say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
 
 def settled(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
@@ -623,7 +598,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
         order = partial(order_by_halves, scores_of(config, inputs.train), config)
     model = model_to_train(config, device)
     savepoints = savepoints_of(config, "sftmix")
-    spent = train(model, inputs.train, config, order, log, group=lambda epoch: 2, savepoints=savepoints)
+    spent = train(model, inputs.train, config, order, log, mixes=lambda epoch: True, savepoints=savepoints)
     save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     return measure(model, inputs, config) | spent
 
@@ -640,8 +615,7 @@ def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
     """SFTMix in one run, each epoch's training passes being the checkpoints: -> results of it and of its scores.
 
     The first epoch is NTP. At the end of each the split is made anew, by the mean over the epochs so far of p(y) as it
-    was when trained on, and from the second on there is Mixup. A single epoch has no earlier one to learn from: there
-    each group of four is split by the model's probabilities in that very step.
+    was when trained on, and from the second on there is Mixup.
     """
     dataset = inputs.train
     tally = Tally(dataset.num_supervised, device, config.epochs)
@@ -652,12 +626,9 @@ def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> 
             return epoch_order(len(dataset), config.seed, epoch)
         return order_by_halves(Dynamics(dataset.ids, *tally.epochs()), config, epoch)
 
-    def group(epoch: int) -> int:
-        return config.mixing_group if epoch > 0 or config.epochs == 1 else 1
-
     model = model_to_train(config, device)
     savepoints = savepoints_of(config, "sftmix")
-    spent = train(model, dataset, config, order, log, group=group, tally=tally, savepoints=savepoints)
+    spent = train(model, dataset, config, order, log, mixes=lambda epoch: epoch > 0, tally=tally, savepoints=savepoints)
     save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     return measure(model, inputs, config) | spent, keep_scores(Dynamics(dataset.ids, *tally.epochs()), config)
 

@@ -87,7 +87,7 @@ def main() -> None:
     for compiling in (False, True):
         if compiling:
             model.compile_blocks()
-        for name, group in (("NTP", 1), ("SFTMix", 2)):
+        for name, mixing in (("NTP", False), ("SFTMix", True)):
             rates = []
             run = TrainConfig(**settings)
             train(
@@ -96,7 +96,7 @@ def main() -> None:
                 run,
                 partial(epoch_order, len(dataset), 0),
                 lambda record, rates=rates: rates.append(record["tokens_per_second"]),
-                group=lambda epoch, group=group: group,
+                mixes=lambda epoch, mixing=mixing: mixing,
             )
             speed = statistics.median(rates[3:])
             label = name + ", --compile" * compiling

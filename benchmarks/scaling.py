@@ -111,7 +111,7 @@ def measure(folder: Path, settings: dict) -> dict:
         model = open_model(folder, config.dtype, "cpu", config.lora_rank)
         model.activation_checkpointing = config.activation_checkpointing
         order = partial(epoch_order, len(dataset), 0)
-        train(model, dataset, config, order, lambda record: None, group=lambda epoch: 2)
+        train(model, dataset, config, order, lambda record: None, mixes=lambda epoch: True)
         trainable = sum(own_rows(p).numel() for p in model.parameters() if p.requires_grad)
         share["kept"] = sum(own_rows(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable
 

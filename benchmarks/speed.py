@@ -110,14 +110,14 @@ def ours(folder: Path) -> None:
             seconds = time.perf_counter() - began
         else:
             config = TrainConfig(batch_size=BATCH_SIZE, epochs=1, lr=1e-4, dtype=dtype, log_every=1000)
-            order, group = np.arange(len(dataset)), 2 if "sftmix" in what else 1  # the order in which the others go
+            order, mixing = np.arange(len(dataset)), "sftmix" in what  # the order in which the others go
             seconds = train(
                 models[key],
                 dataset,
                 config,
                 lambda epoch, order=order: order,
                 lambda record: None,
-                group=lambda epoch, group=group: group,
+                mixes=lambda epoch, mixing=mixing: mixing,
             )["seconds"]
         print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)
 

@@ -21,7 +21,7 @@ def heaviest_work(dataset: Dataset, config, num_processes: int) -> Work:
     for start in range(0, len(dataset), config.batch_size):
         chosen = order[start : start + config.batch_size]
         lengths, counts = dataset.lengths[chosen], dataset.num_supervised[chosen]
-        micro_batches = deal(lengths.tolist(), config.mixing_group, config.micro_batch_tokens, num_processes)
+        micro_batches = deal(lengths.tolist(), len(chosen) // 2, config.micro_batch_tokens, num_processes)
         accumulates |= len(micro_batches) > num_processes
         for units in micro_batches:
             members = [i for unit in units for i in unit]

@@ -29,18 +29,17 @@ MODELS = {
         "vocab_size": 301,
     },  # an odd number of rows
 }
-CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing, group)
-    "full": (1000, None, False, 2),
-    "accumulated": (70, None, False, 2),
-    "lora": (1000, 4, False, 2),
-    "lora, accumulated": (70, 4, False, 2),
-    "recomputed": (70, None, True, 2),
-    "fours": (70, None, False, 4),
+CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
+    "full": (1000, None, False),
+    "accumulated": (70, None, False),
+    "lora": (1000, 4, False),
+    "lora, accumulated": (70, 4, False),
+    "recomputed": (70, None, True),
 }
-CASES_OF = {1: list(CASES), 2: list(CASES), 4: ["full", "lora, accumulated", "fours"]}  # by number of processes
+CASES_OF = {1: list(CASES), 2: list(CASES), 4: ["full", "lora, accumulated"]}  # by number of processes
 
 
-def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool, group: int):
+def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool):
     """Two optimizer steps: -> what they changed, the last gradients, the bytes of weights and optimizer state here."""
     model = open_model(folder, "fp32", "cpu", lora_rank).train()
     model.activation_checkpointing = recompute
@@ -50,8 +49,8 @@ def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool, gr
     before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
     for number, chosen in enumerate((np.arange(7), np.arange(2))):  # of the second, some processes get nothing
         optimizer.zero_grad()
-        lam = draw_lambda(len(chosen) // group * group // 2, 0.5, 0, number)
-        step = make_step(dataset, chosen, group, lam, micro_batch_tokens)
+        lam = draw_lambda(len(chosen) // 2, 0.5, 0, number)
+        step = make_step(dataset, chosen, lam, micro_batch_tokens)
         compute_gradients(model, step, 0.7, 1.0, "fp32")
         optimizer.step()
     changed = {name: whole(p).detach() - before[name] for name, p in model.named_parameters()}
