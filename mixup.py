@@ -9,12 +9,12 @@ W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A confident example c and an un
     L_Mixup = mean over mixed positions of H(ỹ_n, softmax(W z̃_n)),  H(ỹ, p) = −Σ_v ỹ_v log p_v
     L       = L_NTP + μ L_Mixup
 
-Read `mixup` and `sftmix_loss_literal` for what is computed, `pair_positions` for who meets whom, and `sftmix_loss` for
-how to get the same value and the same gradients at the price of L_NTP alone. Tensors in, tensors out: this file
-imports nothing but torch and can be taken into any trainer.
+`mixup` and `sftmix_loss_literal` compute the equations as they are written, `pair_positions` says which positions are
+mixed, and `sftmix_loss` computes the same value and gradients at about the cost of L_NTP alone. All of them take and
+return tensors. This file imports only torch, so that it can be copied into any trainer.
 
 Letters: N tokens in the packed row (N^c and N^u: supervised tokens of the two examples of a pair), B examples in the
-row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabulary, R rows of a chunk.
+row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabulary, R positions in a chunk.
 """
 
 import functools
@@ -24,10 +24,10 @@ import shutil
 import torch
 import torch.nn.functional as F
 
-IGNORE_INDEX = -100  # a target no loss looks at: prompt tokens
+IGNORE_INDEX = -100  # the target of positions that are not supervised, such as those of the prompt
 
 
-# --- The recipe, word for word ----------------------------------------------------------------------------------------
+# --- The equations as written -----------------------------------------------------------------------------------------
 
 
 def mixup(z_c, z_u, y_c, y_u, lam, vocab_size: int):
@@ -45,40 +45,30 @@ def mixup(z_c, z_u, y_c, y_u, lam, vocab_size: int):
     return lam * z_c + (1 - lam) * z_u, lam * one_hot_c + (1 - lam) * one_hot_u
 
 
-def sftmix_loss_literal(
-    hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None
-):
-    """L = L_NTP + μ L_Mixup as the paper writes it, for reading and as the oracle of `sftmix_loss` (same arguments).
+def sftmix_loss_literal(hidden, weight, targets, index_c, index_u, lam, mu):
+    """L = L_NTP + μ L_Mixup as the paper writes it, for reading and for tests; `sftmix_loss` explains the arguments.
 
-    Two products with `lm_head` and one-hot targets: it holds [S, V] and [M, V] several times over.
+    It multiplies by `lm_head` twice and keeps several tensors of [S, V] and [M, V].
     """
-    num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
     z_mixed, y_mixed = mixup(
         hidden[index_c], hidden[index_u], targets[index_c], targets[index_u], lam, vocab_size=len(weight)
     )
-    ntp = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / num_supervised  # L_NTP
-    mix = F.cross_entropy(z_mixed @ weight.T, y_mixed, reduction="sum") / num_mixed  # L_Mixup: mean of H(ỹ, p)
-    return ntp_weight * ntp + mu * mix, ntp.detach(), mix.detach()  # L
+    ntp = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / max(len(targets), 1)  # L_NTP
+    mix = F.cross_entropy(z_mixed @ weight.T, y_mixed, reduction="sum") / max(len(z_mixed), 1)  # L_Mixup: H(ỹ, p̃)
+    return ntp + mu * mix, ntp, mix  # L
 
 
-def _denominators(targets, index_c, num_supervised, num_mixed):
-    """The counts the two means divide by; at least 1, since a sum over nothing is 0 and so must its mean be."""
-    num_supervised = len(targets) if num_supervised is None else num_supervised
-    num_mixed = len(index_c) if num_mixed is None else num_mixed
-    return max(num_supervised, 1), max(num_mixed, 1)
-
-
-# --- Who meets whom ---------------------------------------------------------------------------------------------------
+# --- Pairing positions ------------------------------------------------------------------------------------------------
 
 
 def pair_positions(targets, cu_seqlens, pairs):
-    """Which supervised positions meet: the n-th of a pair's one example and the n-th of its other, n ≤ min(N^c, N^u).
+    """Pair the n-th supervised position of a confident example with the n-th of its partner, for n ≤ min(N^c, N^u).
 
-    targets int64 [N] with IGNORE_INDEX, cu_seqlens int32 [B+1], pairs int64 [P, 2] (examples of the row, confident then
-    unconfident) -> (index_c [M], index_u [M], pair [M]): positions numbered among the S supervised ones, in order, and
-    whose pair each belongs to. `lam_of_pair[pair]` is then λ at every mixed position.
+    targets int64 [N] with IGNORE_INDEX, cu_seqlens int32 [B+1], pairs int64 [P, 2]: numbers of a confident and an
+    unconfident example in the packed row. -> (index_c [M], index_u [M], pair [M]), where index_c and index_u count
+    supervised positions only, from 0 to S−1, and pair is the row of `pairs`; so λ at each mixed position is lam[pair].
 
-    Two examples in the row, supervised 2 of 4 and 3 of 5; the first two of each meet:
+    In a row of two examples with 2 and 3 supervised positions, the first two of each are mixed:
 
     >>> targets = torch.tensor([-100, -100, 11, 12, -100, -100, 21, 22, 23])
     >>> [x.tolist() for x in pair_positions(targets, torch.tensor([0, 4, 9]), torch.tensor([[0, 1]]))]
@@ -89,13 +79,14 @@ def pair_positions(targets, cu_seqlens, pairs):
     bounds = supervised_before[cu_seqlens.long()]  # [B+1]
     first, count = bounds[:-1], bounds.diff()  # [B]
     confident, unconfident = pairs.unbind(1)  # [P]
-    meet = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
-    pair = torch.repeat_interleave(meet)  # [M]: 0 meet_0 times, 1 meet_1 times, …
-    n = torch.arange(len(pair), device=pair.device) - (meet.cumsum(0) - meet)[pair]  # [M]: 0 … meet−1 in each pair
+    num_mixed = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
+    pair = torch.repeat_interleave(num_mixed)  # [M]: 0 num_mixed[0] times, 1 num_mixed[1] times, …
+    start = num_mixed.cumsum(0) - num_mixed  # [P]: the first mixed position of each pair
+    n = torch.arange(len(pair), device=pair.device) - start[pair]  # [M]: 0 … num_mixed−1 in each pair
     return first[confident][pair] + n, first[unconfident][pair] + n, pair
 
 
-# --- The same loss at the price of one --------------------------------------------------------------------------------
+# --- The fused loss ---------------------------------------------------------------------------------------------------
 
 
 def sftmix_loss(
@@ -111,26 +102,27 @@ def sftmix_loss(
     num_mixed=None,
     log_p=None,
 ):
-    """L = ntp_weight · L_NTP + μ L_Mixup in one pass over `lm_head`: value and gradients of `sftmix_loss_literal`.
+    """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal` with one `lm_head` matmul.
 
     hidden [S, D] at the supervised positions, weight [V, D], targets int64 [S] without IGNORE_INDEX, index_c and
-    index_u int64 [M] rows of hidden (from `pair_positions`), lam [M], mu and ntp_weight numbers. num_supervised and
-    num_mixed are the denominators of the two means, S and M where left out; under gradient accumulation and data
-    parallelism give the counts of the **global** batch, so that the parts add up to its mean, not to a mean of means.
-    -> (loss, ntp, mix): loss carries gradients to hidden and weight, none to lam; ntp and mix are detached means. A
-    float32 `log_p` [S], where given, is filled with log p(y), which is known on the way.
+    index_u int64 [M] from `pair_positions`, lam [M]. num_supervised and num_mixed are the denominators of the two means
+    (default: S and M). Under gradient accumulation and data parallelism, pass the counts of the **global** batch: the
+    losses of its parts then add up to the mean over the batch, not to a mean of means.
+    -> (loss, ntp, mix): loss carries gradients to hidden and weight, but not to lam; ntp and mix are detached means.
+    If `log_p` float32 [S] is given, it is filled with log p(y).
 
     Three facts make it cheap:
-      1. Cross-entropy is linear in its target, so no one-hot row is needed: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u).
-      2. `lm_head` has no bias, so the mixed logits are made of logits that NTP needs anyway:
-         W z̃ = λ W z^c + (1−λ) W z^u. One product serves both terms.
-      3. The gradient of both terms by the logits is softmax minus target, known as soon as the logits are. So rows go
-         through in chunks, each leaving its gradients behind, and the logits [S, V] never exist at once.
+      1. Cross-entropy is linear in its target: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u). So no one-hot target is needed.
+      2. `lm_head` has no bias: W z̃ = λ W z^c + (1−λ) W z^u. So the logits that NTP needs give the mixed logits too.
+      3. The gradient of cross-entropy with respect to logits is softmax minus target, known in the forward pass. So
+         positions are processed in chunks, each adds to the gradients, and the logits [S, V] never exist at once.
 
-    Which rows make up a chunk is settled on the CPU. With hidden on a GPU and index_c and index_u on the CPU, as
-    `pair_positions` makes them there, no step of this waits for the GPU.
+    The chunks are laid out on the CPU. If hidden is on a GPU and index_c and index_u are in main memory, the CPU never
+    waits for the GPU.
     """
-    num_supervised, num_mixed = _denominators(targets, index_c, num_supervised, num_mixed)
+    # A mean over no positions is 0, so each denominator is at least 1.
+    num_supervised = max(len(targets) if num_supervised is None else num_supervised, 1)
+    num_mixed = max(len(index_c) if num_mixed is None else num_mixed, 1)
     if len(index_c) != len(index_u):
         raise ValueError(f"index_c and index_u must pair up, but are {len(index_c)} and {len(index_u)} long")
     lam = torch.as_tensor(lam, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -142,53 +134,53 @@ def sftmix_loss(
 
 
 def chunk_rows(vocab_size: int, device_type: str = "cpu") -> int:
-    """How many rows of logits `sftmix_loss` holds at once.
+    """The number of positions whose logits `sftmix_loss` holds at once.
 
-    Fewer, and a chunk spends its time on reading W and adding to W's gradient. More only takes memory: on a GPU 2²⁶
-    logits are 128 MB in bf16, and on a CPU 2²² are 16 MB in float32, which the allocator need not ask the system for.
+    With fewer, reading W and adding to its gradient dominates a chunk. With more, only memory grows: 2²⁶ logits are
+    128 MB in bf16 on a GPU, and 2²² are 16 MB in float32 on a CPU, which the allocator keeps for reuse.
     """
     elements, fewest = (2**26, 512) if device_type == "cuda" else (2**22, 256)
     return max(fewest, elements // vocab_size)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m), with both gradients computed in the forward pass, chunk by chunk."""
+    """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m). The forward pass computes both gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, index_c, index_u, lam, a, b, log_p_out):
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
-        product_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype  # of matrix products alone
-        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of everything that is summed or exponentiated
-        # On a CPU the product itself adds to W's gradient, in float32; on a GPU a bf16 product is worth the sum apart.
-        grad_dtype = product_dtype if device.type == "cuda" else sum_dtype
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if want_hidden else None  # [S, D]
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if want_weight else None  # [V, D]
+        matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
+        # W's gradient: on a CPU a float32 matmul adds in place; on a GPU a bf16 matmul and an addition are faster.
+        grad_dtype = matmul_dtype if device.type == "cuda" else sum_dtype
+        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if needs_hidden_grad else None  # [S, D]
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight_grad else None  # [V, D]
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
-        gradient_by_logits = _fused() if device.type == "cuda" else _gradient_by_logits
+        logits_gradient = _compiled_logits_gradient() if device.type == "cuda" else _logits_gradient
 
         order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
-        order, uses = (_without_waiting(x, device) for x in (order, uses))
-        share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]
-        # Tensors, since numbers would be compiled in, and they are others in every step.
-        scale, scale_mixed = a * share, torch.full((), b, dtype=sum_dtype, device=device)
+        order, uses = to_device(order, device), to_device(uses, device)
+        inv_uses = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]
+        # Tensors, because torch.compile would specialize on numbers, which change in every step.
+        scale, scale_mixed = a * inv_uses, torch.full((), b, dtype=sum_dtype, device=device)
         with torch.autocast(device.type, enabled=False):
-            W = weight.to(product_dtype)
-            for of_rows, of_mixed in chunks:
-                # The chunk's rows: k confident ones and the k unconfident ones they meet, or (k = 0) loners.
-                rows, lam_m = order[of_rows], lam[of_mixed, None]  # [R], [k, 1]
-                z, y = hidden[rows].to(product_dtype), targets[rows, None]  # [R, D], [R, 1]
-                logits = z @ W.T  # [R, V]: the one lm_head product
-                grad, log_p, ce_mixed = gradient_by_logits(logits, y, lam_m, scale[rows], scale_mixed, grad_dtype)
-                ntp_sum = ntp_sum - (share[rows] * log_p).sum()  # Σ −log p(y_s)
+            W = weight.to(matmul_dtype)
+            for positions_slice, mixed_slice in chunks:
+                # k confident positions and the k unconfident ones they are mixed with; or k = 0 and unmixed positions.
+                s, lam_m = order[positions_slice], lam[mixed_slice, None]  # [R], [k, 1]
+                z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
+                logits = z @ W.T  # [R, V]: the only lm_head matmul of the forward pass
+                grad, log_p, ce_mixed = logits_gradient(logits, y, lam_m, scale[s], scale_mixed, grad_dtype)
+                ntp_sum = ntp_sum - (inv_uses[s] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
-                    log_p_out[rows] = log_p[:, 0].to(log_p_out.dtype)
-                if want_hidden:
-                    grad_hidden.index_add_(0, rows, (grad.to(product_dtype) @ W).to(sum_dtype))
-                if want_weight:
-                    _add_product_(grad_weight, grad.T, z.to(grad_dtype))
+                    log_p_out[s] = log_p[:, 0].to(log_p_out.dtype)
+                if needs_hidden_grad:
+                    grad_hidden.index_add_(0, s, (grad.to(matmul_dtype) @ W).to(sum_dtype))
+                if needs_weight_grad:
+                    _add_matmul_(grad_weight, grad.T, z.to(grad_dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(ntp_sum, mix_sum)
@@ -203,12 +195,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-def _gradient_by_logits(logits, y, lam, scale, scale_mixed, grad_dtype):
-    """Everything about a chunk that is no matrix product, in place where it can be; on a GPU fused into a few kernels.
+def _logits_gradient(logits, y, lam, scale, scale_mixed, grad_dtype):
+    """All of a chunk but its matmuls, in place where possible; on a GPU it is compiled into a few kernels.
 
-    logits [R, V], y int64 [R, 1], lam [k, 1], and what a position counts for: scale [R, 1], scale_mixed [] ->
-    (gradient of the loss by the logits [R, V] in grad_dtype, log p(y) [R, 1], H(ỹ, p̃) [k, 1]). Of the rows, k are
-    confident and the next k unconfident.
+    logits [R, V], y int64 [R, 1], lam [k, 1], and the weights in the loss of each position: scale [R, 1] in L_NTP and
+    scale_mixed [] in L_Mixup. The first k rows are confident positions, the next k are mixed with them.
+    -> (gradient of the loss with respect to logits [R, V] in grad_dtype, log p(y) [R, 1], H(ỹ, p̃) [k, 1])
     """
     k = len(lam)
     y_c, y_u = y[:k], y[k : 2 * k]
@@ -218,8 +210,8 @@ def _gradient_by_logits(logits, y, lam, scale, scale_mixed, grad_dtype):
     total_mixed, (log_p_c, log_p_u) = _exponentiate_(mixed, y_c, y_u)
     ce_mixed = -(lam * log_p_c + (1 - lam) * log_p_u)  # H(ỹ, p̃), fact 1
 
-    # Fact 3. ∂/∂logits of −log p(y) is p − e_y; of H(ỹ, p̃) by the mixed logits it is p̃ − ỹ, and by fact 2 λ of that
-    # flows to the confident row and 1−λ to the unconfident one.
+    # Fact 3: the gradient of −log p(y) is p − e_y, and that of H(ỹ, p̃) with respect to the mixed logits is p̃ − ỹ. By
+    # fact 2, the confident row gets λ times the latter and the unconfident row 1−λ times.
     grad = _subtract_at_(logits.mul_(scale / total), y, scale)
     grad_mixed = _subtract_at_(mixed.mul_(scale_mixed / total_mixed), y_c, scale_mixed * lam)
     grad_mixed = _subtract_at_(grad_mixed, y_u, scale_mixed * (1 - lam))
@@ -229,7 +221,7 @@ def _gradient_by_logits(logits, y, lam, scale, scale_mixed, grad_dtype):
 
 
 def _exponentiate_(logits, *gold):
-    """Turn logits [R, V] into exp(logits − max), in place: -> (their sums [R, 1], log p of each gold token [R, 1])."""
+    """Replace logits [R, V] by exp(logits − max), in place. -> (their sums [R, 1], log p of each gold token [R, 1])"""
     top = logits.amax(-1, keepdim=True)
     below_top = [logits.gather(1, y) - top for y in gold]
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -237,48 +229,56 @@ def _exponentiate_(logits, *gold):
 
 
 def _subtract_at_(grad, y, amount):
-    """Take `amount` [R, 1] from the entries y [R, 1] of grad [R, V], in place."""
-    if torch.compiler.is_compiling():  # a look at every entry fuses with what is done to it anyway; a scatter does not
+    """Subtract `amount` [R, 1] from the entries y [R, 1] of grad [R, V], in place."""
+    if torch.compiler.is_compiling():  # a comparison with every entry fuses into the kernel, a scatter does not
         return grad.sub_(amount * (torch.arange(grad.shape[1], device=grad.device) == y))
     return grad.scatter_add_(1, y, -amount)
 
 
 @functools.cache
-def _fused():
-    """`_gradient_by_logits`, compiled for chunks of any size; as it is where there is no C compiler to do it with."""
-    compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return _gradient_by_logits
-    return torch.compile(_gradient_by_logits, dynamic=True)
+def _compiled_logits_gradient():
+    """`_logits_gradient`, compiled for chunks of any size; uncompiled without the C compiler that Triton needs."""
+    if not has_compiler("CC", "cc", "gcc", "clang"):
+        return _logits_gradient
+    return torch.compile(_logits_gradient, dynamic=True)
 
 
-def _without_waiting(tensor, device):
-    """A tensor in main memory, copied to the device in its turn, from where it can be copied without the CPU."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def has_compiler(variable: str, *names: str) -> bool:
+    """Whether the compiler that an environment variable names, or one of these, can be found."""
+    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
 
 
-def _add_product_(total, a, b):
-    """total += a @ b, without a copy of the product where the dtypes allow."""
+def to_device(tensor, device):
+    """Copy a tensor from main memory to `device` without waiting for it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the current device of a background thread is another one
+            tensor = tensor.pin_memory()  # from unpinned memory the copy would block
+    return tensor.to(device, non_blocking=True)
+
+
+def _add_matmul_(total, a, b):
+    """total += a @ b, without a temporary for the result where the dtypes allow."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
 
 
-def _chunks(num_rows: int, index_c, index_u, size: int):
-    """Cut rows into chunks of at most `size`, pairs together: -> (order of the rows, uses [S], chunks).
+def _chunks(num_positions: int, index_c, index_u, size: int):
+    """Divide positions into chunks of at most `size`, each pair in one chunk. -> (order, uses [S], chunks)
 
-    A chunk is a slice of that order and a slice of the mixed positions. A row that k mixed positions use comes by k
-    times, and each time brings 1/k of its own −log p.
+    A chunk is a slice of `order` (positions, mixed ones first) and a slice of the mixed pairs. A position in k pairs
+    appears k times in `order`; uses is max(k, 1), so that each appearance counts for 1/uses in L_NTP.
     """
-    seen = torch.bincount(torch.cat([index_c, index_u]), minlength=num_rows)  # [S]
+    uses = torch.bincount(torch.cat([index_c, index_u]), minlength=num_positions)  # [S]
     order, chunks, start = [], [], 0
     for m in range(0, len(index_c), size // 2):
         mixed = slice(m, min(m + size // 2, len(index_c)))
         order += [index_c[mixed], index_u[mixed]]
         chunks.append((slice(start, start + 2 * (mixed.stop - m)), mixed))
         start = chunks[-1][0].stop
-    order.append((seen == 0).nonzero()[:, 0])  # who meets nobody
+    order.append((uses == 0).nonzero()[:, 0])  # the positions in no pair
     order = torch.cat(order)
     chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(start, len(order), size)]
-    return order, seen.clamp(min=1), chunks
+    return order, uses.clamp(min=1), chunks

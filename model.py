@@ -1,16 +1,16 @@
-"""The transformer: a Llama-style decoder on packed rows, opened from and written to Hugging Face folders.
+"""The model: a Llama-style transformer on packed rows, with its configuration, its KV cache and LoRA.
 
-A batch is one **packed** row: the examples laid end to end, with no padding. `cu_seqlens` says where each begins and
-ends, `positions` where each token stands in its own example, and attention never crosses a boundary. Parameters carry
-the names Hugging Face gives them, so that opening a folder is reading tensors, not translating them.
+A batch is one **packed** row: its examples one after another, without padding. `cu_seqlens` holds the offsets at which
+examples begin and end, `positions` holds each token's position in its own example, and attention never crosses the
+boundary between two examples. Parameters have the names that Hugging Face gives them, so loading is no translation.
 
-In order: the configuration and the families it tells apart, the transformer, LoRA, sharding over processes, the folders
-a model is read from and written to, and at the end what runs around a model: the command line, processes, devices.
+In order: the configuration and the model families, the transformer with its attention and KV cache, LoRA.
 
-Letters: N tokens in the packed row, B examples in it, S supervised tokens, V vocabulary, D hidden size, L layers,
-H query heads, K key/value heads (each shared by H/K query heads), d size of a head.
+Letters: N tokens in the packed row, B examples in it, T tokens of one sequence, V vocabulary size, D hidden size,
+H query heads, K key/value heads (each shared by H/K query heads), d size of a head, r rank of LoRA.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# A CPU's bf16 kernels are made anew for each length of row, and no two packed rows are equally long; kept by the
-# thousand, as is the default, they fill gigabytes. A few are enough for what does repeat: the steps of generation.
+# On a CPU, oneDNN compiles bf16 kernels for each row length and caches 1,024 of them by default. They fill gigabytes,
+# and few are used again, because packed rows differ in length. 16 are enough for generation, where lengths repeat.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
@@ -35,13 +35,13 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 class Family(NamedTuple):
     """How the models of one `model_type` differ from Llama."""
 
-    architecture: str  # the class of `transformers` that opens their folders
+    architecture: str  # the class in `transformers`
     hidden_act: str = "silu"
     qkv_bias: bool = False
-    qk_norm: bool = False  # each head of q and k is normed before it turns
+    qk_norm: bool = False  # whether each head of q and k is normed before it is rotated
     norm_offset: float = 0.0  # what norms add to their stored weight
-    scaled_embeddings: bool = False  # by √D
-    defaults: dict = {}  # of keys that a config.json may leave out  # noqa: RUF012
+    scaled_embeddings: bool = False  # whether embeddings are multiplied by √D
+    defaults: dict = {}  # values of keys that the family's config.json may omit  # noqa: RUF012
 
 
 _QWEN_DEFAULTS = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768}
@@ -68,7 +68,7 @@ FAMILIES = {
     ),
 }
 
-# What no family here has; a config.json that asks for anything else would load and then be silently wrong.
+# The only supported values of these keys. With any other value a model would load, but compute wrong results.
 _SUPPORTED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -83,13 +83,13 @@ _SUPPORTED = {
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def _family_of(model_type) -> Family:
+def _get_family(model_type) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type: {model_type!r} is not supported, only {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
-def _refuse_unsupported(values: dict, supported: dict) -> None:
+def _check_supported(values: dict, supported: dict) -> None:
     for name, value in supported.items():
         if values.get(name) not in (None, value):
             raise ValueError(f"{name}: {values[name]!r} is not supported, only {value!r}")
@@ -97,9 +97,9 @@ def _refuse_unsupported(values: dict, supported: dict) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under the names of Hugging Face's `config.json`.
+    """The configuration of a model. Fields are named as in Hugging Face's `config.json`.
 
-    Raises ValueError, naming field and value, for what `Transformer` does not compute.
+    Raises ValueError, with the field and its value, for what `Transformer` does not support.
 
     >>> ModelConfig(vocab_size=512, hidden_size=64, num_attention_heads=8, num_key_value_heads=4).head_dim
     8
@@ -119,11 +119,11 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, see `rotary_frequencies`
-    sliding_window: int | None = None  # attention reaches no further back, so no example may be longer
+    rope_scaling: dict | None = None  # only Llama 3's, see `rope_inv_freq`
+    sliding_window: int | None = None  # how many tokens attention reaches back; longer examples are refused
     tie_word_embeddings: bool = False
     hidden_act: str | None = None  # None: the family's
-    attention_bias: bool = False  # other than Qwen2's, which is the family's
+    attention_bias: bool = False  # Qwen2's biases are not this, but its family's qkv_bias
     mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
@@ -134,7 +134,7 @@ class ModelConfig:
         hidden_act = self.family.hidden_act
         if self.hidden_act is None:
             object.__setattr__(self, "hidden_act", hidden_act)
-        _refuse_unsupported(asdict(self), {"hidden_act": hidden_act, **_SUPPORTED})
+        _check_supported(asdict(self), {"hidden_act": hidden_act, **_SUPPORTED})
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
@@ -175,60 +175,61 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """What sets the models of this `model_type` apart."""
-        return _family_of(self.model_type)
+        """How models of this `model_type` differ from Llama."""
+        return _get_family(self.model_type)
 
     @property
     def max_length(self) -> int:
-        """How long an example may be: as many tokens as there are positions, or as the attention window is wide."""
+        """The most tokens an example may have: the number of positions, or the sliding window if that is smaller."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
-        """Read the dictionary of a `config.json`, old (`rope_theta`) or new (`rope_parameters`) in its spelling.
+        """Read the dictionary of a `config.json`, as older or as newer versions of `transformers` write it.
 
-        Raises ValueError, naming key and value, for an architecture `Transformer` does not compute.
+        Raises ValueError, with the key and its value, for what `Transformer` does not support.
         """
         model_type = values.get("model_type", "llama")
-        defaults = _family_of(model_type).defaults
-        _refuse_unsupported(values, _SUPPORTED)
+        defaults = _get_family(model_type).defaults
+        _check_supported(values, _SUPPORTED)
         values = {**defaults, **values}
+        values["rope_theta"], values["rope_scaling"] = _read_rope(values)
 
-        parameters, scaling = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
-        for rope in (parameters, scaling):
-            if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-                raise ValueError(f"rope_scaling: {rope!r} is not supported")
-        rope = scaling or parameters
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
-        _refuse_unsupported(rope, _SUPPORTED)
-        values["rope_theta"] = rope.get("rope_theta") or parameters.get("rope_theta") or values.get("rope_theta")
-        values["rope_scaling"] = None
-        if rope_type == "llama3":
-            values["rope_scaling"] = {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
-
-        if model_type != "mistral":  # where others name a window, `use_sliding_window` is what switches it on
+        if model_type != "mistral":  # other families need use_sliding_window for it, which is refused above
             values["sliding_window"] = None
         layer_types = values.get("layer_types") or []
         if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             raise ValueError(f"layer_types: {layer_types!r} is not supported, only full_attention")
 
-        if model_type == "gemma":  # the first files said "gelu" and meant its approximation by tanh, as later ones say
+        if model_type == "gemma":  # the first Gemma folders say "gelu" and mean its tanh approximation
             act = values.get("hidden_activation") or values.get("hidden_act")
             values["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu" else act
-        names = [field.name for field in fields(cls)]
-        return cls(
-            **{
-                name: values[name]
-                for name in names
-                if values.get(name) is not None or (name.endswith("_token_id") and name in values)
-            }
-        )
+
+        def is_given(name: str) -> bool:  # null stands for the default, but for a token id it means that there is none
+            return values.get(name) is not None or (name.endswith("_token_id") and name in values)
+
+        return cls(**{field.name: values[field.name] for field in fields(cls) if is_given(field.name)})
 
     def to_dict(self) -> dict:
-        """The dictionary of a `config.json`."""
+        """Make the dictionary of a `config.json`."""
         return {"architectures": [self.family.architecture], **asdict(self)}
+
+
+def _read_rope(values: dict) -> tuple[float | None, dict | None]:
+    """Read rope_theta and rope_scaling, which newer versions of `transformers` write as rope_parameters."""
+    parameters, scaling = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    for rope in (parameters, scaling):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"rope_scaling: {rope!r} is not supported")
+    rope = scaling or parameters
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
+    _check_supported(rope, _SUPPORTED)
+    rope_theta = rope.get("rope_theta") or parameters.get("rope_theta") or values.get("rope_theta")
+    if rope_type == "default":
+        return rope_theta, None
+    return rope_theta, {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
 
 
 def _check_positive(name: str, value) -> None:
@@ -240,9 +241,9 @@ def _check_positive(name: str, value) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · w, computed in float32 (Zhang & Sennrich 2019). [.., D] -> [.., D]
+    """x / sqrt(mean(x²) + ε) · (weight + offset), computed in float32 (Zhang & Sennrich 2019). [.., D] -> [.., D]
 
-    What is stored is w less an `offset`, Gemma's being 1.
+    The offset is 1 in Gemma and 0 in the other families.
     """
 
     def __init__(self, size: int, eps: float, offset: float):
@@ -251,7 +252,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        # What comes out enters products, so under autocast it has their dtype: cast once, not by each product anew.
+        # The output is the input of matmuls. Under autocast it is cast to their dtype here, once for all of them.
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
@@ -262,73 +263,72 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig, size: int) -> RMSNorm:
-    """A norm over `size` elements, of the family's kind."""
+    """Make an RMSNorm over `size` elements, with the offset of the model's family."""
     return RMSNorm(size, config.rms_norm_eps, config.family.norm_offset)
 
 
-def rotary_frequencies(config: ModelConfig, device=None):
-    """By how much each pair of a head turns per position, θ^(−2i/d): float32 [d/2].
+def rope_inv_freq(config: ModelConfig, device=None):
+    """The angle in radians by which each pair of a head rotates per position, θ^(−2i/d): float32 [d/2].
 
-    Llama 3 stretches a model trained on `original_max_position_embeddings` positions: pairs that turn less than
-    `low_freq_factor` times over those are slowed down by `factor`, pairs that turn more than `high_freq_factor` times
-    are left alone, and what is between goes over smoothly.
+    Llama 3's `rope_scaling` extends a model trained on `original_max_position_embeddings` positions. A pair that makes
+    fewer than `low_freq_factor` rotations over these positions rotates `factor` times more slowly, a pair that makes
+    more than `high_freq_factor` rotations is unchanged, and pairs in between are interpolated.
     """
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-i / config.head_dim)
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim  # 2i/d
+    inv_freq = config.rope_theta**-exponent
     if config.rope_scaling is None:
-        return frequency
+        return inv_freq
     factor, low, high, original = (config.rope_scaling[name] for name in _LLAMA3_SCALING)
-    turns = original * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down, 1: left alone
-    return kept * frequency + (1 - kept) * frequency / factor
+    rotations = original * inv_freq / (2 * math.pi)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)  # 0: slowed down, 1: unchanged
+    return smooth * inv_freq + (1 - smooth) * inv_freq / factor
 
 
-def rotary_angles(positions, frequencies):
-    """Cosine and sine of the angle by which each pair of a head turns (Su et al. 2021): [N], [d/2] -> two of [N, 1, d].
+def rope_cos_sin(positions, inv_freq):
+    """Cosine and sine of each pair's rotation angle (Su et al. 2021). [N], [d/2] -> two of [N, 1, d]
 
-    The **half-split** layout of Hugging Face pairs element i with i + d/2, so the d/2 angles are laid out twice; the
-    first of a pair takes the sine with a minus.
+    Hugging Face's **half-split** layout pairs element i with element i + d/2. So each of the d/2 cosines and sines
+    appears twice, and the sines of the first half are negative, as `apply_rotary_emb` needs them.
     """
-    angle = positions[:, None, None].float() * frequencies  # [N, 1, d/2], float32: bf16 can't tell 257 from 258
+    angle = positions[:, None, None].float() * inv_freq  # [N, 1, d/2]; bf16 would round position 257 to 256
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos, sin [N, 1, d] -> like x."""
+def apply_rotary_emb(x, cos, sin):
+    """Rotate each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos, sin [N, 1, d] -> like x."""
     partner = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
-class Row(NamedTuple):
-    """How a packed row is laid out: what attention needs to know beside q, k and v."""
+class VarlenMetadata(NamedTuple):
+    """What attention needs to know about a packed row, in addition to q, k and v."""
 
-    cos: torch.Tensor  # [N, 1, d], as sin: the angles of `rotary_angles`
-    sin: torch.Tensor
+    cos: torch.Tensor  # [N, 1, d], from `rope_cos_sin`
+    sin: torch.Tensor  # [N, 1, d]
     positions: torch.Tensor  # int64 [N]
-    cu_seqlens: torch.Tensor  # int32 [B+1], in main memory, since it decides which kernels run on what
-    cu_seqlens_on_device: torch.Tensor
-    longest: int  # no example has more tokens; rounded up to a power of two, so that it takes few values
+    cu_seqlens: torch.Tensor  # int32 [B+1], on the CPU, where lengths are read without waiting for the GPU
+    device_cu_seqlens: torch.Tensor  # int32 [B+1], the same on the model's device
+    max_seqlen: int  # an upper bound on the lengths of the examples
 
 
-def packed_attention(q, k, v, row: Row):
-    """Causal attention inside each example of a packed row and nowhere else.
+def varlen_attention(q, k, v, varlen: VarlenMetadata):
+    """Causal attention within each example of a packed row. q [N, H, d], k and v [N, K, d] -> [N, H, d]
 
-    q [N, H, d], k and v [N, K, d] -> [N, H, d]. No padded token is ever computed on, and no mask has to keep examples
-    apart: a GPU has a kernel that knows the boundaries (FlashAttention's, Dao 2023, which takes 16-bit numbers);
-    elsewhere there is one call an example.
+    There is neither padding nor a mask. On a GPU, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
+    Dao 2023). Otherwise each example is a call of its own.
     """
-    grouped = q.shape[1] != k.shape[1]
-    if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # which a CPU need not have
+    if not q.is_cuda or q.dtype == torch.float32:
+        return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
+    from torch.nn.attention.varlen import varlen_attn  # this import takes a second, and a CPU does not need it
 
-        bounds, longest = row.cu_seqlens_on_device, row.longest
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
-    return _attention_by_example(q, k, v, row.cu_seqlens)
+    cu_seqlens, max_seqlen = varlen.device_cu_seqlens, varlen.max_seqlen
+    causal, grouped = (-1, 0), q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal, enable_gqa=grouped)
 
 
-@torch.compiler.disable  # a loop over a number of examples that is never the same
-def _attention_by_example(q, k, v, cu_seqlens):
+@torch.compiler.disable  # the number of iterations differs from row to row
+def _sdpa_per_example(q, k, v, cu_seqlens):
     lengths, out = cu_seqlens.diff().tolist(), []
     for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]
@@ -340,51 +340,52 @@ def _attention_by_example(q, k, v, cu_seqlens):
 class KVCache:
     """The keys and values of B growing sequences, so that generation computes each token once.
 
-    `model(tokens, positions, cu_seqlens, cache)` with all prompts packed fills it; after that `model(tokens, positions,
-    cache=cache)` takes one new token a sequence, `tokens` and `positions` [B], and returns hidden [B, D].
+    The first call, `model(tokens, positions, cu_seqlens, cache)` on the packed prompts, fills it. Each later call,
+    `model(tokens, positions, cache=cache)`, takes one new token per sequence: tokens, positions [B] -> hidden [B, D].
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int):
         if config.sliding_window is not None and max_length > config.sliding_window:
             raise ValueError(f"{max_length} tokens are more than sliding_window {config.sliding_window} allows")
         self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
-        self.layers: list = [None] * config.num_hidden_layers  # of each, once known, [key or value, B, T, K, d]
+        self.layers: list = [None] * config.num_hidden_layers  # of each: None, then keys and values [2, B, T, K, d]
 
-    def keep(self, order) -> None:
-        """Go on with these sequences alone, int64 [B'], numbered anew; one that keeps its number is not copied."""
+    def reorder(self, order) -> None:
+        """Keep only the sequences `order`, int64 [B'], in that order. Sequences whose index stays are not copied."""
         moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
         for layer in self.layers:
             layer[:, moved] = layer[:, order[moved]]
         self.layers = [layer[:, : len(order)] for layer in self.layers]
 
-    def begin(self, row: Row) -> None:
-        """Work out what is the same in all layers: whose each token is, and what of its sequence a new one sees."""
-        device, lengths = row.positions.device, row.cu_seqlens.diff()
-        self.place = torch.repeat_interleave(lengths).to(device) * self.shape[2] + row.positions  # [N], of B x T
-        self.seen = None  # of prompts, which nothing comes before
-        if (lengths == 1).all():
-            reach = int(row.positions.max()) + 1
-            unseen = torch.arange(reach, device=device) > row.positions[:, None]  # [B, reach]
-            self.seen = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None, None]
+    def prepare(self, varlen: VarlenMetadata) -> None:
+        """Compute what all layers share: the slots of the new keys and values, and the mask of a generation step."""
+        device, lengths = varlen.positions.device, varlen.cu_seqlens.diff()
+        self.slots = torch.repeat_interleave(lengths).to(device) * self.shape[2] + varlen.positions  # [N] of B * T
+        self.mask = None  # not needed for prompts, which are whole sequences
+        if (lengths == 1).all():  # one new token per sequence
+            kv_len = int(varlen.positions.max()) + 1
+            past_end = torch.arange(kv_len, device=device) > varlen.positions[:, None]  # [B, kv_len]
+            mask = torch.zeros(past_end.shape, device=device).masked_fill_(past_end, -torch.inf)
+            self.mask = mask[:, None, None]  # [B, 1, 1, kv_len]
 
-    def attend(self, layer: int, q, k, v, row: Row):
-        """Store k and v [N, K, d] at their positions and attend to all that is stored so far. -> [N, H, d]"""
+    def attend(self, layer: int, q, k, v, varlen: VarlenMetadata):
+        """Store k and v [N, K, d] and attend from q [N, H, d] to all stored keys of the same sequence. -> [N, H, d]"""
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(self.shape)
         keys, values = self.layers[layer]  # [B, T, K, d] each
-        keys.flatten(0, 1).index_copy_(0, self.place, k)
-        values.flatten(0, 1).index_copy_(0, self.place, v)
-        if self.seen is None:
-            return packed_attention(q, k, v, row)
-        reach = self.seen.shape[-1]
-        # The query heads that share a key head are to it as so many tokens: each key is read once.
-        q_shared = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
-        keys, values = (x[:, :reach].transpose(1, 2) for x in (keys, values))  # [B, K, reach, d]
-        return F.scaled_dot_product_attention(q_shared, keys, values, self.seen.to(q.dtype)).flatten(1, 2)
+        keys.flatten(0, 1).index_copy_(0, self.slots, k)
+        values.flatten(0, 1).index_copy_(0, self.slots, v)
+        if self.mask is None:
+            return varlen_attention(q, k, v, varlen)
+        kv_len = self.mask.shape[-1]
+        # H/K query heads share a key head. Passing them as H/K query positions of one head reads each key only once.
+        q_grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
+        keys, values = (x[:, :kv_len].transpose(1, 2) for x in (keys, values))  # [B, K, kv_len, d]
+        return F.scaled_dot_product_attention(q_grouped, keys, values, self.mask.to(q.dtype)).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions. x [N, D] -> [N, D]"""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary position embedding. x [N, D] -> [N, D]"""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -402,14 +403,15 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, row: Row, cache: KVCache | None):
+    def forward(self, x, varlen: VarlenMetadata, cache: KVCache | None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         heads = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # [N, H + K, d]
-        q, k = rotate(heads, row.cos, row.sin).split([q.shape[1], k.shape[1]], dim=1)  # [N, H, d], [N, K, d] as v
+        heads = apply_rotary_emb(heads, varlen.cos, varlen.sin)
+        q, k = heads.split([q.shape[1], k.shape[1]], dim=1)  # [N, H, d], [N, K, d]
         if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
-            out = packed_attention(q, k, v, row) if cache is None else cache.attend(self.layer, q, k, v, row)
+            out = varlen_attention(q, k, v, varlen) if cache is None else cache.attend(self.layer, q, k, v, varlen)
         return self.o_proj(out.flatten(-2).to(x.dtype))
 
 
@@ -431,7 +433,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each on the normed stream and added back to it. x [N, D] -> [N, D]"""
+    """A layer: attention, then the MLP, each with a norm before it and a residual connection. x [N, D] -> [N, D]"""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -439,39 +441,40 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
-
         self.compiled = False
 
-    def forward(self, x, row: Row, cache: KVCache | None):
+    def forward(self, x, varlen: VarlenMetadata, cache: KVCache | None):
         compute = _compiled_block() if self.compiled and cache is None else _compute_block
-        return compute(self, x, row, cache)
+        return compute(self, x, varlen, cache)
 
 
-def _compute_block(block: Block, x, row: Row, cache: KVCache | None):
-    x = x + block.self_attn(block.input_layernorm(x), row, cache)
+def _compute_block(block: Block, x, varlen: VarlenMetadata, cache: KVCache | None):
+    x = x + block.self_attn(block.input_layernorm(x), varlen, cache)
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
 @functools.cache
 def _compiled_block():
-    """The same, compiled once for all blocks and for rows of any length."""
+    """`_compute_block`, compiled once for all blocks and for rows of any length."""
     return torch.compile(_compute_block, dynamic=True)
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: a packed row of tokens in, the last hidden states out.
+    """A decoder-only language model: from the tokens of a packed row to their last hidden states.
 
-    It stops before `lm_head` because that is where Mixup happens: `mixup.py` takes the hidden states and
-    `head_weight`, and never needs the logits of a whole row at once.
+    `forward` stops before `lm_head`, because Mixup takes place there: `mixup.py` mixes hidden states, and computes the
+    logits of only a few positions at a time from them and `head_weight`.
 
-    Set `activation_checkpointing` to keep only each block's input for the backward pass and compute the rest again:
-    a third more work for a fraction of the memory (Chen et al. 2016). `compile_blocks()` has PyTorch fuse what lies
-    between the products.
+    Two attributes control how it computes:
+    - `compute_dtype`: bfloat16 runs matmuls in bf16, under autocast. None runs them in the dtype of the weights.
+    - `activation_checkpointing`: keep only the inputs of the blocks for the backward pass and recompute the rest in it,
+      a third more compute for a fraction of the memory (Chen et al. 2016).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = False
         self.model = nn.ModuleDict(
             {
@@ -490,81 +493,82 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self):
-        """W of `logits = W z`, [V, D]: the embedding itself where the two are tied."""
+        """The weight W of `lm_head`, [V, D]: the embedding's weight if the two are tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def compile_blocks(self) -> None:
-        """Compile the blocks at their first use, with `torch.compile`; names stay, and results but for rounding."""
+        """Compile the blocks with `torch.compile` when they are first used. Results differ only by rounding."""
         for block in self.model.layers:
             block.compiled = True
 
     def forward(
         self, tokens, positions=None, cu_seqlens=None, cache: KVCache | None = None, head: Callable | None = None
     ):
-        """Hidden states after the final norm, as they enter `lm_head`.
+        """Compute the hidden states after the final norm, the inputs of `lm_head`.
 
-        tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then where each example ends) -> [N, D].
-        Positions and cu_seqlens may be left out for a single sequence. With a filled `cache`, each token continues its
-        own sequence at the position given. A GPU is not waited for where cu_seqlens is in main memory.
+        tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then the end of each example) -> [N, D].
+        Both positions and cu_seqlens may be left out for a single sequence. With a filled `cache`, each token continues
+        its own sequence at the given position. If cu_seqlens is on the CPU, the call does not wait for a GPU.
 
-        With `head`, what that makes of the hidden states is returned in their place. Whatever needs `head_weight` goes
-        there: of a model sharded over processes, a weight is whole only while its part of the model is at work.
+        If `head` is given, `head(hidden)` is returned instead. Everything that uses `head_weight` belongs there: a
+        weight that FSDP has sharded is whole only during the forward pass.
         """
         device = tokens.device
         if positions is None:
             positions = torch.arange(len(tokens), device=device)
-        if cu_seqlens is None:  # one sequence, or one token of each
+        if cu_seqlens is None:  # a single sequence, or a new token for each sequence in the cache
             cu_seqlens = torch.arange(0, len(tokens) + 1, len(tokens) if cache is None else 1, dtype=torch.int32)
-        bounds = cu_seqlens.cpu(), cu_seqlens.to(device, non_blocking=True)
-        longest = int(bounds[0].diff().max())
-        window = self.config.sliding_window
+        with self._autocast(device):
+            hidden = self._hidden_states(tokens, self._varlen_metadata(positions, cu_seqlens), cache)
+            return hidden if head is None else head(hidden)
+
+    def _autocast(self, device):
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def _varlen_metadata(self, positions, cu_seqlens) -> VarlenMetadata:
+        device, cu_seqlens = positions.device, cu_seqlens.cpu()
+        longest, window = int(cu_seqlens.diff().max()), self.config.sliding_window
         if window is not None and longest > window:
             raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
-        angles = rotary_angles(positions, rotary_frequencies(self.config, device))
-        row = Row(*angles, positions, *bounds, longest=1 << (longest - 1).bit_length())
+        cos, sin = rope_cos_sin(positions, rope_inv_freq(self.config, device))
+        max_seqlen = 1 << (longest - 1).bit_length()  # the next power of two, so that it takes few values
+        return VarlenMetadata(cos, sin, positions, cu_seqlens, cu_seqlens.to(device, non_blocking=True), max_seqlen)
+
+    def _hidden_states(self, tokens, varlen: VarlenMetadata, cache: KVCache | None):
         if cache is not None:
-            cache.begin(row)
+            cache.prepare(varlen)
         x = self.model.embed_tokens(tokens)  # [N, D]
         if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # products are in bf16 then; what they are added to stays precise, however weights are kept
+            x = x.float()  # the residual stream is float32 even where weights are bf16
         if self.config.family.scaled_embeddings:
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, row, cache, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, varlen, cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, row, cache)
-        hidden = self.model.norm(x)
-        return hidden if head is None else head(hidden)
+                x = block(x, varlen, cache)
+        return self.model.norm(x)
 
     def logits(self, hidden):
-        """W z: scores of the next token. [.., D] -> [.., V]"""
-        return F.linear(hidden, self.head_weight)
-
-    @torch.no_grad()
-    def gold_log_probs(self, hidden, targets, chunk: int = 256):
-        """log p(y_n) of the gold tokens, float32: hidden [S, D], targets [S] -> [S], by `chunk` rows of logits."""
-        scores = [hidden.new_zeros(0, dtype=torch.float32)]
-        for z, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = self.logits(z).float()  # [chunk, V]
-            top = logits.amax(-1)
-            gold = logits.gather(-1, y[:, None])[:, 0] - top
-            scores.append(gold - logits.sub_(top[:, None]).exp_().sum(-1).log())
-        return torch.cat(scores)
+        """Compute W z, the unnormalized scores of the next token. [.., D] -> [.., V]"""
+        with self._autocast(hidden.device):
+            return F.linear(hidden, self.head_weight)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer and what is learnt beside it (Hu et al. 2021). [.., in] -> [.., out]
+    """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [.., in] -> [.., out]
 
-    A [r, in] begins random and B [out, r] at zero, so that training starts from the layer as it was.
+    A [r, in] is initialized at random and B [out, r] with zeros, so that training starts from the original layer.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias  # under the names they had
+        self.weight, self.bias = linear.weight, linear.bias  # with the same parameter names
         out_features, in_features = linear.weight.shape
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
@@ -577,27 +581,15 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, x):
-        change = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.scale * change
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scale * update
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
-    """Freeze `model` and put an adapter, yet without values, beside every linear layer of its blocks."""
+    """Freeze `model` and give every linear layer of its blocks an adapter, whose values are not initialized."""
     model.requires_grad_(False)
     for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, LoRALinear(linear, rank, alpha))
-
-
-# --- One model over several processes ---------------------------------------------------------------------------------
-
-
-# --- Folders in Hugging Face layout -----------------------------------------------------------------------------------
-
-
-# --- What is written is whole, or it is not there ---------------------------------------------------------------------
-
-
-# --- Where a model runs: command line, processes, devices -------------------------------------------------------------
+        for module in (block.self_attn, block.mlp):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, LoRALinear(child, rank, alpha))

@@ -1,195 +1,170 @@
 """The whole recipe: a reference run, the confidence of its checkpoints, the split, the SFTMix run, the comparison.
 
-    torchrun train.py                                                        the demo, on nothing but this repository
-    torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR  the real thing
+    torchrun train.py                                                        the demo, which needs no files
+    torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR  your model and data
 
-Four stages, each of which leaves its product in the output folder:
+A run has four stages, each of which writes a part of the output folder:
 
     base         the model to start from: given, or pretrained on the demo's text         base/ (demo only)
-    reference    plain next-token prediction (μ = 0), with checkpoints on the way         reference/
+    reference    plain next-token prediction (μ = 0), saving checkpoints                  reference/
     confidence   how well those checkpoints predict each training example                 confidence.jsonl
     sftmix       from the base again, L = L_NTP + μ L_Mixup between the two halves        sftmix/
 
-A run that was stopped, anywhere and by whatever, goes on with --resume and ends at the same weights, bit for bit.
-Every model is evaluated on the held-out data; `results.json` and the last table set them side by side.
+A stopped run continues with --resume and ends at the same weights, bit for bit.
+Each model is evaluated on the held-out data; `results.json` and a table at the end compare them.
 """
 
 import contextlib
 import json
 import math
-import operator
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from confidence import Dynamics, Tally, area_under_roc, score_checkpoints, split_by_confidence
+from confidence import ScoreAccumulator, TrainingDynamics, roc_auc, score_checkpoints, split_by_confidence
 from data import (
-    IGNORE_INDEX,
+    MICRO_BATCH_TOKENS,
     Dataset,
+    GlobalBatch,
     MicroBatch,
-    Step,
-    draw_lambda,
+    build_batch,
     epoch_order,
     load_examples,
-    make_step,
     paired_order,
+    sample_lambda,
+    steps_per_epoch,
 )
-from eval import evaluate, table
+from eval import evaluate, results_table
 from infra.cache import load_dataset
-from infra.cli import CommandLine
-from infra.demo import DEMO, DEMO_BASE, DEMO_MODEL, DEMO_VOCAB_SIZE, demo_corpus
+from infra.cli import ArgumentParser, add_flags, check_values, flag
+from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
 from infra.distributed import (
     DTYPES,
-    ahead,
-    autocast,
+    all_reduce_sum,
+    apply_fsdp,
     barrier,
+    defer_signals,
     fastest_dtype,
+    full_tensor,
+    init_distributed,
     peak_memory_bytes,
-    processes,
+    prefetch,
+    print0,
     rank,
-    say,
-    shard,
-    signals_noted,
-    sum_over_processes,
-    whole,
     world_size,
 )
-from infra.files import read_json, write_json, written_aside
+from infra.files import write_json
 from infra.hf import (
     check_models,
     choose_template,
-    empty_model,
+    load_model,
     load_tokenizer,
-    open_model,
-    save_adapter,
-    save_model,
-    usable_length,
+    meta_model,
+    resolve_max_length,
+    stored_dtype,
 )
-from infra.metrics import Progress, log_step
-from infra.plan import estimate_flops, estimate_memory, gigabytes, heaviest_work
-from infra.savepoints import Savepoints, check_finite, check_unchanged, claimed, contents_of
-from mixup import sftmix_loss
+from infra.metrics import StepMetrics
+from infra.output import (
+    STAGES,
+    check_not_started,
+    load_results,
+    lock_output,
+    record_stage,
+    reference_checkpoints,
+    save_checkpoint,
+    save_result,
+    stage_log,
+    stage_savepoints,
+)
+from infra.plan import print_example, print_plan
+from infra.savepoints import Savepoints, check_resume_config, input_checksums
+from mixup import has_compiler, sftmix_loss
 from model import ModelConfig, Transformer
 from tokenizer import TEMPLATES, Tokenizer
 
 MAX_GRAD_NORM = 1.0
-PRODUCTS = {"base": "base", "reference": "reference", "confidence": "confidence.jsonl", "sftmix": "sftmix"}
-STAGES = tuple(PRODUCTS)  # in order; each leaves its product in the output folder
-RESULTS = {
-    "base": "base",
-    "reference": "ntp",
-    "confidence": "confidence",
-    "sftmix": "sftmix",
-}  # and this in results.json
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
 
-def _flag(default, help: str, choices=None, above=None, at_least=None, below=None, free=False):
-    """A field of TrainConfig: its default, what it is, and which values make sense.
-
-    What is `free` may change when a run is resumed: results do not depend on it, or not by its name.
-    """
-    bounds = {"above": above, "at_least": at_least, "below": below}
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "free": free})
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; the flags of the command line. The defaults are the paper's settings.
+    """The configuration of a run; its fields are the flags of the command line.
 
-    Raises ValueError, naming flag, value and what is allowed.
+    The defaults are the paper's settings, except that the paper splits by perplexity.
+    Raises ValueError with the flag, its value and what is allowed.
     """
 
-    model: str | None = _flag(None, "model folder in Hugging Face layout; without it the demo runs", free=True)
-    data: str | None = _flag(None, "training examples, .jsonl or .json", free=True)
-    eval_data: str | None = _flag(None, "held-out examples to evaluate every model on", free=True)
-    output: str | None = _flag(None, "folder for everything the run makes (the demo's: runs/demo)", free=True)
-    stage: str = _flag("all", "which part of the recipe to run", choices=("all", *STAGES), free=True)
-    confidence: str | None = _flag(
-        None,
-        "split by the scores in this file instead of the reference run's; or, given the word 'online', by what the "
-        "SFTMix run itself sees, which then needs no reference run",
+    # Results do not depend on these, so a resumed run may change them.
+    RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
+        """model data eval_data output stage micro_batch_tokens activation_checkpointing compile cache log_every
+        save_every keep_last resume max_skipped dry_run""".split()
     )
-    confidence_by: str = _flag("probability", "measure to split by", choices=("probability", "perplexity"))
-    pairing: str = _flag(
+
+    model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs")
+    data: str | None = flag(None, "training examples, .jsonl or .json")
+    eval_data: str | None = flag(None, "held-out examples to evaluate every model on")
+    output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)")
+    stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES))
+    confidence: str | None = flag(
+        None,
+        "file of scores to split by, instead of the reference run's; or the word 'online': split by the probabilities "
+        "that the SFTMix run itself computes, without a reference run",
+    )
+    confidence_by: str = flag("probability", "measure to split by", choices=("probability", "perplexity"))
+    pairing: str = flag(
         "confidence", "mix across the halves, or (a control) at random", choices=("confidence", "random")
     )
-    mu: float = _flag(0.2, "weight of the Mixup term", at_least=0)
-    alpha: float = _flag(0.5, "λ ~ Beta(alpha, alpha)", above=0)
-    ntp_weight: float = _flag(1.0, "weight of the next-token term in the SFTMix run", at_least=0)
-    epochs: int = _flag(3, "passes over the data", at_least=1)
-    batch_size: int = _flag(32, "examples an optimizer step, over all processes", at_least=1)
-    micro_batch_tokens: int = _flag(
-        8192, "tokens a process computes on at once; less memory, same result", at_least=1, free=True
+    mu: float = flag(0.2, "weight of the Mixup term", at_least=0)
+    alpha: float = flag(0.5, "λ ~ Beta(alpha, alpha)", above=0)
+    ntp_weight: float = flag(1.0, "weight of the next-token term in the SFTMix run", at_least=0)
+    epochs: int = flag(3, "passes over the data", at_least=1)
+    batch_size: int = flag(32, "examples an optimizer step, over all processes", at_least=1)
+    micro_batch_tokens: int = flag(
+        MICRO_BATCH_TOKENS,
+        "tokens in a forward pass of a process; fewer take less memory, with the same result",
+        at_least=1,
     )
-    lr: float = _flag(2e-6, "peak learning rate", above=0)
-    weight_decay: float = _flag(0.1, "AdamW's, on matrices", at_least=0)
-    warmup_ratio: float = _flag(0.1, "share of the steps that warm up", at_least=0, below=1)
-    num_checkpoints: int = _flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
-    max_length: int | None = _flag(None, "cut longer examples (default: the model's, at most 1024)", at_least=1)
-    template: str | None = _flag(
-        None,
-        "how a conversation is laid out (default: the model folder's chat_template, else alpaca)",
-        choices=tuple(TEMPLATES),
+    lr: float = flag(2e-6, "peak learning rate", above=0)
+    weight_decay: float = flag(0.1, "AdamW's, on matrices", at_least=0)
+    warmup_ratio: float = flag(0.1, "share of the steps that warm up", at_least=0, below=1)
+    num_checkpoints: int = flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
+    max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
+    template: str | None = flag(
+        None, "chat template (default: the model folder's chat_template, else alpaca)", choices=tuple(TEMPLATES)
     )
-    dtype: str | None = _flag(
+    dtype: str | None = flag(
         None,
-        "of matrix products; weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
+        "of matmuls; weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
         choices=("bf16", "fp32"),
     )
-    save_dtype: str = _flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
-    lora_rank: int | None = _flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
-    lora_alpha: float = _flag(16.0, "an adapter's share is scaled by lora_alpha / lora_rank", above=0)
-    activation_checkpointing: bool = _flag(False, "compute each block twice, to keep less in memory", free=True)
-    compile: bool = _flag(
-        False, "have PyTorch fuse what lies between products: half a minute to begin, then faster", free=True
-    )
-    cache: str | None = _flag(
-        None, "where encoded data is kept, for all processes (default: ~/.cache/sftmix)", free=True
-    )
-    seed: int = _flag(0, "of every random draw", at_least=0, below=2**63)
-    log_every: int = _flag(10, "steps between progress lines", at_least=1, free=True)
-    save_every: int = _flag(500, "steps between the states that a stopped run can go on from", at_least=1, free=True)
-    keep_last: int = _flag(2, "how many of those states are kept", at_least=1, free=True)
-    resume: bool = _flag(
-        False, "go on with what is in --output, from the newest state there (begin, if there is nothing)", free=True
-    )
-    max_skipped: int = _flag(
-        10, "end the run after so many steps in a row without a finite loss and gradient", at_least=1, free=True
-    )
-    dry_run: int | None = _flag(
-        None,
-        "say what the run would take on N processes (without N: on as many as now), and stop",
-        at_least=0,
-        free=True,
+    save_dtype: str = flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
+    lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
+    lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
+    activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
+    compile: bool = flag(False, "torch.compile the blocks: half a minute at the start, then faster")
+    cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
+    seed: int = flag(0, "of every random draw", at_least=0, below=2**63)
+    log_every: int = flag(10, "steps between log lines", at_least=1)
+    save_every: int = flag(500, "steps between savepoints, from which --resume continues", at_least=1)
+    keep_last: int = flag(2, "how many savepoints are kept", at_least=1)
+    resume: bool = flag(False, "continue the run in --output from its newest savepoint (start it, if there is none)")
+    max_skipped: int = flag(10, "steps in a row without a finite loss and gradient that end the run", at_least=1)
+    dry_run: int | None = flag(
+        None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
     )
 
     def __post_init__(self):
-        for flag in fields(self):
-            value, choices = getattr(self, flag.name), flag.metadata["choices"]
-            if choices and value not in (*choices, flag.default):
-                raise ValueError(f"--{flag.name} {value}: must be one of {', '.join(choices)}")
-            if value == "":
-                raise ValueError(f"--{flag.name}: must not be empty")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{flag.name} {value}: must be a finite number")
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise ValueError(f"--{flag.name}: a number of {len(str(value))} digits; must be below 2**63")
-            for name, holds in (("above", operator.gt), ("at_least", operator.ge), ("below", operator.lt)):
-                bound = flag.metadata["bounds"][name]
-                if None not in (bound, value) and not holds(value, bound):
-                    raise ValueError(f"--{flag.name} {value}: must be {name.replace('_', ' ')} {bound}")
+        check_values(self)
         if self.stage in ("all", "sftmix") and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
         if self.stage == "confidence" and self.confidence is not None:
@@ -205,35 +180,26 @@ class TrainConfig:
 
     @property
     def online(self) -> bool:
-        """Whether the SFTMix run finds out by itself who is confident."""
+        """Whether the SFTMix run splits by the probabilities of its own earlier epochs."""
         return self.confidence == "online"
 
 
 def parse_config(argv=None) -> TrainConfig:
-    """Read the command line; a flag or value that makes no sense ends the program with one line and exit code 2."""
-    parser = CommandLine(description=__doc__)
-    for flag in fields(TrainConfig):
-        kind = {int: int, int | None: int, float: float}.get(flag.type, str)
-        values = "{" + ",".join(flag.metadata["choices"]) + "}" if flag.metadata["choices"] else flag.name.upper()
-        text = flag.metadata["help"] + ("" if flag.default is None else f" (default {flag.default})")
-        if flag.type is bool:
-            parser.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.metadata["help"])
-        elif flag.name == "dry_run":
-            parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
-        else:
-            parser.add_argument(f"--{flag.name}", type=kind, metavar=values, help=text)
+    """Parse the command line. An unknown flag or a value that is not allowed is one line on stderr and exit code 2."""
+    parser = ArgumentParser(description=__doc__)
+    add_flags(parser, TrainConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        return TrainConfig(**({} if "model" in given else DEMO) | given)
+        return TrainConfig(**({} if "model" in given else DEMO_FLAGS) | given)
     except ValueError as error:
         parser.error(str(error))
 
 
-# --- One step ---------------------------------------------------------------------------------------------------------
+# --- One optimizer step -----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up to `peak` over the first `warmup_ratio` of the steps, then half a cosine down towards 0.
+    """Linear warm-up to `peak` over the first `warmup_ratio` of the steps, then a cosine decay towards 0.
 
     >>> [round(learning_rate(step, 10, 1.0, 0.2), 3) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.038]
@@ -245,7 +211,7 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_ratio: float)
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on the float32 master weights, decaying matrices and sparing norms; its moments are there at once."""
+    """AdamW on the float32 weights, with weight decay on matrices only. Its state is allocated at once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -258,433 +224,333 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
     return optimizer
 
 
-def compute_gradients(
-    model: Transformer, step: Step, mu: float, ntp_weight: float, dtype: str, tally=None
+def forward_backward(
+    model: Transformer, batch: GlobalBatch, mu: float, ntp_weight: float, scores: ScoreAccumulator | None = None
 ) -> torch.Tensor:
-    """Leave in `.grad` the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
+    """Compute the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
-    Every micro-batch's sums are divided by the **global** counts, so adding up gradients, over micro-batches here and
-    over processes in `model.shard`, gives the gradient of the global mean: the same for any number of either.
-    A `tally` takes note of log p(y) on the way.
+    The sums of each micro-batch are divided by the counts of the **global** batch. So adding up gradients, over
+    micro-batches here and over processes in FSDP, gives the gradient of the global mean, for any number of either.
+    `scores` accumulates log p(y) of what is trained on.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
-    for micro_batch in step.micro_batches:
-        loss, ntp, mix = compute_loss(model, micro_batch, step, mu, ntp_weight, dtype, tally)
+    for micro_batch in batch.micro_batches:
+        loss, ntp, mix = compute_loss(model, micro_batch, batch, mu, ntp_weight, scores)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
     return losses
 
 
 def compute_loss(
-    model: Transformer, micro_batch: MicroBatch, step: Step, mu: float, ntp_weight: float, dtype: str, tally
+    model: Transformer, micro_batch: MicroBatch, batch: GlobalBatch, mu: float, ntp_weight: float, scores=None
 ):
-    """A micro-batch's part of L = L_NTP + μ L_Mixup: -> (loss, ntp, mix), of which the first carries gradients."""
-    batch, rows = micro_batch.batch, micro_batch.rows
+    """A micro-batch's part of L = L_NTP + μ L_Mixup. -> (loss, ntp, mix), of which loss carries gradients"""
+    row, supervised = micro_batch.batch, micro_batch.supervised
 
-    def loss_of(hidden):
-        z, y = hidden[rows], batch.targets[rows]  # [S, D], [S]
-        log_p = None if tally is None else torch.empty(len(y), device=y.device)
+    def head(hidden):
+        targets = row.targets[supervised]  # [S]
+        log_p = None if scores is None else torch.empty(len(targets), device=targets.device)
         loss = sftmix_loss(
-            z,
+            hidden[supervised],  # [S, D]
             model.head_weight,
-            y,
-            *micro_batch.meeting,
+            targets,
+            *micro_batch.mix_indices,
             micro_batch.lam,
             mu=mu,
             ntp_weight=ntp_weight,
-            num_supervised=step.num_supervised,
-            num_mixed=step.num_mixed,
+            num_supervised=batch.num_supervised,
+            num_mixed=batch.num_mixed,
             log_p=log_p,
         )
-        if tally is not None:
-            tally.add(micro_batch.owner, log_p)
+        if scores is not None:
+            scores.add(micro_batch.example_index, log_p)
         return loss
 
-    with autocast(batch.tokens.device, dtype):
-        return model(batch.tokens, batch.positions, batch.cu_seqlens, head=loss_of)
+    return model(row.tokens, row.positions, row.cu_seqlens, head=head)
 
 
-def update(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
-    """Clip the gradient and take the step: -> (loss, ntp, mix, signals, gradient norm) over all processes, [5]
+def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
+    """Clip the gradient and update the weights. -> (loss, ntp, mix, signals, gradient norm) of all processes, [5]
 
-    Where loss or gradient is not finite, nothing is changed. All of it stays on the device: nobody waits to know.
+    If loss or gradient is not finite, nothing changes. All values stay on the device, so that nothing waits for it.
     """
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-    figures = sum_over_processes(torch.cat([losses, losses.new_full((1,), num_signals)]))
-    finite = figures[0].isfinite() & grad_norm.isfinite()
-    # Where this is 1, the kernel leaves weights, moments and its count of steps alone.
-    optimizer.found_inf = 1 - finite.float()
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = lr
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), num_signals)]))
+    is_finite = values[0].isfinite() & grad_norm.isfinite()
+    optimizer.found_inf = 1 - is_finite.float()  # if 1, the fused kernel leaves weights and optimizer state unchanged
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat([figures, grad_norm.reshape(1)])
+    return torch.cat([values, grad_norm.reshape(1)])
 
 
-# --- The loop ---------------------------------------------------------------------------------------------------------
+# --- The training loop ------------------------------------------------------------------------------------------------
+
+
+class Sampler(NamedTuple):
+    """The order in which each epoch goes through the examples, and whether the epoch mixes them."""
+
+    order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called when all earlier epochs have ended
+    mixes: Callable[[int], bool]  # epoch -> whether examples 0 and 1, 2 and 3, … of the order are mixed
+    scores: ScoreAccumulator | None = None  # accumulates log p(y) of what is trained on, for the orders to come
 
 
 def train(
     model: Transformer,
     dataset: Dataset,
     config: TrainConfig,
-    order: Callable[[int], np.ndarray],
+    sampler: Sampler,
     log: Callable[[dict], None],
-    *,
-    mixes: Callable[[int], bool] = lambda epoch: False,
-    tally: Tally | None = None,
     after_step: dict[int, Callable[[], None]] | None = None,
-    savepoints: "Savepoints | None" = None,
+    savepoints: Savepoints | None = None,
 ) -> dict:
-    """Train `model` in place: `config.epochs` passes, each in `order(epoch)`, mixing neighbours if `mixes(epoch)`.
+    """Train `model` in place for `config.epochs`. -> {"seconds"} without pauses, and rank 0's {"peak_memory_bytes"}
 
-    `order` is asked once an epoch, when all before it are done.
-    Where nothing is mixed, the default, what is left of L is L_NTP. A `tally` takes note of log p(y) of
-    what is trained on, and is closed after each epoch. `log` gets a progress record every `config.log_every` steps,
-    `after_step` says what to call after which steps, counted from 1. Between these nothing waits for a GPU.
-    A step whose loss or gradient is not finite changes nothing, and is logged too.
-
-    With `savepoints` it goes on from the newest of these, and leaves new ones. SIGTERM and SIGINT then finish the step,
-    leave one, and end the process. -> {"seconds"} spent on training alone, and process 0's {"peak_memory_bytes"}
+    `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
+    finished steps to a function that is then called. With `savepoints`, training continues from the newest of them and
+    writes new ones; SIGTERM and SIGINT then finish the step, write a savepoint and end the process.
     """
     optimizer, device = make_optimizer(model, config), model.head_weight.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    epoch_steps = steps_per_epoch(dataset, config)
+    epoch_steps = steps_per_epoch(len(dataset), config.batch_size)
     total_steps = epoch_steps * config.epochs
-    progress = Progress(total_steps, device)
-    first = savepoints.load(model, optimizer, tally, progress) if savepoints else 0
+    metrics, scores = StepMetrics(total_steps, device), sampler.scores
+    done = savepoints.load(model, optimizer, metrics, scores) if savepoints else 0
     model.train()
-    with signals_noted() if savepoints else contextlib.nullcontext([]) as signals:
-        for epoch in range(first // epoch_steps, config.epochs):
-            prepare = partial(prepare_step, dataset, config, order(epoch), mixes(epoch), device)
-            mu, ntp_weight = (config.mu, config.ntp_weight) if mixes(epoch) else (0.0, 1.0)
-            end = (epoch + 1) * epoch_steps
-            steps = range(max(first, epoch * epoch_steps), end)
-            for step, work in zip(steps, ahead(prepare, steps), strict=True):
-                losses = compute_gradients(model, work, mu, ntp_weight, config.dtype, tally)
-                lr = learning_rate(step, total_steps, config.lr, config.warmup_ratio)
-                figures = update(model, optimizer, lr, losses, len(signals))
+    with defer_signals() if savepoints else contextlib.nullcontext([]) as signals:
+        for epoch in range(done // epoch_steps, config.epochs):
+            mix = sampler.mixes(epoch)
+            mu, ntp_weight = (config.mu, config.ntp_weight) if mix else (0.0, 1.0)
+            prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), mix, device)
+            for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
+                lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
+                losses = forward_backward(model, batch, mu, ntp_weight, scores)
+                values = optimizer_step(model, optimizer, lr, losses, len(signals))
+                done += 1
+                metrics.add(done, values, batch)
 
-                done = step + 1
-                logs = done % config.log_every == 0 or done == total_steps
-                leaves = savepoints and (done % savepoints.every == 0 or done == total_steps)
-                progress.add(done, figures, work)
-                for skipped in progress.look(wait=logs or leaves):
-                    log(skipped | {"examples": dataset.example_ids[skipped["examples"]].astype(str).tolist()})
-                    if progress.in_a_row >= config.max_skipped:
-                        raise ValueError(
-                            f"step {skipped['step']}: the run has diverged ({progress.in_a_row} steps in a row had no "
-                            f"finite loss and gradient); try a lower --lr than {config.lr}"
-                        )
-                if logs:
-                    log(progress.record(done, epoch=epoch, lr=lr))
-                if tally and done == end:
-                    tally.close()
+                should_log = done % config.log_every == 0 or done == total_steps
+                should_save = savepoints and (done % savepoints.every == 0 or done == total_steps)
+                log_skipped_steps(metrics, dataset, config, log, wait=should_log or should_save)
+                if should_log:
+                    log(metrics.record(done, epoch=epoch, lr=lr))
+                if scores and done == (epoch + 1) * epoch_steps:
+                    scores.end_epoch()
                 if after_step and done in after_step:
-                    with progress.paused():
+                    with metrics.paused():
                         after_step[done]()
-                if leaves or (savepoints and progress.stop):
-                    with progress.paused():
-                        savepoints.save(done, model, optimizer, tally, progress)
-                if savepoints and progress.stop:
-                    say(f"stopped after step {done}; --resume goes on from there", sys.stderr)
+                if savepoints and (should_save or metrics.stop):
+                    with metrics.paused():
+                        savepoints.save(done, model, optimizer, metrics, scores)
+                if savepoints and metrics.stop:
+                    print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
                     sys.exit(128 + [*signals, signal.SIGTERM][0])
     model.eval()
-    return {"seconds": progress.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+    return {"seconds": metrics.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
-def steps_per_epoch(dataset: Dataset, config: TrainConfig) -> int:
-    """How many steps go through the data once, the last of them perhaps with fewer examples."""
-    return math.ceil(len(dataset) / config.batch_size)
+def prepare_batch(
+    dataset: Dataset, config: TrainConfig, order: np.ndarray, mix: bool, device, step: int
+) -> GlobalBatch:
+    """Build the batch of a step (counted from 0 over all epochs) from its epoch's order, and copy it to `device`."""
+    start = step % steps_per_epoch(len(dataset), config.batch_size) * config.batch_size
+    indices = order[start : start + config.batch_size]
+    lam = sample_lambda(len(indices) // 2 if mix else 0, config.alpha, config.seed, step)
+    return build_batch(dataset, indices, lam, config.micro_batch_tokens, rank(), world_size()).to(device)
 
 
-def prepare_step(dataset: Dataset, config: TrainConfig, indices: np.ndarray, mixes: bool, device, step: int) -> Step:
-    """The global batch of a step (counted from 0), given its epoch's order, dealt out and on the device."""
-    start = step % steps_per_epoch(dataset, config) * config.batch_size
-    chosen = indices[start : start + config.batch_size]
-    lam = draw_lambda(len(chosen) // 2 if mixes else 0, config.alpha, config.seed, step)
-    return make_step(dataset, chosen, lam, config.micro_batch_tokens, device)
+def log_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainConfig, log: Callable, wait: bool) -> None:
+    """Log the steps that changed nothing. ValueError after `config.max_skipped` of them in a row."""
+    for skipped in metrics.drain(wait):
+        log(skipped | {"examples": dataset.example_ids[skipped["examples"]].astype(str).tolist()})
+        if metrics.consecutive_skips >= config.max_skipped:
+            raise ValueError(
+                f"step {skipped['step']}: the run has diverged ({metrics.consecutive_skips} steps in a row had no "
+                f"finite loss and gradient); try a lower --lr than {config.lr}"
+            )
 
 
-# --- Going on where a run was stopped ---------------------------------------------------------------------------------
+# --- What a stage reads and writes ------------------------------------------------------------------------------------
 
 
-# --- What a run leaves behind -----------------------------------------------------------------------------------------
+class Inputs(NamedTuple):
+    """What the stages read."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: Dataset | None  # None without --eval_data: no model is evaluated
 
 
-def save(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
-    """Save a model, all processes together, and go on only when it is there; what is there already stays."""
-    if (path / "config.json").exists():  # of this run, before it was stopped
-        return
-    barrier()  # all have looked
-    check_finite(model)
-    save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
-    barrier()
+def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
+    """Fill in what the model folder and the device decide. -> (configuration, tokenizer of the folder)
+
+    Raises FileNotFoundError or ValueError if the folder is not complete.
+    """
+    if config.compile and device.type == "cpu" and not has_compiler("CXX", "c++", "g++", "clang++"):
+        raise ValueError("--compile: needs a C++ compiler on a CPU, and there is none here")
+    check_models([config.model])
+    max_length = resolve_max_length(config.model, config.max_length)
+    tokenizer = load_tokenizer(config.model)
+    template = choose_template(tokenizer, config.template)
+    tokenizer.files_for(template)  # raises if the files to be saved later cannot be made
+    dtype = config.dtype or fastest_dtype(device)
+    return replace(config, max_length=max_length, template=template, dtype=dtype), tokenizer
 
 
-def save_finished(model: Transformer, path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
-    """Save the product of a stage; what LoRA has learnt is merged into it, and beside it an adapter to the base."""
-    if config.lora_rank and not (path / "adapter").exists():
-        barrier()
-        save_adapter(model, path / "adapter", config.model)
-    save(model, path, tokenizer, config)
+def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
+    """Read and encode the data, so that all errors in it are found before training."""
+    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length, config.cache)
+    if config.eval_data is None:
+        print0("no --eval_data: no model is evaluated")
+        return Inputs(tokenizer, dataset, None)
+    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
+    example_ids = set(held_out.example_ids.tolist())
+    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
+        print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
+    return Inputs(tokenizer, dataset, held_out)
 
 
-def model_to_train(config: TrainConfig, device) -> Transformer:
-    """The model that a stage begins from."""
-    model = open_model(config.model, config.dtype, device, config.lora_rank, config.lora_alpha, config.seed)
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """float32 for weights that are trained, since bf16 would round small updates away; frozen ones may stay bf16."""
+    return stored_dtype(config.model) if config.lora_rank and config.dtype == "bf16" else torch.float32
+
+
+def load_trainable(config: TrainConfig, device) -> Transformer:
+    """Load the base model for training."""
+    lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "seed": config.seed}
+    model = load_model(config.model, weights_dtype(config), device, compute_dtype=DTYPES[config.dtype], **lora)
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         model.compile_blocks()
     return model
 
 
-def results_of(output: Path) -> dict:
-    """What is in `results.json` so far: an entry for each stage that is finished."""
-    file = output / "results.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def finish(config: TrainConfig, stage: str, entry: dict) -> None:
-    """Enter a stage's results, with which it is finished; nobody goes on from its savepoints any more."""
-    if rank() == 0:
-        write_json(Path(config.output) / "results.json", results_of(Path(config.output)) | {RESULTS[stage]: entry})
-    savepoints_of(config, stage).clear()
-
-
-def savepoints_of(config: TrainConfig, stage: str) -> Savepoints:
-    """Where a stage's savepoints are."""
-    return Savepoints(Path(config.output), stage, config.save_every, config.keep_last)
+def evaluate_model(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> dict:
+    """Evaluate a model on the held-out examples. Without any, each entry is None."""
+    if inputs.held_out is None:
+        return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
+    read_examples = partial(load_examples, config.eval_data)
+    return evaluate(model, inputs.held_out, read_examples, inputs.tokenizer, config.template, config.micro_batch_tokens)
 
 
 # --- The stages -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the stages read."""
-
-    tokenizer: Tokenizer
-    train: Dataset
-    held_out: Dataset | None  # None without --eval_data: no model is evaluated then
-
-
-def warn_of_idleness(config: TrainConfig, num_processes: int) -> None:
-    """Say so where a batch has too few pairs to give every process one."""
-    if config.batch_size < 2 * num_processes:
-        say(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
-
-
-def settled(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
-    """The configuration with what the model's folder and the device decide filled in, and the folder's tokenizer.
-
-    Raises FileNotFoundError or ValueError where the folder is not whole.
-    """
-    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    if config.compile and device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise ValueError("--compile: needs a C++ compiler on a CPU, and there is none here")
-    check_models([config.model])
-    max_length = usable_length(config.model, config.max_length)
-    tokenizer = load_tokenizer(config.model)
-    template = choose_template(tokenizer, config.template)
-    tokenizer.files_for(template)  # all that will be saved can be made
-    dtype = config.dtype or fastest_dtype(device)
-    return replace(config, max_length=max_length, template=template, dtype=dtype), tokenizer
-
-
-def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
-    """Read and encode the data, and find what is wrong with it before anything is trained."""
-    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length, config.cache)
-    if config.eval_data is None:
-        say("no --eval_data: no model is evaluated")
-        return Inputs(tokenizer, dataset, None)
-    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
-    example_ids = set(held_out.example_ids.tolist())
-    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
-        say(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
-    return Inputs(tokenizer, dataset, held_out)
-
-
-def base_stage(config: TrainConfig, log: Callable, device) -> dict:
-    """The demo's base: write the corpus, and pretrain on its clean text with the loop that trains everything else."""
-    data, corpus = Path(config.output) / "data", demo_corpus(config.seed)
+def base_stage(config: TrainConfig, device) -> dict:
+    """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
+    output = Path(config.output)
     if rank() == 0:
-        data.mkdir(parents=True, exist_ok=True)
-        for split in ("base", "train", "eval", "test"):
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
-            with written_aside(data / f"{split}.jsonl") as aside:
-                aside.write_text("".join(lines), encoding="utf-8")
-        ids = [example.id for example in load_examples(data / "train.jsonl")]
-        write_json(data / "wrong.json", [i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong])
+        write_demo_data(output / "data", config.seed)
     barrier()
-    texts = [message["content"] for example in load_examples(data / "train.jsonl") for message in example.messages]
-    words = TEMPLATES["alpaca"].first.format(bos="", user="") + TEMPLATES["alpaca"].reply
-    tokenizer = Tokenizer.train(texts + [words] * 60, DEMO_VOCAB_SIZE)  # often enough that each word is worth a piece
+    tokenizer = train_demo_tokenizer(output / "data")
     config = replace(config, template=choose_template(tokenizer, config.template))
-    dataset = load_dataset(data / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
+    dataset = load_dataset(output / "data" / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
+    model.compute_dtype = DTYPES[config.dtype]
     if world_size() > 1:
-        shard(model, config.dtype, device)
-    say(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
-    order = partial(epoch_order, len(dataset), config.seed)
-    spent = train(model, dataset, replace(config, **DEMO_BASE), order, log, savepoints=savepoints_of(config, "base"))
-    save(model, Path(config.output) / "base", tokenizer, config)
-    return spent
+        apply_fsdp(model, device)
+    print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
+    log, savepoints = stage_log(config, "base"), stage_savepoints(config, "base")
+    base_config = replace(config, **DEMO_BASE_FLAGS)
+    train_stats = train(model, dataset, base_config, ntp_sampler(dataset, config), log, savepoints=savepoints)
+    save_checkpoint(model, output / "base", tokenizer, config)
+    return train_stats
 
 
-def reference_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
-    """NTP from the base, with checkpoints evenly spaced over the run, the last step's included."""
-    model = model_to_train(config, device)
+def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
+    """Plain next-token prediction: a random order, nothing is mixed."""
+    return Sampler(partial(epoch_order, len(dataset), config.seed), mixes=lambda epoch: False)
+
+
+def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+    """Train the base with NTP, and save checkpoints evenly spaced over the run, the last step's included."""
+    model = load_trainable(config, device)
     folder = Path(config.output) / "reference"
-
-    total_steps = steps_per_epoch(inputs.train, config) * config.epochs
+    total_steps = steps_per_epoch(len(inputs.train), config.batch_size) * config.epochs
     steps = {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}
     saves = {
-        step: partial(save, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config) for step in steps
+        step: partial(save_checkpoint, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
+        for step in steps
     }
-    order = partial(epoch_order, len(inputs.train), config.seed)
-    savepoints = savepoints_of(config, "reference")
-    spent = train(model, inputs.train, config, order, log, after_step=saves, savepoints=savepoints)
-    save_finished(model, folder, inputs.tokenizer, config)
-    return measure(model, inputs, config) | spent
-
-
-def checkpoints_of(config: TrainConfig) -> list[Path]:
-    """The checkpoints of a finished reference run, oldest first."""
-    reference = Path(config.output) / "reference"
-    if not (reference / "config.json").exists():
-        raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
-    folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
-    if not folders:
-        raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
-    check_models([config.model, *folders])
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def scores_of(config: TrainConfig, dataset: Dataset) -> Dynamics:
-    """The examples' scores, from the run itself or, made by whatever model, from the file of --confidence."""
-    return Dynamics.load(config.confidence or Path(config.output) / "confidence.jsonl").select(dataset.ids)
+    log, savepoints = stage_log(config, "reference"), stage_savepoints(config, "reference")
+    train_stats = train(model, inputs.train, config, ntp_sampler(inputs.train, config), log, saves, savepoints)
+    save_result(model, folder, inputs.tokenizer, config)
+    return evaluate_model(model, inputs, config) | train_stats
 
 
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
-    folders = checkpoints_of(config)
-    started = time.perf_counter()
-    kept = Path(config.output) / "resume" / "confidence"
-    dynamics = score_checkpoints(folders, inputs.train, config.micro_batch_tokens, config.dtype, device, kept=kept)
-    return keep_scores(dynamics, config) | {"seconds": time.perf_counter() - started}
+    checkpoints, cache_dir = reference_checkpoints(config), Path(config.output) / "resume" / "confidence"
+    start = time.perf_counter()
+    dtype = DTYPES[config.dtype]
+    dynamics = score_checkpoints(checkpoints, inputs.train, config.micro_batch_tokens, dtype, device, cache_dir)
+    return record_scores(dynamics, config) | {"seconds": time.perf_counter() - start}
 
 
-def keep_scores(dynamics: Dynamics, config: TrainConfig) -> dict:
-    """Save the scores of a run, and say what can be said of them."""
+def record_scores(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
+    """Save the scores of a run. -> their entry in results.json"""
     if rank() == 0:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
-    result = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
+    entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
     truth = Path(config.output) / "data" / "wrong.json"
-    if truth.exists():  # the demo knows which answers are wrong: does low confidence point at them?
+    if truth.exists():  # the demo knows which answers are wrong: does low confidence find them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
-        result["roc_area"] = {m: area_under_roc(-dynamics.by(m), wrong) for m in ("probability", "perplexity")}
-    return result
+        entry["roc_area"] = {by: roc_auc(-dynamics.score(by), wrong) for by in ("probability", "perplexity")}
+    return entry
 
 
-def sftmix_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> dict:
-    """From the base again, with Mixup between the confident and the unconfident half (or, a control, random ones)."""
-    if config.pairing == "random":
-        order = partial(epoch_order, len(inputs.train), config.seed)  # neighbours in a random order are random pairs
-    else:
-        order = partial(order_by_halves, scores_of(config, inputs.train), config)
-    model = model_to_train(config, device)
-    savepoints = savepoints_of(config, "sftmix")
-    spent = train(model, inputs.train, config, order, log, mixes=lambda epoch: True, savepoints=savepoints)
-    save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
-    return measure(model, inputs, config) | spent
+def load_scores(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
+    """The scores of the examples, from the file of --confidence or from the run itself."""
+    file = config.confidence or Path(config.output) / "confidence.jsonl"
+    return TrainingDynamics.load(file).select(dataset.ids)
 
 
-def order_by_halves(scores: Dynamics, config: TrainConfig, epoch: int) -> np.ndarray:
-    """An epoch's order, in which neighbours are from the two halves."""
-    confident, unconfident = split_by_confidence(scores.by(config.confidence_by))
+def paired_epoch_order(scores: TrainingDynamics, config: TrainConfig, epoch: int) -> np.ndarray:
+    """An epoch's order in which each confident example is followed by an unconfident one."""
+    confident, unconfident = split_by_confidence(scores.score(config.confidence_by))
     if epoch == 0 or config.online:
-        say(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
+        print0(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
     return paired_order(confident, unconfident, config.seed, epoch)
 
 
-def online_stage(config: TrainConfig, inputs: Inputs, log: Callable, device) -> tuple[dict, dict]:
-    """SFTMix in one run, each epoch's training passes being the checkpoints: -> results of it and of its scores.
+def sftmix_sampler(config: TrainConfig, dataset: Dataset, device) -> Sampler:
+    """The pairs of the SFTMix run: across the halves, at random, or across the halves that the run itself finds."""
+    random_order = partial(epoch_order, len(dataset), config.seed)
+    if config.pairing == "random":
+        return Sampler(random_order, mixes=lambda epoch: True)  # neighbours in a random order are random pairs
+    if not config.online:
+        order = partial(paired_epoch_order, load_scores(config, dataset), config)
+        return Sampler(order, mixes=lambda epoch: True)
+    scores = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
-    The first epoch is NTP. At the end of each the split is made anew, by the mean over the epochs so far of p(y) as it
-    was when trained on, and from the second on there is Mixup.
-    """
-    dataset = inputs.train
-    tally = Tally(dataset.num_supervised, device, config.epochs)
-
-    def order(epoch: int) -> np.ndarray:
-        """As of what the epochs before have shown."""
+    def online_order(epoch: int) -> np.ndarray:
+        """The first epoch is NTP. Each later epoch is split by the mean over the epochs before it."""
         if epoch == 0:
-            return epoch_order(len(dataset), config.seed, epoch)
-        return order_by_halves(Dynamics(dataset.ids, *tally.epochs()), config, epoch)
+            return random_order(epoch)
+        return paired_epoch_order(TrainingDynamics(dataset.ids, *scores.epochs()), config, epoch)
 
-    model = model_to_train(config, device)
-    savepoints = savepoints_of(config, "sftmix")
-    spent = train(model, dataset, config, order, log, mixes=lambda epoch: epoch > 0, tally=tally, savepoints=savepoints)
-    save_finished(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
-    return measure(model, inputs, config) | spent, keep_scores(Dynamics(dataset.ids, *tally.epochs()), config)
+    return Sampler(online_order, mixes=lambda epoch: epoch > 0, scores=scores)
 
 
-def measure(model: Transformer | None, inputs: Inputs, config: TrainConfig) -> dict:
-    """Evaluate a model on the held-out examples; without them, every figure is None."""
-    if inputs.held_out is None:
-        return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
-    read_examples = partial(load_examples, config.eval_data)
-    settings = config.template, config.micro_batch_tokens, config.dtype
-    return evaluate(model, inputs.held_out, read_examples, inputs.tokenizer, *settings)
+def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
+    """Train the base again, with Mixup. -> entries of results.json by stage: sftmix, and online also confidence"""
+    sampler = sftmix_sampler(config, inputs.train, device)
+    model = load_trainable(config, device)
+    log, savepoints = stage_log(config, "sftmix"), stage_savepoints(config, "sftmix")
+    train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
+    save_result(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
+    entries = {"sftmix": evaluate_model(model, inputs, config) | train_stats}
+    if sampler.scores:
+        dynamics = TrainingDynamics(inputs.train.ids, *sampler.scores.epochs())
+        entries = {"confidence": record_scores(dynamics, config), **entries}
+    return entries
 
 
-# --- What a run would take --------------------------------------------------------------------------------------------
-
-
-def dry_run(config: TrainConfig, device) -> None:
-    """Say what a run would take, and show an example as it will be trained on; all that is written is the cache."""
-    config, tokenizer = settled(config, device)
-    inputs = load_inputs(config, tokenizer)
-    num_processes, dataset = config.dry_run or world_size(), inputs.train
-    model = empty_model(config.model, config.dtype, config.lora_rank, config.lora_alpha)
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = steps_per_epoch(dataset, config)
-    work = heaviest_work(dataset, config, num_processes)
-    memory = estimate_memory(model, work, config, num_processes, device.type)
-    tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
-    flops = config.epochs * estimate_flops(model, tokens, supervised, config)
-    stored = (parameters - trainable if config.lora_rank else parameters) * DTYPES[config.save_dtype].itemsize
-    models, what = min(config.num_checkpoints, config.epochs * steps) + 2, "checkpoints, reference, sftmix"
-    if config.online:
-        models, what = 1, "sftmix"
-    if config.confidence is not None and not config.online:
-        scores_of(config, dataset)
-
-    warn_of_idleness(config, num_processes)
-    say(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")
-    say(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
-    say(f"micro-batches  of at most {work.tokens:,} tokens, on {num_processes} x {device.type}")
-    say(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
-    savepoint = 3 * 4 * trainable  # weights and AdamW's two moments; the old one goes when the new is there
-    say(f"disk           {gigabytes(models * stored)} for {models} models: {what}")
-    say(f"               {gigabytes((config.keep_last + 1) * savepoint)} for savepoints, while a stage runs")
-    say("memory         of a process, estimated:")
-    for name, size in memory.items():
-        say(f"  {name:17}{gigabytes(size):>10}" + (" at the peak, where not all is there at once" * (name == "total")))
-    tokens, targets = dataset[0]
-    ids, learnt = [*tokens.tolist(), int(targets[-1])], [False, *(targets != IGNORE_INDEX).tolist()]
-    runs = groupby(zip(ids, learnt, strict=True), key=lambda token: token[1])
-    shown = [(" ".join(inputs.tokenizer.piece(i) for i, _ in run), learn) for learn, run in runs]
-    say(f"\nThe first example, {len(tokens):,} tokens; what is learnt stands in «»:")
-    say(" ".join(f"« {text} »" if learn else text for text, learn in shown))
-
-
-# --- The pipeline -----------------------------------------------------------------------------------------------------
+# --- A run ------------------------------------------------------------------------------------------------------------
 
 
 def run(config: TrainConfig, device) -> None:
@@ -696,94 +562,92 @@ def run(config: TrainConfig, device) -> None:
         raise ValueError(
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
         )
-    warn_of_idleness(config, world_size())
-    with claimed(output):
+    warn_if_idle(config, world_size())
+    with lock_output(output):
         run_stages(config, stages_to_run(config), device)
         if rank() == 0:
             report(output, demo)
 
 
-def stages_to_run(config: TrainConfig) -> list[str]:
-    """The stages asked for; to a run that goes on, those of them that are not finished.
+def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
+    """Warn if a batch has too few pairs to give every process one."""
+    if config.batch_size < 2 * num_processes:
+        print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
-    Raises FileExistsError where, in a run that does not go on, something of theirs is there already.
+
+def stages_to_run(config: TrainConfig) -> list[str]:
+    """The stages asked for; for a resumed run, those of them that are not finished.
+
+    Raises FileExistsError if a run that is not resumed finds something of these stages in the output folder.
     """
     output = Path(config.output)
     stages = list(STAGES if config.stage == "all" else (config.stage,))
-    if config.confidence is not None:  # the scores are there already, or come with the SFTMix run
+    if config.confidence is not None:  # the scores exist already, or the SFTMix run computes them
         without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
         stages = [stage for stage in stages if stage not in without]
     if config.resume:
-        finished = results_of(output)
-        stages = [stage for stage in stages if RESULTS[stage] not in finished]
+        finished = load_results(output)
+        stages = [stage for stage in stages if STAGES[stage].result not in finished]
     else:
-        for made in [*stages, *(["confidence"] if config.online and "sftmix" in stages else [])]:
-            product = output / PRODUCTS[made]
-            if product.exists():
-                raise FileExistsError(f"{product}: already there; --resume goes on, or choose another --output")
-        if any((output / "resume").glob("*")):
-            raise FileExistsError(
-                f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output"
-            )
-    barrier()  # all have looked before anybody writes
+        online_scores = ["confidence"] if config.online and "sftmix" in stages else []
+        check_not_started(output, [*stages, *online_scores])
+    barrier()  # all processes have looked before rank 0 writes
     return stages
 
 
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:
-    """Run these stages, when nothing can be wrong any more with what they are given."""
+    """Check all that a run is given, then run these stages."""
     output = Path(config.output)
     if config.resume:
-        config = check_unchanged(config)
-
-    def log(stage: str) -> Callable:
-        return partial(log_step, output / "metrics.jsonl", stage)
-
-    spent = {"seconds": None, "peak_memory_bytes": None}
+        config = check_resume_config(config)
+    train_stats = {"seconds": None, "peak_memory_bytes": None}
     if config.model is None:
         if rank() == 0:
             write_json(output / "config.json", asdict(config))
         if "base" in stages:
-            spent = base_stage(config, log("base"), device)
-        files = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
-        config = replace(config, **{flag: str(output / name) for flag, name in files.items()})
-    config, tokenizer = settled(config, device)
+            train_stats = base_stage(config, device)
+        paths = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
+        config = replace(config, **{name: str(output / path) for name, path in paths.items()})
+    config, tokenizer = resolve_config(config, device)
     inputs = load_inputs(config, tokenizer)
     if "confidence" in stages and "reference" not in stages:
-        checkpoints_of(config)
+        reference_checkpoints(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
-        scores_of(config, inputs.train)
-    if rank() == 0:  # nothing more can be wrong with what was given
-        content = contents_of(config)
+        load_scores(config, inputs.train)
+    if rank() == 0:
+        content = input_checksums(config)
         if config.resume:
-            check_unchanged(config, content)
+            check_resume_config(config, content)
         write_json(output / "config.json", asdict(config) | {"content": content})
 
     if "base" in stages:
-        measured = measure(open_model(config.model, config.dtype, device) if inputs.held_out else None, inputs, config)
-        finish(config, "base", measured | spent)
+        model = None
+        if inputs.held_out:
+            model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
+        record_stage(config, "base", evaluate_model(model, inputs, config) | train_stats)
+        del model
     if "reference" in stages:
-        finish(config, "reference", reference_stage(config, inputs, log("reference"), device))
+        record_stage(config, "reference", reference_stage(config, inputs, device))
     if "confidence" in stages:
-        finish(config, "confidence", confidence_stage(config, inputs, device))
-    if "sftmix" in stages and config.online:
-        sftmix, scores = online_stage(config, inputs, log("sftmix"), device)
-        finish(config, "confidence", scores)
-        finish(config, "sftmix", sftmix)
-    elif "sftmix" in stages:
-        finish(config, "sftmix", sftmix_stage(config, inputs, log("sftmix"), device))
+        record_stage(config, "confidence", confidence_stage(config, inputs, device))
+    if "sftmix" in stages:
+        for stage, entry in sftmix_stage(config, inputs, device).items():
+            record_stage(config, stage, entry)
 
 
 def report(output: Path, demo: bool) -> None:
-    """The last words of a run: the table, what confidence found, where everything is, and what to try next."""
-    results = results_of(output)
-    names = {"base": "base", "ntp": "NTP", "sftmix": "SFTMix"}
+    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next."""
+    results = load_results(output)
     try:
-        print("\n" + table({name: results[key] for key, name in names.items() if key in results}) + "\n")
+        rows = {
+            stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
+        }
+        print("\n" + results_table(rows) + "\n")
         for name, area in results.get("confidence", {}).get("roc_area", {}).items():
             print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
-    made = ("data", *PRODUCTS.values(), "config.json", "metrics.jsonl", "results.json")
+    made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
     print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
     if (output / "confidence.jsonl").exists():
         print(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
@@ -791,12 +655,24 @@ def report(output: Path, demo: bool) -> None:
         print("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
 
 
+def dry_run(config: TrainConfig, device) -> None:
+    """Print what a run would take, and an example as it would be trained on. Only the data cache is written."""
+    config, tokenizer = resolve_config(config, device)
+    dataset, num_processes = load_inputs(config, tokenizer).train, config.dry_run or world_size()
+    model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
+    if config.confidence is not None and not config.online:
+        load_scores(config, dataset)
+    warn_if_idle(config, num_processes)
+    print_plan(model, dataset, config, num_processes, device.type)
+    print_example(dataset, tokenizer)
+
+
 def main(argv=None) -> None:
-    """Read the command line and run what it asks for."""
+    """Read the command line and run."""
     config = parse_config(argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started this anew, after something failed
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has restarted the run after a failure
         config = replace(config, resume=True)
-    with processes() as device:
+    with init_distributed() as device:
         (run if config.dry_run is None else dry_run)(config, device)
 
 

@@ -1,12 +1,12 @@
-"""`eval.py` beside those it must agree with: transformers, lm-evaluation-harness, and the readers of two judges.
+"""Compare `eval.py` with transformers, lm-evaluation-harness, and the code of two judges that reads its files.
 
     python -m venv peers
     peers/bin/pip install torch==2.13.0 transformers sentencepiece protobuf accelerate
     peers/bin/pip install lm_eval alpaca_eval fschat anthropic "setuptools<81"
     peers/bin/python benchmarks/evaluation.py --model DIR --questions FILE --texts FILE --output docs/evaluation.jsonl
 
-The model must have no template of its own. Every comparison is a line of JSON, on stdout and added to the file: the
-greedy text of both, the choices made, what the judges' own code reads, and tokens a second, side by side.
+The model must have no chat template. Each comparison is a line of JSON, which is printed and appended to the file:
+greedy generation, choices, what the judges' code reads, and tokens a second.
 """
 
 import argparse
@@ -22,38 +22,39 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import read_records
-from eval import LETTERS, answer_choices, generate, to_question
+from eval import answer_choices, generate
 from infra.hf import load_model, load_tokenizer
+from infra.questions import LETTERS, load_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["Once upon a time", "One day, a little girl named Lily", "The dog", "Tom and Sue went to the park. They"]
 
 
 def greedy_text(folder: Path, new_tokens: int = 200) -> dict:
-    """The same tokens as `transformers` generates, for as long as asked."""
+    """The number of prompts for which greedy generation gives the same tokens as `transformers`."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer, ours = load_tokenizer(folder), load_model(folder).eval()
+    tokenizer, ours = load_tokenizer(folder), load_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
     answers, same = generate(ours, prompts, new_tokens), 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        asked = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
-        expected = theirs.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :]
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
+        expected = theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
         same += expected.tolist() == answer
     return {"prompts": len(prompts), "new_tokens": new_tokens, "same": same}
 
 
 def speed(folder: Path, texts: list[str], repeats: int, ends: bool, new_tokens: int = 256) -> dict:
-    """New tokens a second of 32 prompts, the first 4 to 248 tokens of texts, answered together, each of both in turn.
+    """New tokens a second, ours and those of `transformers`, for a batch of 32 prompts, 4 to 248 tokens of the texts.
 
-    With `ends`, an answer is over where the model begins another text, and what comes after is not counted; else all
-    are equally long. The first time is not counted. Where two tokens are as likely to rounding, texts may part.
+    With `ends`, an answer ends where the model begins another text, and later tokens are not counted; otherwise all
+    answers have the same length. The two take turns, after a run of each that is not timed. Their answers may differ
+    from the first position at which two tokens have the same probability up to rounding.
     """
     from transformers import AutoModelForCausalLM
 
-    tokenizer, ours = load_tokenizer(folder), load_model(folder).eval()
+    tokenizer, ours = load_tokenizer(folder), load_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     prompts = [prompt[: 4 + (244 * n) // 31] for n, prompt in enumerate([p for p in prompts if len(p) > 248][:32])]
@@ -61,10 +62,10 @@ def speed(folder: Path, texts: list[str], repeats: int, ends: bool, new_tokens: 
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     stop_ids = [tokenizer.bos_id] if ends else []
-    asked = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, "eos_token_id": stop_ids or None}
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, "eos_token_id": stop_ids or None}
     runs = {
         "ours": lambda: generate(ours, prompts, new_tokens, stop_ids),
-        "transformers": lambda: theirs.generate(padded, attention_mask=mask, **asked),
+        "transformers": lambda: theirs.generate(padded, attention_mask=mask, **options),
     }
     answers = {"ours": runs["ours"]()}
     answers["transformers"] = [[t for t in row if t] for row in runs["transformers"]()[:, longest:].tolist()]
@@ -72,9 +73,9 @@ def speed(folder: Path, texts: list[str], repeats: int, ends: bool, new_tokens: 
     rates = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
-            rates[name].append(counted[name] / (time.perf_counter() - began))
+            rates[name].append(counted[name] / (time.perf_counter() - start))
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     return {
         "answers": "end by themselves" if ends else "equally long",
@@ -87,7 +88,7 @@ def speed(folder: Path, texts: list[str], repeats: int, ends: bool, new_tokens: 
 
 
 def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
-    """The choice made at each question, and the accuracy, of `choice --template plain` and of lm-evaluation-harness."""
+    """Compare the choices and the accuracy of `choice --template plain` with those of lm-evaluation-harness."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -95,7 +96,7 @@ def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
     records = questions_file.read_text(encoding="utf-8").splitlines()[:count]
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "questions.jsonl"
-        questions = read_records(questions_file, to_question)[:count]
+        questions = load_questions(questions_file)[:count]
         rows = [{"question": q.text, "texts": q.choices, "target": q.answer} for q in questions]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         listed = f"{{% for t in texts %}}{{{{ '{LETTERS}'[loop.index0] }}}}. {{{{ t }}}}\n{{% endfor %}}"
@@ -120,10 +121,10 @@ def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
         if by == "text":
             scores = [score / len(choice) for score, choice in zip(scores, question.choices, strict=True)]
         theirs.append(scores)
-    scores, cut = answer_choices(load_model(folder).eval(), questions, load_tokenizer(folder), "plain", by)
+    scores, cut = answer_choices(load_model(folder), questions, load_tokenizer(folder), "plain", by)
     ours = [int(score.argmax()) for score in scores]
     metric = report["results"]["choice"]["acc,none" if by == "letter" else "acc_norm,none"]
-    furthest = max(
+    largest_difference = max(
         abs(a - b) for one, other in zip(scores, theirs, strict=True) for a, b in zip(one, other, strict=True)
     )
     return {
@@ -132,19 +133,19 @@ def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
         "same_choice": sum(one == max(range(len(x)), key=x.__getitem__) for one, x in zip(ours, theirs, strict=True)),
         "accuracy": sum(one == q.answer for one, q in zip(ours, questions, strict=True)) / len(questions),
         "accuracy_of_lm_eval": metric,
-        "largest_difference_of_scores": furthest,
+        "largest_difference_of_scores": largest_difference,
         "prompts_cut": cut,
     }
 
 
 def judges(folder: Path) -> dict:
-    """What AlpacaEval and FastChat's judge read of the files that `generate` writes for them."""
+    """What the code of AlpacaEval and of FastChat's judge reads from the files that `generate` writes for them."""
     from alpaca_eval.utils import load_or_convert_to_dataframe
     from fastchat.llm_judge.common import load_model_answers
 
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
-        asked = {
+        records_by_format = {
             "alpaca_eval": [{"dataset": "d", "instruction": text} for text in PROMPTS],
             "mt_bench": [
                 {"question_id": 81 + n, "category": "writing", "turns": [text, "And then?"]}
@@ -153,20 +154,12 @@ def judges(folder: Path) -> dict:
         }
         (temporary / "answers").mkdir()
         outputs = {"alpaca_eval": temporary / "outputs.json", "mt_bench": temporary / "answers" / "name.jsonl"}
-        for form, records in asked.items():
-            (temporary / f"{form}.json").write_text(json.dumps(records))
-            command = [
-                sys.executable,
-                ROOT / "eval.py",
-                "generate",
-                "--model",
-                folder,
-                "--format",
-                form,
-                "--name",
-                "name",
-            ]
-            command += ["--data", temporary / f"{form}.json", "--output", outputs[form], "--max_new_tokens", "20"]
+        for output_format, records in records_by_format.items():
+            data = temporary / f"{output_format}.json"
+            data.write_text(json.dumps(records))
+            command = [sys.executable, ROOT / "eval.py", "generate", "--model", folder, "--data", data]
+            command += ["--format", output_format, "--name", "name", "--output", outputs[output_format]]
+            command += ["--max_new_tokens", "20"]
             subprocess.run(command, check=True, capture_output=True)
         frame = load_or_convert_to_dataframe(outputs["alpaca_eval"])
         answers = load_model_answers(str(temporary / "answers"))["name"]
@@ -185,8 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--questions", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, required=True, help="to take the first words of; <|endoftext|> between")
-    parser.add_argument("--count", type=int, default=300, help="of the questions, from the first")
+    parser.add_argument("--texts", type=Path, required=True, help="texts with <|endoftext|> between them")
+    parser.add_argument("--count", type=int, default=300, help="how many questions, from the first")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", nargs="+")

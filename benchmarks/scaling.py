@@ -1,10 +1,10 @@
-"""What training takes at scale: the estimates of `train.py --dry_run`, and their check against measured runs.
+"""Memory and time of training at scale: the estimates of `train.py --dry_run`, and measured runs to check them.
 
     python benchmarks/scaling.py estimates    memory and time of 1B, 8B and 14B on 1, 8 and 64 GPUs, from shapes alone
     python benchmarks/scaling.py measured     estimate against measurement, on this machine, with 1, 2 and 4 processes
 
-Both print the tables of docs/scaling.md. Measured is the peak of what PyTorch's CPU allocator has handed out during two
-steps of `train.train`, weights loaded and all, as its profiler records it.
+Both print the tables of docs/scaling.md. The measurement is the peak of the memory that PyTorch's CPU allocator holds
+while a model is loaded and `train.train` makes two steps, as PyTorch's profiler records it.
 """
 
 import json
@@ -21,11 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Dataset, epoch_order
-from infra.distributed import own_rows, processes, rank, world_size
-from infra.hf import empty_model, open_model, save_model
-from infra.plan import Work, estimate_flops, estimate_memory, heaviest_work
+from infra.distributed import DTYPES, init_distributed, local_shard, rank, world_size
+from infra.hf import load_config, load_model, meta_model, save_model
+from infra.plan import LargestMicroBatch, estimate_flops, estimate_memory, largest_micro_batch
 from model import ModelConfig, Transformer, add_lora
-from train import TrainConfig, train
+from train import Sampler, TrainConfig, train
 
 # Alpaca, encoded by Llama 2's tokenizer: 125 tokens an example, 64 of them supervised.
 ALPACA = {"examples": 52_002, "tokens": 125, "supervised": 64}
@@ -42,7 +42,7 @@ UTILISATION = 0.4  # assumed
 
 
 def estimates() -> None:
-    """Print the table of what was not run."""
+    """Print the table of estimates."""
     print("| model | GPUs | batch | full: GB a GPU | full: minutes a stage | LoRA: GB a GPU | LoRA: minutes a stage |")
     print("|---|---|---|---|---|---|---|")
     for name, shape in AT_SCALE.items():
@@ -54,13 +54,14 @@ def estimates() -> None:
                 with torch.device("meta"):
                     model = Transformer(ModelConfig(**shape))
                     if lora_rank:
-                        model.to(torch.bfloat16)  # as a folder of the Hub keeps them
+                        model.to(torch.bfloat16)  # the dtype of models on the Hub
                         add_lora(model, lora_rank, config.lora_alpha)
                 examples = max(2, batch // gpus)
-                work = Work(examples * ALPACA["tokens"], examples * ALPACA["supervised"], accumulates=False)
-                memory = estimate_memory(model, work, config, gpus, "cuda")["total"]
-                seen = config.epochs * ALPACA["examples"]
-                flops = estimate_flops(model, seen * ALPACA["tokens"], seen * ALPACA["supervised"], config)
+                tokens, supervised = examples * ALPACA["tokens"], examples * ALPACA["supervised"]
+                largest = LargestMicroBatch(tokens, supervised, accumulates=False)
+                memory = estimate_memory(model, largest, config, gpus, "cuda")["total"]
+                examples = config.epochs * ALPACA["examples"]
+                flops = estimate_flops(model, examples * ALPACA["tokens"], examples * ALPACA["supervised"], config)
                 minutes = flops / (gpus * GPU_FLOPS * UTILISATION) / 60
                 cells += [f"{memory / 1e9:.1f}", f"{minutes:.1f}"]
             print(f"| {name} | {gpus} | {batch} | {' | '.join(cells)} |")
@@ -89,42 +90,42 @@ def random_dataset(vocab_size: int, examples: int) -> Dataset:
         targets = ids[1:].clone()
         targets[: length // 2] = -100
         encoded.append((ids[:-1], targets))
-    return Dataset.of(encoded)
+    return Dataset.from_encoded(encoded)
 
 
-def peak_of(work) -> int:
-    """The most bytes held while `work()` ran, above what was held before."""
+def peak_of(function) -> int:
+    """The peak of the bytes that `function()` allocates in main memory."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
+        function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     changes = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
     return int(changes.max())
 
 
 def measure(folder: Path, settings: dict) -> dict:
-    """Two steps of training on this process's share: its peak, its weights and optimizer state, and the estimate."""
+    """Train for two steps. -> bytes of this process: the peak, the estimate, and weights with optimizer state"""
     config = TrainConfig(batch_size=16, epochs=2, lr=1e-4, log_every=100, **settings)
-    dataset = random_dataset(empty_model(folder, config.dtype).config.vocab_size, config.batch_size)
-    share = {}
+    dataset = random_dataset(load_config(folder).vocab_size, config.batch_size)
+    result = {}
 
     def run():
-        model = open_model(folder, config.dtype, "cpu", config.lora_rank)
+        model = load_model(folder, compute_dtype=DTYPES[config.dtype], lora_rank=config.lora_rank)
         model.activation_checkpointing = config.activation_checkpointing
-        order = partial(epoch_order, len(dataset), 0)
-        train(model, dataset, config, order, lambda record: None, mixes=lambda epoch: True)
-        trainable = sum(own_rows(p).numel() for p in model.parameters() if p.requires_grad)
-        share["kept"] = sum(own_rows(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable
+        sampler = Sampler(order=partial(epoch_order, len(dataset), 0), mixes=lambda epoch: True)
+        train(model, dataset, config, sampler, lambda record: None)
+        trainable = sum(local_shard(p).numel() for p in model.parameters() if p.requires_grad)
+        result["state"] = sum(local_shard(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable
 
-    peak = peak_of(run)
-    model = empty_model(folder, config.dtype, config.lora_rank)
-    work = heaviest_work(dataset, config, world_size())
-    estimate = estimate_memory(model, work, config, world_size(), "cpu")["total"]
-    return {"peak": peak, "estimate": estimate, **share}
+    result["peak"] = peak_of(run)
+    largest = largest_micro_batch(dataset, config, world_size())
+    model = meta_model(folder, lora_rank=config.lora_rank)
+    result["estimate"] = estimate_memory(model, largest, config, world_size(), "cpu")["total"]
+    return result
 
 
 def worker(folder: Path) -> None:
-    """Measure every case with as many processes as there are; process 0 prints its share, one JSON line a case."""
-    with processes():
+    """Measure every case. Rank 0 prints a JSON line for each."""
+    with init_distributed():
         for name, _, settings in MEASURED:
             result = measure(folder / name, settings)
             if rank() == 0:
@@ -132,7 +133,7 @@ def worker(folder: Path) -> None:
 
 
 def measured() -> None:
-    """Print the table of what was run."""
+    """Print the table of measurements."""
     print("| model | settings | processes | estimate, MB | measured, MB | ratio | weights and optimizer state, MB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -151,17 +152,17 @@ def measured() -> None:
                 sys.exit(done.stderr)
             for line in filter(lambda line: line.startswith("{"), done.stdout.splitlines()):
                 case = json.loads(line)
-                name, peak, estimate, kept = (case.pop(key) for key in ("name", "peak", "estimate", "kept"))
+                name, peak, estimate, state = (case.pop(key) for key in ("name", "peak", "estimate", "state"))
                 settings = ", ".join(f"{key} {value}" for key, value in case.items())
-                figures = f"{estimate / 1e6:,.0f} | {peak / 1e6:,.0f} | {estimate / peak:.2f} | {kept / 1e6:,.1f}"
-                print(f"| {name} | {settings} | {number} | {figures} |", flush=True)
+                columns = f"{estimate / 1e6:,.0f} | {peak / 1e6:,.0f} | {estimate / peak:.2f} | {state / 1e6:,.1f}"
+                print(f"| {name} | {settings} | {number} | {columns} |", flush=True)
 
 
 if __name__ == "__main__":
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    if what == "worker":
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "worker":
         worker(Path(sys.argv[2]))
-    elif what in ("estimates", "measured"):
-        {"estimates": estimates, "measured": measured}[what]()
+    elif command in ("estimates", "measured"):
+        {"estimates": estimates, "measured": measured}[command]()
     else:
         sys.exit(__doc__)

@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import score_examples
 from data import Dataset, epoch_order, load_examples, pack
 from infra.cache import encode_file, load_dataset
-from infra.hf import load_tokenizer, open_model, save_model
+from infra.distributed import DTYPES
+from infra.hf import load_model, load_tokenizer, save_model
 from mixup import sftmix_loss, sftmix_loss_literal
-from model import ModelConfig, Row, Transformer, packed_attention
+from model import ModelConfig, Transformer, VarlenMetadata, varlen_attention
 from tokenizer import Tokenizer
-from train import TrainConfig, train
+from train import Sampler, TrainConfig, ntp_sampler, train
 from train import main as train_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,34 +92,28 @@ def ours(folder: Path) -> None:
     rows = [json.loads(row) for row in (folder / "examples.jsonl").read_text().splitlines()]
     encoded = []
     for row in rows:
-        ids, learnt = torch.tensor(row["input_ids"]).int(), torch.tensor(row["completion_mask"]).bool()
-        encoded.append((ids[:-1], ids[1:].masked_fill(~learnt[1:], -100)))
+        ids, loss_mask = torch.tensor(row["input_ids"]).int(), torch.tensor(row["completion_mask"]).bool()
+        encoded.append((ids[:-1], ids[1:].masked_fill(~loss_mask[1:], -100)))
     models = {}
     for line in sys.stdin:
         request = json.loads(line)
         what, dtype, steps = request["what"], request["dtype"], request["steps"]
-        dataset = Dataset.of(encoded[: steps * BATCH_SIZE])
+        dataset = Dataset.from_encoded(encoded[: steps * BATCH_SIZE])
         key = dtype, "compiled" in what
         if key not in models:
-            models[key] = open_model(folder / "model", dtype, "cpu")
+            models[key] = load_model(folder / "model", compute_dtype=DTYPES[dtype])
             if "compiled" in what:
                 models[key].compile_blocks()
         tokens = int(dataset.lengths.sum())
         if what == "scoring":
             began = time.perf_counter()
-            score_examples(models[key], dataset, 8192, dtype)
+            score_examples(models[key], dataset)
             seconds = time.perf_counter() - began
         else:
             config = TrainConfig(batch_size=BATCH_SIZE, epochs=1, lr=1e-4, dtype=dtype, log_every=1000)
-            order, mixing = np.arange(len(dataset)), "sftmix" in what  # the order in which the others go
-            seconds = train(
-                models[key],
-                dataset,
-                config,
-                lambda epoch, order=order: order,
-                lambda record: None,
-                mixes=lambda epoch, mixing=mixing: mixing,
-            )["seconds"]
+            order, mix = np.arange(len(dataset)), "sftmix" in what  # the order of the peers
+            sampler = Sampler(lambda epoch, order=order: order, lambda epoch, mix=mix: mix)
+            seconds = train(models[key], dataset, config, sampler, lambda record: None)["seconds"]
         print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)
 
 
@@ -141,8 +136,8 @@ def training(args, folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
     with open(folder / "examples.jsonl", "w") as file:
         for example in load_examples(args.data)[: 2 * BATCH_SIZE]:
-            ids, learnt = tokenizer.apply_template(example.messages, "alpaca")
-            file.write(json.dumps({"input_ids": ids, "completion_mask": list(map(int, learnt))}) + "\n")
+            ids, loss_mask = tokenizer.render_conversation(example.messages, "alpaca")
+            file.write(json.dumps({"input_ids": ids, "completion_mask": list(map(int, loss_mask))}) + "\n")
     processes = {"ours": Contender(sys.executable, __file__, "ours", folder)}
     if args.peers:
         processes["peers"] = Contender(args.peers, ROOT / "benchmarks" / "peers.py", folder)
@@ -193,7 +188,7 @@ def loss(args, folder: Path) -> None:
 
 
 def recipe(args, folder: Path) -> None:
-    """Three epochs over 192 examples: NTP alone, the whole recipe, SFTMix in one run; and one epoch of each."""
+    """Three epochs over 192 examples: NTP alone, the whole recipe, SFTMix in one run."""
     make_model(folder, args.tokenizer)
     with open(args.data, encoding="utf-8") as file:
         (folder / "data.jsonl").write_text("".join(next(file) for _ in range(192)))
@@ -203,12 +198,10 @@ def recipe(args, folder: Path) -> None:
         "NTP": ["--stage", "reference"],
         "recipe": ["--stage", "all"],
         "online": ["--confidence", "online"],
-        "NTP, 1 epoch": ["--stage", "reference", "--epochs", "1"],
-        "online, 1 epoch": ["--confidence", "online", "--epochs", "1"],
     }
     for number in range(args.rounds + 1):
         for name, flags in runs.items():
-            if number == 0 and name != "NTP, 1 epoch":
+            if number == 0 and name != "NTP":  # warm-up
                 continue
             output = folder / "run"
             began = time.perf_counter()
@@ -243,7 +236,7 @@ def data(args, folder: Path) -> None:
         done = subprocess.run([sys.executable, __file__, "warm", folder], stdout=subprocess.PIPE, text=True, check=True)
         note("warm start", round=number, **json.loads(done.stdout.splitlines()[-1]))
 
-    model = open_model(folder / "model", "fp32", "cpu")
+    model = load_model(folder / "model")
     config = TrainConfig(batch_size=BATCH_SIZE, epochs=1, lr=1e-4, dtype="fp32", log_every=1)
     for number in range(args.rounds + 1):
         for size in (1_000, 100_000):
@@ -255,7 +248,7 @@ def data(args, folder: Path) -> None:
                     raise StopIteration
 
             with contextlib.suppress(StopIteration, RuntimeError):
-                train(model, datasets[size], config, partial(epoch_order, size, 0), log)
+                train(model, datasets[size], config, ntp_sampler(datasets[size], config), log)
             if number > 0:
                 note("growth, examples", examples=size, round=number, microseconds=statistics.median(microseconds))
         for length in (128, 2048):
@@ -263,9 +256,9 @@ def data(args, folder: Path) -> None:
             ids = torch.randint(3, 32000, (examples, length + 1)).int()
             targets = ids[:, 1:].clone()
             targets[:, : length // 2] = -100
-            dataset = Dataset.of(list(zip(ids[:, :-1], targets, strict=True)))
+            dataset = Dataset.from_encoded(list(zip(ids[:, :-1], targets, strict=True)))
             settings = TrainConfig(batch_size=examples // 4, epochs=1, lr=1e-4, dtype="fp32", log_every=99)
-            seconds = train(model, dataset, settings, partial(epoch_order, examples, 0), lambda record: None)["seconds"]
+            seconds = train(model, dataset, settings, ntp_sampler(dataset, settings), lambda record: None)["seconds"]
             attention = attention_seconds(model.config, length) * 16384 / length
             if number > 0:
                 note("growth, length", length=length, round=number, microseconds=1e6 * seconds / 16384,
@@ -276,10 +269,10 @@ def attention_seconds(config: ModelConfig, length: int) -> float:
     """What attention takes for one example of so many tokens, forward and backward, in all layers."""
     q, k, v = (torch.randn(length, config.num_attention_heads, config.head_dim).requires_grad_() for _ in range(3))
     bounds = torch.tensor([0, length])
-    row = Row(None, None, None, bounds, bounds, longest=length)
+    row = VarlenMetadata(None, None, None, bounds, bounds, max_seqlen=length)
     began = time.perf_counter()
     for _ in range(config.num_hidden_layers):
-        packed_attention(q, k, v, row).sum().backward()
+        varlen_attention(q, k, v, row).sum().backward()
     return time.perf_counter() - began
 
 
@@ -340,10 +333,10 @@ def report(args, folder: Path) -> None:
     print(f"{peaks[0] / peaks[1]:.3f} of it.\n")
 
     print("| seconds | | over NTP |\n|---|---|---|")
-    for name in ("NTP", "recipe", "online", "NTP, 1 epoch", "online, 1 epoch"):
+    for name in ("NTP", "recipe", "online"):
         seconds = of("recipe", "seconds", name=name)
-        base = of("recipe", "seconds", name="NTP, 1 epoch" if name.endswith("epoch") else "NTP")
-        print(f"| {name} | {spread(seconds, '.1f')} | {spread(ratios(seconds, base))} |")
+        ratio = ratios(seconds, of("recipe", "seconds", name="NTP"))
+        print(f"| {name} | {spread(seconds, '.1f')} | {spread(ratio)} |")
     print(f"\nEncoding, examples a minute: {spread(of('encoding', 'examples_per_minute'), ',.0f')}")
     print(f"Opening 1,000,000 encoded: {spread(of('warm start', 'seconds'))} s, ", end="")
     print(f"{spread(of('warm start', 'resident_megabytes'), '.0f')} MB")

@@ -30,12 +30,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from confidence import Dynamics, area_under_roc, score_examples, split_by_confidence
-from data import Dataset, draw_lambda, load_examples, pack, paired_order, split_batch
+from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confidence
+from data import MICRO_BATCH_TOKENS, Dataset, load_examples, make_micro_batches, pack, paired_order, sample_lambda
 from eval import exact_match
 from infra.cache import load_dataset
 from infra.demo import demo_corpus
-from infra.files import content_of
+from infra.files import sha256_of
 from infra.hf import choose_template, load_model, load_tokenizer
 from model import Transformer
 
@@ -57,12 +57,12 @@ def smoothed(epsilon: float):
     return loss
 
 
-def by_variance(scores: Dynamics, config, epoch: int) -> np.ndarray:
-    """In place of `train.order_by_halves`: the examples whose probability changed least are the confident half."""
+def by_variance(scores: TrainingDynamics, config, epoch: int) -> np.ndarray:
+    """In place of `train.paired_epoch_order`: the examples whose probability changed least are the confident half."""
     return paired_order(*split_by_confidence(-scores.variance), config.seed, epoch)
 
 
-def by_rank(scores: Dynamics, config, epoch: int, mirrored: bool = False) -> np.ndarray:
+def by_rank(scores: TrainingDynamics, config, epoch: int, mirrored: bool = False) -> np.ndarray:
     """Likewise: the surest of the confident half always meets the surest of the unconfident one, and so on down.
 
     `mirrored`, the surest of all meets the least sure of all.
@@ -75,8 +75,8 @@ def by_rank(scores: Dynamics, config, epoch: int, mirrored: bool = False) -> np.
 
 
 def leaning(num_pairs: int, alpha: float, seed: int, step: int) -> torch.Tensor:
-    """In place of `train.draw_lambda`: never less than half of the confident example."""
-    lam = draw_lambda(num_pairs, alpha, seed, step)
+    """In place of `train.sample_lambda`: never less than half of the confident example."""
+    lam = sample_lambda(num_pairs, alpha, seed, step)
     return torch.maximum(lam, 1 - lam)
 
 
@@ -127,12 +127,12 @@ ARMS = {
     "NTP, unconfident half": Arm("--stage reference", half=1),
     "LoRA, NTP": Arm("--stage reference --lora_rank 8 --lr 5e-3"),
     "LoRA, SFTMix": Arm("--stage sftmix --lora_rank 8 --lr 5e-3"),
-    "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"order_by_halves": by_variance}),
-    "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"order_by_halves": by_rank}),
+    "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_variance}),
+    "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_rank}),
     "beyond: surest with least sure": Arm(
-        "--stage sftmix --mu 1", parts={"order_by_halves": partial(by_rank, mirrored=True)}
+        "--stage sftmix --mu 1", parts={"paired_epoch_order": partial(by_rank, mirrored=True)}
     ),
-    "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"draw_lambda": leaning}),
+    "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"sample_lambda": leaning}),
 }
 NAMES = list(ARMS)
 MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
@@ -184,7 +184,7 @@ HELD_OUT = 200  # examples of real data
 def calibration_error(model: Transformer, dataset: Dataset, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017) of the likeliest token where supervised: Σ |acc − conf| n/N"""
     sure, right = [], []
-    for chosen in split_batch(dataset.lengths.tolist(), 8192):
+    for chosen in make_micro_batches(dataset.lengths.tolist(), MICRO_BATCH_TOKENS):
         batch = pack([dataset[i] for i in chosen])
         rows = batch.supervised
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[rows]
@@ -221,15 +221,15 @@ def scores_for(arm: Arm, cell: Path, settings: dict) -> Path:
             score(model, data, weaker, settings)
         scores = weaker / "confidence.jsonl"
     if arm.checkpoints is not None:
-        dynamics, chosen = Dynamics.load(scores), list(arm.checkpoints)
+        dynamics, chosen = TrainingDynamics.load(scores), list(arm.checkpoints)
         scores = cell / "of-some.jsonl"
-        Dynamics(dynamics.ids, dynamics.probability[chosen], dynamics.perplexity[chosen]).save(scores)
+        TrainingDynamics(dynamics.ids, dynamics.probability[chosen], dynamics.perplexity[chosen]).save(scores)
     return scores
 
 
 def write_half(cell: Path, half: int) -> Path:
     """The confident (0) or the unconfident (1) half of the data, as a file."""
-    dynamics, data = Dynamics.load(cell / "confidence.jsonl"), cell / "train.jsonl"
+    dynamics, data = TrainingDynamics.load(cell / "confidence.jsonl"), cell / "train.jsonl"
     kept = {dynamics.ids[i] for i in split_by_confidence(dynamics.confidence)[half].tolist()}
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if example.id in kept]
@@ -252,7 +252,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
 
     stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
     result = json.loads((output / "results.json").read_text())[stage]
-    model, tokenizer = load_model(output / folder).eval(), load_tokenizer(cell / "base")
+    model, tokenizer = load_model(output / folder), load_tokenizer(cell / "base")
     template = choose_template(tokenizer, None, sys.stderr)
     encoded = {
         part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], None, sys.stderr)
@@ -273,9 +273,12 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     if name == "NTP":
         score(cell / "base", cell / "train.jsonl", output, settings)
         if (cell / "wrong.json").exists():
-            dynamics, wrong = Dynamics.load(output / "confidence.jsonl"), json.loads((cell / "wrong.json").read_text())
+            dynamics, wrong = (
+                TrainingDynamics.load(output / "confidence.jsonl"),
+                json.loads((cell / "wrong.json").read_text()),
+            )
             if any(wrong):
-                areas = {by: area_under_roc(-dynamics.by(by), wrong) for by in ("probability", "perplexity")}
+                areas = {by: roc_auc(-dynamics.score(by), wrong) for by in ("probability", "perplexity")}
                 measured["roc_area"] = areas
     return measured
 
@@ -338,7 +341,7 @@ def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
     else:
         make_demo_cell(cell, seed, DEMOS[corpus])
         settings = SETTINGS | {"seed": seed, "epochs": DEMOS[corpus].epochs}
-    made_with = json.dumps({**settings, "data": content_of(cell / "train.jsonl"), "model": content_of(cell / "base")})
+    made_with = json.dumps({**settings, "data": sha256_of(cell / "train.jsonl"), "model": sha256_of(cell / "base")})
     if not (cell / "made-with.json").exists():
         (cell / "made-with.json").write_text(made_with)
     if (cell / "made-with.json").read_text() != made_with:

@@ -1,4 +1,4 @@
-"""The encoded-data cache: a file is encoded once."""
+"""The cache of encoded data: each data file is encoded once, in parallel, and then memory-mapped."""
 
 import hashlib
 import json
@@ -19,17 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data import _ARRAYS, Dataset, _Part, _parts, _records, _to_example, _told_apart, encode_examples
-from infra.distributed import barrier, rank, say
+from data import ARRAY_DTYPES, Chunk, Dataset, encode_examples, read_chunk, split_into_chunks, to_example, unique_ids
+from infra.distributed import barrier, print0, rank
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
-def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
-    """Where a data file is kept encoded: named by the content of the file, and by all that makes ids of it.
+def cache_path(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
+    """The folder for an encoded data file, named by a hash of everything that its ids depend on.
 
-    `cache` is a folder for all of them, by default `sftmix` in the user's cache. Raises FileNotFoundError.
+    `cache` is the folder of all these folders, by default `sftmix` in the user's cache. Raises FileNotFoundError.
     """
     path, digest = Path(path), hashlib.sha256()
     if not path.is_file():
@@ -46,29 +46,29 @@ def cache_folder(path, tokenizer: Tokenizer, template: str, max_length: int, cac
 
 
 def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
-    """Encode a data file into `folder`, part by part and with as many processes as there are cores.
+    """Encode a data file into `folder`, chunk by chunk, with one process for each core.
 
-    Of a `.jsonl` file, text and ids are never in memory as a whole. The folder is there only once all of it is.
-    Raises ValueError where `load_examples` would, and where no example is left.
+    A `.jsonl` file is never in memory as a whole. The folder is renamed to its name when it is complete.
+    Raises ValueError where `load_examples` does, and where no example is left.
     """
     path = Path(path)
-    parts = _parts(path)
-    encode = partial(_encode_part, path, tokenizer, template, max_length)
+    chunks = split_into_chunks(path)
+    encode = partial(_encode_chunk, path, tokenizer, template, max_length)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    aside.chmod(folder.parent.stat().st_mode)  # which mkdtemp keeps to the owner alone
-    counts, repeats = Counter(), Counter()
+    tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    tmp.chmod(folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
+    counts, id_counts = Counter(), Counter()
     try:
         with ExitStack() as stack:
-            files = {name: stack.enter_context(open(aside / name, "wb")) for name in _ARRAYS}
-            for dataset in _over_cores(encode, parts, stack):
+            files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
+            for dataset in parallel_map(encode, chunks, stack):
                 counts += Counter(
                     examples=len(dataset),
-                    tokens=len(dataset.learnt),
-                    truncated=dataset.truncated,
-                    dropped=dataset.dropped,
+                    tokens=len(dataset.loss_mask),
+                    truncated=dataset.num_truncated,
+                    dropped=dataset.num_dropped,
                 )
-                example_ids = np.array(list(_told_apart(dataset.ids, repeats)), dtype=_ARRAYS["example_ids"])
+                example_ids = np.array(list(unique_ids(dataset.ids, id_counts)), dtype=ARRAY_DTYPES["example_ids"])
                 dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
                     getattr(dataset, name).tofile(file)
@@ -76,84 +76,83 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
             raise ValueError(f"{path}: no records in it")
         if counts["examples"] == 0:
             raise ValueError(f"{path}: no response starts within --max_length {max_length}")
-        (aside / "counts.json").write_text(json.dumps(counts))
+        (tmp / "counts.json").write_text(json.dumps(counts))
         try:
-            aside.rename(folder)
+            tmp.rename(folder)
         except OSError:
-            if not folder.exists():  # another run may have been faster
+            if not folder.exists():  # else another run has encoded the same file meanwhile
                 raise
     except BrokenProcessPool:
         raise OSError(f"{path}: a process that was encoding it has been killed; is memory short?") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _encode_part(path: Path, tokenizer: Tokenizer, template: str, max_length: int, part: _Part) -> Dataset:
-    return encode_examples(_records(path, part, _to_example), tokenizer, template, max_length)
+def _encode_chunk(path: Path, tokenizer: Tokenizer, template: str, max_length: int, chunk: Chunk) -> Dataset:
+    return encode_examples(read_chunk(path, chunk, to_example), tokenizer, template, max_length)
 
 
-def _over_cores(function: Callable, items: list, stack: ExitStack) -> Iterator:
-    """`map(function, items)`, by as many processes as there are cores; one of them where there is one item."""
+def parallel_map(function: Callable, items: list, stack: ExitStack) -> Iterator:
+    """`map(function, items)` with one process for each core, or in this process if there is one core or one item."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(items))
     if workers <= 1:
         return map(function, items)
-    forks = "fork" in multiprocessing.get_all_start_methods()  # then they need not import everything anew
-    context = multiprocessing.get_context("fork" if forks else None)
-    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _set_task, (function,)))
-    return pool.map(_do_task, items)
+    can_fork = "fork" in multiprocessing.get_all_start_methods()  # saves importing everything again
+    context = multiprocessing.get_context("fork" if can_fork else None)
+    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _init_worker, (function,)))
+    return pool.map(_call, items)
 
 
-def _set_task(function: Callable) -> None:
-    """Give a process of `_over_cores` its task: a tokenizer goes with it, too large to send along with each item."""
-    _do_task.function = function
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _init_worker(function: Callable) -> None:
+    """Send the function to a worker once: it holds a tokenizer, too large to send with each item."""
+    _call.function = function
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Wait for the process that needs this one, which may be killed, and go when it is gone."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends, even if the parent is killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def _do_task(item):
-    return _do_task.function(item)
+def _call(item):
+    return _call.function(item)
 
 
-def open_encoded(folder: Path) -> Dataset:
-    """Open what `encode_file` left, mapped into memory: nothing is read before it is used.
-
-    Raises ValueError where it is not whole.
-    """
+def load_cache(folder: Path) -> Dataset:
+    """Memory-map what `encode_file` wrote. ValueError if it is not complete."""
     try:
         counts = json.loads((folder / "counts.json").read_text())
-        arrays = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in _ARRAYS.items()}
-        whole = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
+        arrays = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAY_DTYPES.items()}
+        complete = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
     except (ValueError, KeyError, TypeError, OSError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again")
     return Dataset(*arrays.values(), counts.get("truncated", 0), counts.get("dropped", 0))
 
 
 def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None, file=None) -> Dataset:
-    """Open a data file's encoded form, which process 0 makes where there is none yet, and say on `file` what is in it.
+    """Open a data file in its encoded form, and print to `file` what is in it. Rank 0 encodes it if it is not cached.
 
-    Raises FileNotFoundError or ValueError where the file is not as it should be.
+    Raises FileNotFoundError or ValueError, with what is wrong with the file.
     """
-    folder = cache_folder(path, tokenizer, template, max_length, cache)
+    folder = cache_path(path, tokenizer, template, max_length, cache)
     if rank() == 0 and not folder.exists():
         encode_file(path, tokenizer, template, max_length, folder)
     barrier()
-    for _ in range(100):  # another node may learn of a new folder a little later
+    for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():
             break
         time.sleep(0.1)
     else:
         raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
-    dataset = open_encoded(folder)
+    dataset = load_cache(folder)
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
-    say(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
-    if dataset.truncated or dataset.dropped:
-        say(f"{path}: {dataset.truncated:,} truncated to {max_length} tokens, {dataset.dropped:,} dropped", file)
+    print0(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
+    if dataset.num_truncated or dataset.num_dropped:
+        print0(
+            f"{path}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped", file
+        )
     return dataset

@@ -1,40 +1,46 @@
-"""The command line: flags and checks of paths."""
+"""The command line: an argument parser with one-line errors, dataclass fields as flags, checks of output paths."""
 
 import argparse
 import contextlib
 import difflib
+import math
+import operator
 import os
 from collections.abc import Callable
+from dataclasses import field, fields
 from pathlib import Path
 
-from infra.distributed import _speaks_for_its_machine
+from data import MICRO_BATCH_TOKENS
+from infra.distributed import is_local_rank_zero
 from tokenizer import TEMPLATES
 
+# --- The parser -------------------------------------------------------------------------------------------------------
 
-class CommandLine(argparse.ArgumentParser):
-    """Flags whose errors are one line on stderr, with the flag that was probably meant, and exit code 2."""
 
-    def __init__(self, **named):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **named)
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line on stderr; for an unknown flag the line suggests a known one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     @staticmethod
     def positive(text: str) -> int:
-        """The type of a flag that counts something."""
+        """An argument type: a positive integer."""
         if not (text.isdecimal() and int(text) > 0):
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
         return int(text)
 
     @staticmethod
     def number(low: float, high: float, kind: type = float) -> Callable:
-        """The type of a flag whose value lies from `low` to `high`."""
+        """An argument type: a number from `low` to `high`."""
 
-        def read(text: str):
+        def parse(text: str):
             with contextlib.suppress(ValueError):
                 if low <= kind(text) <= high:
                     return kind(text)
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
 
-        return read
+        return parse
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -43,20 +49,81 @@ class CommandLine(argparse.ArgumentParser):
             flags = {flag for parser in parsers for flag in parser._option_string_actions}
             near = difflib.get_close_matches(word, flags, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
-        self.exit(2, f"{self.prog}: error: {message}\n" if _speaks_for_its_machine() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_local_rank_zero() else None)
 
 
-def refuse_existing(file: str) -> None:
-    """Raise FileExistsError where something is at `file` already, and what `check_folder_of` raises."""
+def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
+    """Add the flags of each script that opens a model."""
+    parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """Add the flags of each script that reads examples, with the defaults of training."""
+    parser.add_argument("--max_length", type=parser.positive)
+    parser.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS)
+    parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
+
+
+# --- A configuration whose fields are flags ---------------------------------------------------------------------------
+
+
+def flag(default, help: str, choices=None, above=None, at_least=None, below=None):
+    """A field of a configuration dataclass that is a command-line flag too.
+
+    `choices`, or `above`, `at_least` and `below`, say which values are allowed.
+    """
+    bounds = {"above": above, "at_least": at_least, "below": below}
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+
+
+def add_flags(parser: ArgumentParser, config_class: type) -> None:
+    """Add a flag for each field of a configuration class. A flag that is not given parses to None."""
+    for field_ in fields(config_class):
+        kind = {int: int, int | None: int, float: float}.get(field_.type, str)
+        choices = field_.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else field_.name.upper()
+        text = field_.metadata["help"] + ("" if field_.default is None else f" (default {field_.default})")
+        if field_.type is bool:
+            parser.add_argument(f"--{field_.name}", action="store_const", const=True, help=field_.metadata["help"])
+        elif field_.name == "dry_run":
+            parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
+        else:
+            parser.add_argument(f"--{field_.name}", type=kind, metavar=metavar, help=text)
+
+
+def check_values(config) -> None:
+    """Raise ValueError for the first field of a configuration whose value is not allowed, with what is allowed."""
+    for field_ in fields(config):
+        name, value, choices = field_.name, getattr(config, field_.name), field_.metadata["choices"]
+        if choices and value not in (*choices, field_.default):
+            raise ValueError(f"--{name} {value}: must be one of {', '.join(choices)}")
+        if value == "":
+            raise ValueError(f"--{name}: must not be empty")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: must be a finite number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"--{name}: a number of {len(str(value))} digits; must be below 2**63")
+        for relation, holds in (("above", operator.gt), ("at_least", operator.ge), ("below", operator.lt)):
+            bound = field_.metadata["bounds"][relation]
+            if None not in (bound, value) and not holds(value, bound):
+                raise ValueError(f"--{name} {value}: must be {relation.replace('_', ' ')} {bound}")
+
+
+# --- Output paths -----------------------------------------------------------------------------------------------------
+
+
+def check_output_path(file: str) -> None:
+    """Raise FileExistsError if something is at `file` already, or what `check_output_folder` raises."""
     if not file:
         raise FileNotFoundError("--output '': names no file")
     if Path(file).exists():
         raise FileExistsError(f"{file}: already there; remove it or choose another name")
-    check_folder_of(file)
+    check_output_folder(file)
 
 
-def check_folder_of(file: str) -> None:
-    """Raise OSError where the folder that `file` is to be in is not there, or not to be written to."""
+def check_output_folder(file: str) -> None:
+    """Raise OSError if the folder of `file` does not exist or is not writable."""
     folder = Path(file).absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{file}: its folder does not exist")
@@ -64,14 +131,16 @@ def check_folder_of(file: str) -> None:
         raise PermissionError(f"{file}: its folder is not to be written to")
 
 
-def add_model_flags(parser: CommandLine, templates=TEMPLATES) -> None:
-    """The flags of whatever opens a model."""
-    parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: the one with the faster products here)")
+# --- Optional packages ------------------------------------------------------------------------------------------------
 
 
-def add_data_flags(parser: CommandLine) -> None:
-    """The flags of the tools that read examples; their defaults are those of training."""
-    parser.add_argument("--max_length", type=parser.positive)
-    parser.add_argument("--micro_batch_tokens", type=parser.positive, default=8192)
-    parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
+def require_matplotlib():
+    """Import pyplot for drawing to files; ValueError says how to install it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

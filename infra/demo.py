@@ -1,15 +1,19 @@
-"""The demo: a small world to instruct a model about, and the settings of its run."""
+"""The demo: a small world of facts to instruct a model about, and the settings of its run. It needs no file."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import _DEMO
+from data import DEMO_STREAM, load_examples
+from infra.files import atomic_write, write_json
+from tokenizer import TEMPLATES, Tokenizer
 
-# The demo's settings: its model is small and starts from a base that has seen little, so it takes larger steps.
-DEMO = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # of the base's pretraining
+# A small model with little pretraining learns at higher rates than the paper's.
+DEMO_FLAGS = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
+DEMO_BASE_FLAGS = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # for pretraining the base
 DEMO_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -178,7 +182,7 @@ class DemoCorpus(NamedTuple):
 
 def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
     """Make the demo corpus: a pure function of its arguments, with no file and no network."""
-    rng = np.random.default_rng([seed, _DEMO])
+    rng = np.random.default_rng([seed, DEMO_STREAM])
     tasks = {}  # by prompt, so that each stands there once
     for _ in range(150):
         for family in _FAMILIES:
@@ -213,3 +217,22 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
     clean = [records(part, [task.answer for task in part]) for part in (tasks[cut[0] : cut[1]], tasks[cut[1] :])]
     base = [{"text": document} for document in documents if document]
     return DemoCorpus(base, records(train, answers), *clean, wrong.tolist())
+
+
+def write_demo_data(folder: Path, seed: int) -> None:
+    """Write the corpus as {base,train,eval,test}.jsonl, and the ids of the wrong training examples as wrong.json."""
+    corpus = demo_corpus(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("base", "train", "eval", "test"):
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
+        with atomic_write(folder / f"{split}.jsonl") as tmp:
+            tmp.write_text("".join(lines), encoding="utf-8")
+    ids = [example.id for example in load_examples(folder / "train.jsonl")]
+    write_json(folder / "wrong.json", [i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong])
+
+
+def train_demo_tokenizer(folder: Path) -> Tokenizer:
+    """Train a tokenizer on the training split, and on the template often enough that its words become pieces."""
+    texts = [message["content"] for example in load_examples(folder / "train.jsonl") for message in example.messages]
+    words = TEMPLATES["alpaca"].first_user.format(bos="", user="") + TEMPLATES["alpaca"].generation_prompt
+    return Tokenizer.train(texts + [words] * 60, DEMO_VOCAB_SIZE)

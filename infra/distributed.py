@@ -1,10 +1,11 @@
-"""Processes and devices: what runs around a model, on one process or on many."""
+"""Processes and devices: what runs around a model, in one process or in many."""
 
 import contextlib
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -15,213 +16,205 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-
-from infra.files import _remove
-from model import Transformer
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def processes():
-    """Join the processes `torchrun` started (or be the only one) and yield this one's device.
+def init_distributed():
+    """Join the process group that `torchrun` describes, if there is one, and yield the device of this process.
 
-    A ValueError or OSError inside is something the user can mend: it becomes one line on stderr and exit code 1. So
-    does memory that runs out, and the end of another process, and (with the exit code it has by convention) Ctrl-C.
+    ValueError, OSError, running out of memory, Ctrl-C and the failure of another process become one line on stderr and
+    a non-zero exit code: these are errors that the user can mend.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        patience = timedelta(hours=1)  # for as long as process 0 may take to encode the data; torchrun ends the rest
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+        timeout = timedelta(hours=1)  # the other processes wait while rank 0 encodes the data
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     try:
         yield device
     except (ValueError, OSError) as error:
-        _end(str(error).replace("\n", " "))
+        exit_with_error(str(error).replace("\n", " "))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        _end(
-            f"out of memory ({str(error).partition('. ')[0]}); a lower --micro_batch_tokens or --batch_size takes less"
-        )
+        reason = str(error).partition(". ")[0]
+        exit_with_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", str(error))):
             raise
-        _end("another process of this run has ended, and without it this one cannot go on")
+        exit_with_error("another process of this run has ended, and without it this one cannot go on")
     except KeyboardInterrupt:
-        _end("stopped", 128 + signal.SIGINT)
+        exit_with_error("stopped", 128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-            time.sleep(0.1)  # gloo's threads may hold a last tensor; to drop one when Python is gone aborts the process
+            time.sleep(0.1)  # gloo's threads may hold a last tensor; freeing it after Python has ended aborts
 
 
-def _end(why: str, code: int = 1):
-    if not _speaks_for_its_machine():
-        time.sleep(3)  # what all have met one of them says, and torchrun has ended the others by now
-    why = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in why)  # a file's bytes must not steer a terminal
-    why = why if len(why) <= 1000 else why[:1000] + " …"
-    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)
+def exit_with_error(message: str, code: int = 1) -> None:
+    """Print `message` as one line on stderr and exit; where all processes fail alike, rank 0 of each machine prints."""
+    if not is_local_rank_zero():
+        time.sleep(3)  # if local rank 0 failed too, it has printed by now and torchrun has ended this process
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # no control codes to the terminal
+    message = message if len(message) <= 1000 else message[:1000] + " …"
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _speaks_for_its_machine() -> bool:
-    """Whether this is the one process on its machine that reports what all of them find wrong."""
+def is_local_rank_zero() -> bool:
+    """Whether this process reports errors for all processes of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Yield a list. Inside, SIGTERM and SIGINT do not end this process but are noted in it.
+def defer_signals():
+    """Yield a list to which SIGTERM and SIGINT are appended instead of ending the process.
 
-    Of one process alone the second one ends it: somebody is in a hurry.
+    In a run of one process, a second signal raises KeyboardInterrupt.
     """
-    noted = []
+    received = []
 
-    def note(number, frame):
-        if noted and world_size() == 1:
+    def handler(number, frame):
+        if received and world_size() == 1:
             raise KeyboardInterrupt
-        noted.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield noted
+        yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)
 
 
 def rank() -> int:
-    """This process's number, 0 where there is only one."""
+    """The rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """The number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait for all processes: what process 0 wrote before is there for everyone after."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def sum_over_processes(tensor):
-    """Add up `tensor`, in place, over all processes."""
+def all_reduce_sum(tensor):
+    """Sum `tensor` over all processes, in place. -> the same tensor"""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def say(text: str, file=None) -> None:
-    """Tell the reader, in one voice however many processes there are."""
+def print0(text: str, file=None) -> None:
+    """Print on rank 0."""
     if rank() == 0:
         print(text, file=file, flush=True)
 
 
-# --- One model over several processes ---------------------------------------------------------------------------------
-
-
-def shard(model: Transformer, dtype: str, device) -> None:
-    """Split every weight by rows over all processes, and with it its gradient and its optimizer state (FSDP2).
-
-    A block's weights are gathered, in bf16 if `dtype` says so, just before it computes, and dropped after; gradients
-    are summed in float32, each process keeping those of its own rows. What the whole model needs, `lm_head` above all,
-    is gathered once a pass. All processes must therefore compute at the same time, whatever they compute on.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait for
-
-    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if dtype == "bf16" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # angles are of float32
-    )
-    embedding = [] if model.config.tie_word_embeddings else [model.model.embed_tokens]
-    for unit in (*model.model.layers, *embedding, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-        # Losses are divided by global counts, so gradients add up. The default, an average, is silently a sum under
-        # gloo (pytorch#162338); a sum that is asked for is a sum everywhere.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-
-
-def is_sharded(parameter) -> bool:
-    """Whether a parameter is one that `shard` has split."""
-    return hasattr(parameter, "to_local")
-
-
-def row_range(parameter) -> tuple[int, int]:
-    """The rows of a parameter that this process holds: from, up to."""
-    rows = len(parameter)
-    if not is_sharded(parameter):
-        return 0, rows
-    size = math.ceil(rows / world_size())  # as torch.chunk cuts
-    return min(rank() * size, rows), min((rank() + 1) * size, rows)
-
-
-def own_rows(parameter):
-    """Those rows, as a plain tensor that shares the parameter's memory."""
-    return parameter.to_local() if is_sharded(parameter) else parameter
-
-
-def whole(parameter):
-    """All rows of a parameter; of a sharded one, a copy that all processes must ask for together."""
-    return parameter.full_tensor() if is_sharded(parameter) else parameter
-
-
-def drop_gathered(model: Transformer) -> None:
-    """Drop the weights that a sharded model's forward pass has gathered: rounded copies, where it computes in bf16."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
-
-
 @contextlib.contextmanager
-def folder_aside(path: Path):
-    """Yield an empty folder for all processes to write to, of which at the end nothing stays."""
+def temporary_folder(path: Path):
+    """Yield an empty folder that all processes may write to; it is removed at the end."""
     if rank() == 0:
-        _remove(path)
+        shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     barrier()
     try:
         yield path
     finally:
         if rank() == 0:
-            _remove(path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --- Sharding ---------------------------------------------------------------------------------------------------------
+
+
+def apply_fsdp(model: nn.Module, device) -> None:
+    """Shard the weights of a `model.Transformer` by rows over all processes, and so gradients and optimizer state.
+
+    PyTorch's FSDP2 gathers the weights of a block (in bf16 where the model computes in bf16) before the block computes
+    and frees them afterwards; it sums gradients in float32. The weights outside the blocks, `lm_head` among them, are
+    gathered once a pass. So all processes must run the same number of forward and backward passes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second that one process saves
+
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # cos and sin of the rotary embedding stay float32
+    )
+    embedding = [] if model.config.tie_word_embeddings else [model.model.embed_tokens]
+    for module in (*model.model.layers, *embedding, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Losses are divided by global counts, so gradients are summed. The default, a mean, is silently a sum under
+        # gloo (pytorch#162338); an explicit sum is a sum everywhere.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(parameter) -> bool:
+    """Whether `apply_fsdp` has sharded this parameter."""
+    return hasattr(parameter, "to_local")
+
+
+def local_row_range(parameter) -> tuple[int, int]:
+    """The rows of a parameter that this process holds, as (first, end)."""
+    rows = len(parameter)
+    if not is_sharded(parameter):
+        return 0, rows
+    size = math.ceil(rows / world_size())  # as torch.chunk divides
+    return min(rank() * size, rows), min((rank() + 1) * size, rows)
+
+
+def local_shard(parameter):
+    """The rows that this process holds, as a plain tensor that shares the parameter's memory."""
+    return parameter.to_local() if is_sharded(parameter) else parameter
+
+
+def full_tensor(parameter):
+    """All rows of a parameter. For a sharded one this is a copy, and all processes must call it together."""
+    return parameter.full_tensor() if is_sharded(parameter) else parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights of a sharded model, so that its parameters are the float32 shards again."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
-
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def fastest_dtype(device) -> str:
-    """`bf16` on a GPU since Ampere, and on a CPU with tiles for it (AMX); on others its products are no faster."""
+    """`bf16` on GPUs since Ampere and on CPUs with bf16 tiles (AMX), else `fp32`, which is then as fast."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
 
 
-def autocast(device, dtype: str):
-    """The context in which a forward pass runs: matrix products in bf16, or ("fp32") everything in float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
-
-
 def peak_memory_bytes(device) -> int:
-    """The most memory this process has held: on a GPU since the last reset, in main memory since it started."""
+    """Peak memory of this process: on a GPU since the last reset, in main memory since the process started."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def ahead(make: Callable, items: Iterable) -> Iterator:
-    """`make(item)` for each item in turn, each made in the background while the one before it is in use.
+def prefetch(make: Callable, items: Iterable) -> Iterator:
+    """Yield `make(item)` for each item, computing the next one in a background thread.
 
-    >>> list(ahead(str, [1, 2, 3]))
+    >>> list(prefetch(str, [1, 2, 3]))
     ['1', '2', '3']
     """
     with ThreadPoolExecutor(max_workers=1) as background:
@@ -232,11 +225,3 @@ def ahead(make: Callable, items: Iterable) -> Iterator:
                 yield ready.result()
         if coming:
             yield coming.result()
-
-
-def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on `device`; nobody waits for the copy, which a GPU makes from pinned memory in its turn."""
-    if torch.device(device).type == "cuda":
-        with torch.cuda.device(device):  # which a thread in the background has not chosen
-            tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

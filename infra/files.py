@@ -1,6 +1,7 @@
-"""Files that are whole or not there: JSON, atomic writing, checksums."""
+"""Files: JSON, atomic writing, checksums, manifests, locks."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,44 +10,54 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; FileNotFoundError or ValueError name the file and what is wrong with it."""
+
+def parse_json_object(content: bytes, name) -> dict:
+    """The object in the content of a JSON file. ValueError names the file and what is wrong with it."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: an object with keys is expected, not {type(values).__name__}")
+        raise ValueError(f"{name}: an object with keys is expected, not {type(values).__name__}")
     return values
 
 
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. FileNotFoundError or ValueError name the file and what is wrong with it."""
+    return parse_json_object(file.read_bytes(), file)
+
+
 def write_json(file: Path, values) -> None:
-    """Write a JSON file for people to read too; what was there before is replaced at once and as a whole."""
-    with written_aside(file) as aside:
-        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write an indented JSON file atomically."""
+    with atomic_write(file) as tmp:
+        tmp.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# --- Atomic writing ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def written_aside(path: Path):
-    """Yield where to write a file or a folder, which becomes `path` once all of it is on the disk.
+def atomic_write(path: Path):
+    """Yield a temporary path to write a file or a folder to, which is renamed to `path` once it is on the disk.
 
-    A crash at any moment leaves whole what is at `path`: the old, or the new. An error leaves nothing of the new.
+    A crash at any moment leaves either the old content of `path` or the new one. An error leaves the old one.
     """
-    aside = path.with_name(path.name + ".partial")
-    _remove(aside)
+    tmp = path.with_name(path.name + ".partial")
+    _remove(tmp)
     try:
-        yield aside
-        for part in [*aside.rglob("*"), aside]:
-            flush(part)
-        aside.replace(path)
-        flush(path.parent)
+        yield tmp
+        for part in [*tmp.rglob("*"), tmp]:
+            fsync(part)
+        tmp.replace(path)
+        fsync(path.parent)
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # which a full disk does not tell
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk is reported without a name
     finally:
-        _remove(aside)
+        _remove(tmp)
 
 
 def _remove(path: Path) -> None:
@@ -56,8 +67,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
-    """Have the system write a file, or the list of what is in a folder, to the disk itself."""
+def fsync(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,11 +76,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-MANIFEST = "manifest.json"  # the sizes and checksums of a folder's files, as they were written
+# --- Checksums --------------------------------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"  # sizes and checksums of a folder's files as they were written
 
 
 def checksums(files: Iterable[Path]) -> dict[str, dict]:
-    """The size and the SHA-256 of files, by name."""
+    """Size and SHA-256 of each file, by name."""
     files = list(files)
     with ThreadPoolExecutor(min(8, len(files) or 1)) as threads:
         return {file.name: checksum for file, checksum in zip(files, threads.map(_checksum, files), strict=True)}
@@ -83,15 +96,15 @@ def _checksum(file: Path) -> dict:
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def content_of(path) -> list[str]:
-    """The SHA-256 of a file, or of each of a model folder's weight files: the same for the same content."""
+def sha256_of(path) -> list[str]:
+    """The SHA-256 of a file, or of each weight file of a model folder."""
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return [checksum["sha256"] for checksum in checksums(files).values()]
 
 
-def check_manifest(folder: Path) -> None:
-    """Raise ValueError, naming the file, where one is no longer what the folder's manifest, if it has one, says."""
+def verify_manifest(folder: Path) -> None:
+    """Compare a folder's files with its manifest, if it has one. ValueError names the first file that differs."""
     if not (folder / MANIFEST).is_file():
         return
     expected = read_json(folder / MANIFEST)
@@ -105,3 +118,22 @@ def check_manifest(folder: Path) -> None:
                 f"{folder / name}: damaged, it is not what was written; bring back a copy of it (or, if you have "
                 f"changed it, remove {MANIFEST})"
             )
+
+
+# --- Locks ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, message: str):
+    """Hold the system's lock on a file, which is created where it is missing. FileExistsError(message) if it is taken.
+
+    The lock ends with the process, however that ends.
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the last holder has just removed it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise FileExistsError(message) from None
+        yield

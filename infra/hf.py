@@ -1,4 +1,4 @@
-"""Folders in Hugging Face layout, in and out."""
+"""Model folders in Hugging Face layout: reading, writing, LoRA adapters, and checks before a model is loaded."""
 
 import contextlib
 import gc
@@ -11,29 +11,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infra.distributed import (
-    _speaks_for_its_machine,
-    drop_gathered,
-    folder_aside,
-    own_rows,
+    apply_fsdp,
+    full_tensor,
+    is_local_rank_zero,
+    local_row_range,
+    local_shard,
+    print0,
     rank,
-    row_range,
-    say,
-    shard,
-    whole,
+    reshard,
+    temporary_folder,
     world_size,
 )
-from infra.files import MANIFEST, check_manifest, checksums, flush, read_json, write_json, written_aside
+from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, verify_manifest, write_json
 from model import LoRALinear, ModelConfig, Transformer, add_lora
 from tokenizer import Tokenizer
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
-
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"  # lists the file of each weight, if a model has several files ("shards")
 
 
 def load_config(path) -> ModelConfig:
-    """The configuration of the model folder `path`; ValueError or FileNotFoundError name the file and what is wrong."""
+    """Read the configuration of a model folder. FileNotFoundError or ValueError name the file and what is wrong."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
@@ -44,107 +43,110 @@ def load_config(path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def load_model(path, dtype=torch.float32, device="cpu") -> Transformer:
-    """Open a Hugging Face folder. The weights must be exactly those the configuration calls for.
+def load_model(
+    path,
+    dtype=torch.float32,
+    device="cpu",
+    *,
+    compute_dtype=None,
+    lora_rank: int | None = None,
+    lora_alpha=16.0,
+    seed=0,
+) -> Transformer:
+    """Load a model folder, with weights in `dtype`. If there are several processes, the model is sharded over them.
 
-    Raises FileNotFoundError or ValueError with the file's name; for weights, with the missing and the left-over names.
+    `compute_dtype` is the dtype of matmuls (None: `dtype`). With `lora_rank`, the weights are frozen, and float32
+    adapters initialized from `seed` are trained instead.
+    Raises FileNotFoundError or ValueError with the file and what is wrong: the folder must contain exactly the weights
+    that its configuration calls for.
     """
-    model = empty_model(path).to(dtype)
-    read_weights(model, path, device)
-    return model
-
-
-def open_model(path, dtype: str, device, lora_rank: int | None = None, lora_alpha: float = 16, seed: int = 0):
-    """The model of a folder, to be computed with in `dtype`; where there are several processes, sharded over them.
-
-    Its weights are float32, since bf16 would swallow small updates. With adapters of `lora_rank`, drawn from `seed`,
-    nothing else is trained, and where products are in bf16 the frozen weights stay as the folder keeps them.
-    """
-    model = empty_model(path, dtype, lora_rank, lora_alpha)
+    model = meta_model(path, dtype, lora_rank, lora_alpha)
+    model.compute_dtype = compute_dtype
     if world_size() > 1:
-        gc.collect()  # a sharded model refers to itself, and is not gone with its last name
-        shard(model, dtype, device)
-    if _speaks_for_its_machine():
-        check_manifest(Path(path))
-    read_weights(model, path, device)
+        gc.collect()  # frees the previous model: FSDP models contain reference cycles
+        apply_fsdp(model, device)
+    files = map_weights(model, path)
+    if is_local_rank_zero():
+        verify_manifest(Path(path))
+    load_weights(model, files, device)
     if lora_rank:
         reset_lora(model, seed)
     return model.eval()
 
 
-def empty_model(path, dtype: str = "fp32", lora_rank: int | None = None, lora_alpha: float = 16) -> Transformer:
-    """What `open_model` opens, before it has weights: shapes that take no memory."""
+def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:
+    """Make the model of a folder on the meta device, where weights have shapes and dtypes but take no memory."""
     config = load_config(path)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config).to(dtype)
         if lora_rank:
-            model.to(stored_dtype(path) if dtype == "bf16" else torch.float32)
             add_lora(model, lora_rank, lora_alpha)
     return model
 
 
-def _folder_parameters(model: Transformer):
-    """The names and parameters that a model's folder holds: all but adapters."""
+def _named_weights(model: Transformer):
+    """Names and parameters of the weights in a model's folder: of all parameters but adapters."""
     return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
 
 
-def find_weights(model: Transformer, path) -> dict[str, Path]:
-    """The file that holds each of an `empty_model`'s weights; nothing is read but the files' headers.
+def map_weights(model: Transformer, path) -> dict[str, Path]:
+    """Find the file that holds each weight of a model, which may be on the meta device.
 
-    Raises FileNotFoundError or ValueError, with the missing and the left-over names, or with the shape that is wrong.
+    Raises FileNotFoundError or ValueError with the missing and the left-over weights, or with the one that has a wrong
+    shape or dtype.
     """
-    wanted = {name: list(parameter.shape) for name, parameter in _folder_parameters(model)}
+    expected = {name: list(parameter.shape) for name, parameter in _named_weights(model)}
     found: dict[str, Path] = {}
     for file in _weight_files(Path(path)):
-        with _opened(file) as weights:
+        with open_safetensors(file) as weights:
             for name in weights.keys():  # noqa: SIM118
                 tensor = weights.get_slice(name)
                 shape, dtype = tensor.get_shape(), tensor.get_dtype()
-                if shape != wanted.get(name, shape):
-                    raise ValueError(f"{file}: {name} has shape {shape}, where config.json calls for {wanted[name]}")
-                if name in wanted and dtype not in ("F32", "BF16", "F16"):
+                if shape != expected.get(name, shape):
+                    raise ValueError(f"{file}: {name} has shape {shape}, where config.json calls for {expected[name]}")
+                if name in expected and dtype not in ("F32", "BF16", "F16"):
                     raise ValueError(f"{file}: {name} is stored as {dtype}; only F32, BF16 and F16 are read")
                 found[name] = file
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:  # some writers store a tied head a second time
-        head = found.pop("lm_head.weight")
-        with _opened(head) as one, _opened(found.get("model.embed_tokens.weight", head)) as other:
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:  # some folders store the tied weight twice
+        file = found.pop("lm_head.weight")
+        with open_safetensors(file) as one, open_safetensors(found.get("model.embed_tokens.weight", file)) as other:
             if not torch.equal(one.get_tensor("lm_head.weight"), other.get_tensor("model.embed_tokens.weight")):
-                raise ValueError(f"{head}: lm_head.weight is not the embedding, though tie_word_embeddings says so")
-    found = {name: file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}  # are computed
-    if found.keys() != wanted.keys():
+                raise ValueError(f"{file}: lm_head.weight is not the embedding, though tie_word_embeddings says so")
+    # Old folders store the frequencies of the rotary embedding. They follow from the configuration.
+    found = {name: file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    if found.keys() != expected.keys():
         raise ValueError(
-            f"{path}: missing weights: {sorted(wanted.keys() - found.keys()) or 'none'}; "
-            f"weights left over: {sorted(found.keys() - wanted.keys()) or 'none'}"
+            f"{path}: missing weights: {sorted(expected.keys() - found.keys()) or 'none'}; "
+            f"weights left over: {sorted(found.keys() - expected.keys()) or 'none'}"
         )
     return found
 
 
 @torch.no_grad()
-def read_weights(model: Transformer, path, device) -> None:
-    """Give an `empty_model` its memory and its weights, each process reading the rows it holds and no others."""
-    found = find_weights(model, path)
+def load_weights(model: Transformer, files: dict[str, Path], device) -> None:
+    """Allocate a model's memory and load each weight from its file. A process reads only the rows that it holds."""
     model.to_empty(device=device)
-    for file, names in groupby(sorted(found, key=found.get), key=found.get):
-        with _opened(file) as weights:
+    for file, names in groupby(sorted(files, key=files.get), key=files.get):
+        with open_safetensors(file) as weights:
             for name in names:
                 parameter = model.get_parameter(name)
-                first, end = row_range(parameter)
+                first, end = local_row_range(parameter)
                 if first < end:
-                    rows = own_rows(parameter).copy_(weights.get_slice(name)[first:end])
-                    if not all(map(math.isfinite, rows.aminmax())):  # which makes no copy
+                    rows = local_shard(parameter).copy_(weights.get_slice(name)[first:end])
+                    if not all(map(math.isfinite, rows.aminmax())):  # unlike isfinite, this makes no copy
                         raise ValueError(f"{file}: {name} holds numbers that are not finite")
 
 
-def read_ahead(path) -> None:
-    """Read a folder's weights (None: nothing) into the system's cache, so that opening them soon need not wait."""
-    for file in _weight_files(Path(path)) if path and _speaks_for_its_machine() else []:
+def warm_page_cache(path) -> None:
+    """Read a folder's weights into the page cache, so that they load faster soon afterwards. None: read nothing."""
+    for file in _weight_files(Path(path)) if path and is_local_rank_zero() else []:
         with open(file, "rb") as weights:
             while weights.read(2**24):
                 pass
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder: the one, or the shards that its index names."""
+    """The safetensors files of a folder: a single one, or the shards that its index names."""
     file, index = path / "model.safetensors", path / INDEX_FILE
     if file.is_file():
         return [file]
@@ -164,8 +166,8 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path):
-    """A safetensors file, whose errors say which it is."""
+def open_safetensors(file: Path):
+    """Open a safetensors file for reading. Its errors name the file."""
     try:
         with safe_open(file, framework="pt") as weights:
             yield weights
@@ -174,8 +176,8 @@ def _opened(file: Path):
 
 
 def stored_dtype(path) -> torch.dtype:
-    """The dtype in which the weights of a folder are kept (of its first weight, where they differ)."""
-    with _opened(_weight_files(Path(path))[0]) as weights:
+    """The dtype in which a folder stores its weights (if they differ, that of the first one)."""
+    with open_safetensors(_weight_files(Path(path))[0]) as weights:
         return next(weights.get_slice(name)[:1].dtype for name in weights.keys())  # noqa: SIM118
 
 
@@ -185,37 +187,36 @@ def stored_dtype(path) -> torch.dtype:
 def save_model(
     model: Transformer, path, files: dict[str, bytes] | None = None, dtype=None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write a folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits.
+    """Write a model folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits there.
 
-    Weights are kept in `dtype` (None: as they are), adapters merged into them, in shards of at most `max_shard_bytes`.
-    The `files`, by name, go along. Of a sharded model all processes must take part; process 0 writes, and never holds
-    more of it than one shard. All is written aside and moved in when it is on the disk, config.json last: a folder that
-    has one is whole. Raises FileExistsError where `path` has one already: nothing is written over.
+    Weights are stored in `dtype` (None: as they are), with adapters merged into them, in files of at most
+    `max_shard_bytes`. `files` (name -> content) are written too. If the model is sharded, all processes must call this
+    together; rank 0 writes, and holds the weights of one file at a time.
+    Everything is written to a temporary folder and moved to `path` when it is on the disk, config.json last: a folder
+    that has a config.json is complete. Raises FileExistsError if `path` has one already; nothing is overwritten.
     """
-    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     if (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
-    drop_gathered(model)
-    with folder_aside(path / "partial") as aside:
-        _write_model(model, aside, files or {}, dtype, max_shard_bytes)
+    reshard(model)
+    with temporary_folder(path / "partial") as tmp:
+        _write_model(model, tmp, files or {}, dtype, max_shard_bytes)
         if rank() == 0:
-            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-                flush(file)
+            for file in sorted(tmp.iterdir(), key=lambda file: file.name == "config.json"):
+                fsync(file)
                 file.rename(path / file.name)
-            flush(path)
+            fsync(path)
 
 
 def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtype, max_shard_bytes: int) -> None:
-    sizes = {
-        name: parameter.numel() * (dtype or parameter.dtype).itemsize for name, parameter in _folder_parameters(model)
-    }
-    shards = _fill(sizes, max_shard_bytes)
+    sizes = {name: parameter.numel() * (dtype or parameter.dtype).itemsize for name, parameter in _named_weights(model)}
+    shards = split_into_shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weights = {}
         for name in names:
-            tensor = _merged(model, name)
+            tensor = _merged_weight(model, name)
             if rank() == 0:
                 weights[name] = tensor.detach().to("cpu", dtype or model.get_parameter(name).dtype).contiguous()
         if rank() == 0:
@@ -226,9 +227,9 @@ def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtyp
 
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    torch_dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     write_json(folder / MANIFEST, checksums(sorted(folder.glob("*.safetensors"))))
-    write_json(folder / "config.json", model.config.to_dict() | {"torch_dtype": stored})
+    write_json(folder / "config.json", model.config.to_dict() | {"torch_dtype": torch_dtype})
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
@@ -240,33 +241,33 @@ def _write_weights(weights: dict, file: Path) -> None:
         save_file(weights, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file}: not written ({error})") from None
-    file.chmod(mode)  # which safetensors keeps to the owner alone
+    file.chmod(mode)  # safetensors lets only the owner read it
 
 
-def _fill(sizes: dict[str, int], capacity: int) -> list[list[str]]:
-    """Names in order, as many together as `capacity` takes, and at least one.
+def split_into_shards(sizes: dict[str, int], capacity: int) -> list[list[str]]:
+    """Group names in order. The sizes of a group add up to at most `capacity`, or it has a single name.
 
-    >>> _fill({"a": 3, "b": 2, "c": 9, "d": 1}, capacity=5)
+    >>> split_into_shards({"a": 3, "b": 2, "c": 9, "d": 1}, capacity=5)
     [['a', 'b'], ['c'], ['d']]
     """
-    bins, free = [], 0
+    shards, free = [], 0
     for name, size in sizes.items():
-        if not bins or size > free:
-            bins.append([])
+        if not shards or size > free:
+            shards.append([])
             free = capacity
-        bins[-1].append(name)
+        shards[-1].append(name)
         free -= size
-    return bins
+    return shards
 
 
 @torch.no_grad()
-def _merged(model: Transformer, name: str):
-    """A parameter as it is saved, whole; of a layer with an adapter, W + (α/r) B A."""
-    layer, _, part = name.rpartition(".")
-    module, tensor = model.get_submodule(layer), whole(model.get_parameter(name))
-    if isinstance(module, LoRALinear) and part == "weight":
-        return tensor + module.scale * (whole(module.lora_B) @ whole(module.lora_A))
-    return tensor
+def _merged_weight(model: Transformer, name: str):
+    """All rows of a weight. If its layer has an adapter, W + (α/r) B A."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module, weight = model.get_submodule(module_name), full_tensor(model.get_parameter(name))
+    if isinstance(module, LoRALinear) and parameter_name == "weight":
+        return weight + module.scale * (full_tensor(module.lora_B) @ full_tensor(module.lora_A))
+    return weight
 
 
 # --- Adapters ---------------------------------------------------------------------------------------------------------
@@ -274,53 +275,53 @@ def _merged(model: Transformer, name: str):
 
 @torch.no_grad()
 def reset_lora(model: Transformer, seed: int) -> None:
-    """A ~ U(−1/√in, 1/√in) and B = 0, the same for any number of processes."""
+    """Initialize adapters: A ~ U(−1/√in, 1/√in) and B = 0, the same values for any number of processes."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             bound = 1 / math.sqrt(module.lora_A.shape[1])
             values = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
-            own_rows(module.lora_A).copy_(values[slice(*row_range(module.lora_A))])
-            own_rows(module.lora_B).zero_()
+            local_shard(module.lora_A).copy_(values[slice(*local_row_range(module.lora_A))])
+            local_shard(module.lora_B).zero_()
 
 
 def save_adapter(model: Transformer, path, base) -> None:
-    """Write the adapters of a model as a folder that `peft` opens over the model folder `base`.
+    """Write a model's adapters as a folder that `peft` opens, on top of the model folder `base`.
 
-    Of a sharded model all processes must take part.
+    If the model is sharded, all processes must call this together.
     """
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     weights = {
-        f"base_model.model.{name}.{part}.weight": whole(getattr(module, part)).detach().cpu()
+        f"base_model.model.{name}.{part}.weight": full_tensor(getattr(module, part)).detach().cpu()
         for name, module in adapters.items()
         for part in ("lora_A", "lora_B")
     }
     if rank() != 0:
         return
-    path, any_of_them = Path(path), next(iter(adapters.values()))
+    path, first = Path(path), next(iter(adapters.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    description = {
+    adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(Path(base).absolute()),
-        "r": any_of_them.rank,
-        "lora_alpha": any_of_them.alpha,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({name.rpartition(".")[2] for name in adapters}),
         "inference_mode": True,
     }
-    with written_aside(path) as aside:
-        aside.mkdir()
-        _write_weights(weights, aside / "adapter_model.safetensors")
-        write_json(aside / "adapter_config.json", description)
+    with atomic_write(path) as tmp:
+        tmp.mkdir()
+        _write_weights(weights, tmp / "adapter_model.safetensors")
+        write_json(tmp / "adapter_config.json", adapter_config)
 
 
-# --- What every tool checks before it opens a model -------------------------------------------------------------------
+# --- Checks before a model is loaded ----------------------------------------------------------------------------------
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer of a model folder; ValueError where the model's embedding has too few rows for its ids."""
+    """Load the tokenizer of a model folder. ValueError if the model's embedding has too few rows for its ids."""
     config, tokenizer = load_config(path), Tokenizer.from_pretrained(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -331,19 +332,19 @@ def load_tokenizer(path) -> Tokenizer:
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
-    """`Tokenizer.choose_template`, and a line on `file` where the folder's own template is only resembled."""
+    """Choose as `Tokenizer.choose_template` does, and print to `file` if the folder's template only resembles that."""
     template = tokenizer.choose_template(name)
-    if name is None and tokenizer.own_template not in (None, tokenizer.chat_template(template)):
-        say(f"template {template}: the model's chat_template is like it, but may differ in details", file)
+    if name is None and tokenizer.hf_chat_template not in (None, tokenizer.chat_template(template)):
+        print0(f"template {template}: the model's chat_template is like it, but may differ in details", file)
     return template
 
 
 def check_models(folders) -> None:
-    """Find what is wrong with model folders, which are to be used on the same ids, before any of them is used."""
+    """Raise ValueError or FileNotFoundError unless all these folders can be loaded and used on the same token ids."""
     first = load_config(folders[0])
     for folder in folders:
-        model = empty_model(folder)
-        find_weights(model, folder)
+        model = meta_model(folder)
+        map_weights(model, folder)
         if (model.config.vocab_size, model.config.max_length) != (first.vocab_size, first.max_length):
             raise ValueError(
                 f"{folder}: has {model.config.vocab_size:,} rows and {model.config.max_length:,} positions, "
@@ -351,8 +352,8 @@ def check_models(folders) -> None:
             )
 
 
-def usable_length(path, max_length: int | None) -> int:
-    """`max_length`, checked against the positions of the model in `path`; None: as many as it has, at most 1024."""
+def resolve_max_length(path, max_length: int | None) -> int:
+    """Check `max_length` against what the model in `path` can do. None: as many tokens as it can, at most 1024."""
     config = load_config(path)
     if max_length is not None and max_length > config.max_length:
         limit = "positions" if config.max_length == config.max_position_embeddings else "tokens in its sliding_window"

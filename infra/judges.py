@@ -1,124 +1,222 @@
-"""Records for judges, and the file that keeps answers."""
+"""The files of `eval.py generate`: records to answer, answers as AlpacaEval and MT-Bench read them, unfinished answers.
+
+Below, `args` are the parsed arguments of `eval.py generate`.
+"""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from data import to_prompt
-from infra.distributed import barrier, rank
-from infra.files import content_of, written_aside
+from data import read_records, to_prompt
+from infra.cli import ArgumentParser, check_output_path
+from infra.distributed import barrier, rank, world_size
+from infra.files import atomic_write, file_lock, sha256_of
 
-# At what temperature FastChat has the questions of a category answered; of any other, at 0.7.
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+def add_answer_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say where answers go, and in which format."""
+    parser.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); goes on if stopped")
+    parser.add_argument("--format", choices=("jsonl", "alpaca_eval", "mt_bench"), default="jsonl")
+    parser.add_argument("--name", help="of the model, for a judge (default: its folder's)")
+    parser.add_argument("--batch_size", type=parser.positive, default=32, help="records a process answers at once")
+
+
+def check_answer_flags(args) -> None:
+    """Raise ValueError if --format needs --output, or what `check_output_path` raises."""
+    if args.format != "jsonl" and args.output is None:
+        raise ValueError(f"--format {args.format}: needs --output")
+    if args.output is not None:
+        check_output_path(args.output)
+
+
+# --- Records to answer ------------------------------------------------------------------------------------------------
+
+# The temperature that FastChat takes for the questions of a category. For any other category it is 0.7.
 MT_BENCH_TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
 
-class Asked(NamedTuple):
-    """A record that is to be answered."""
+class PromptRecord(NamedTuple):
+    """A record of a data file whose user turns are to be answered, one after the other."""
 
-    record: dict
-    before: list[dict]  # messages
-    turns: list[str]  # of the user, to be answered one after the other
-
-
-def to_asked(record: dict, output_format: str) -> Asked:
-    """Read a record of any format that `data.to_prompt` knows, with the keys that a judge needs."""
-    needs = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
-    if needs and needs not in record:
-        raise ValueError(f"--format {output_format} needs {needs}")
-    return Asked(record, *to_prompt(record))
+    record: dict  # as it stands in the file
+    history: list[dict]  # the messages before the turns
+    turns: list[str]
 
 
-def in_format(asked: Asked, answers: list[str], output_format: str, name: str) -> dict:
-    """An answered record as a judge reads it, or ("jsonl") as messages."""
+def to_prompt_record(record: dict, output_format: str) -> PromptRecord:
+    """Read a record of any format that `data.to_prompt` knows. ValueError if it lacks a key that the judge needs."""
+    key = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
+    if key and key not in record:
+        raise ValueError(f"--format {output_format} needs {key}")
+    return PromptRecord(record, *to_prompt(record))
+
+
+def load_prompt_records(args) -> list[PromptRecord]:
+    """Read the records in --data. ValueError if two questions of MT-Bench have the same id."""
+    records = read_records(args.data, partial(to_prompt_record, output_format=args.format))
+    if args.format == "mt_bench":
+        counts = Counter(str(record.record["question_id"]) for record in records)
+        repeated = [question_id for question_id, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(f"{args.data}: question_id {repeated[0]} stands there more than once")
+    return records
+
+
+def temperature_of(record: PromptRecord, args) -> float:
+    """--temperature, or by default 0, and for a question of MT-Bench what FastChat takes for its category."""
+    if args.temperature is not None:
+        return args.temperature
+    if args.format != "mt_bench":
+        return 0.0
+    return MT_BENCH_TEMPERATURE.get(str(record.record.get("category")), 0.7)
+
+
+def unanswered_batches(
+    args, records: list[PromptRecord], answers: dict[int, list[str]]
+) -> Iterator[tuple[float, list[int]]]:
+    """Divide the records without answers into batches of one temperature and similar lengths.
+
+    Yields the temperature of each batch and the indices of its records. A batch has --batch_size records a process.
+    """
+    temperatures = [temperature_of(record, args) for record in records]
+    unanswered = [i for i in range(len(records)) if i not in answers]
+    unanswered.sort(key=lambda i: (temperatures[i], len(records[i].turns[0])))
+    batch_size = args.batch_size * world_size()
+    for temperature, group in groupby(unanswered, key=lambda i: temperatures[i]):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield temperature, indices[start : start + batch_size]
+
+
+# --- Answered records -------------------------------------------------------------------------------------------------
+
+
+def to_judge_format(record: PromptRecord, answers: list[str], output_format: str, model_name: str) -> dict:
+    """An answered record as the judge reads it; for `jsonl`, as messages."""
     if output_format == "alpaca_eval":
-        kept = {"dataset": asked.record["dataset"]} if "dataset" in asked.record else {}
-        return {**kept, "instruction": asked.turns[-1], "output": answers[-1], "generator": name}
+        dataset = {"dataset": record.record["dataset"]} if "dataset" in record.record else {}
+        return {**dataset, "instruction": record.turns[-1], "output": answers[-1], "generator": model_name}
     if output_format == "mt_bench":
-        answer_id = hashlib.sha256(json.dumps([asked.record["question_id"], name, answers]).encode()).hexdigest()[:22]
-        question = {"question_id": asked.record["question_id"], "answer_id": answer_id, "model_id": name}
-        return {**question, "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}
-    messages = list(asked.before)
-    for turn, answer in zip(asked.turns, answers, strict=True):
+        question_id = record.record["question_id"]
+        answer_id = hashlib.sha256(json.dumps([question_id, model_name, answers]).encode()).hexdigest()[:22]
+        return {
+            "question_id": question_id,
+            "answer_id": answer_id,
+            "model_id": model_name,
+            "choices": [{"index": 0, "turns": answers}],
+            "tstamp": time.time(),
+        }
+    messages = list(record.history)
+    for turn, answer in zip(record.turns, answers, strict=True):
         messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
-def write_answers(args, records: list[dict]) -> None:
-    """Write the answered records to --output, or to stdout."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
+def write_answers(args, records: list[PromptRecord], answers: dict[int, list[str]]) -> None:
+    """Write all records with their answers to --output, or to stdout without it. Only rank 0 writes."""
+    if rank() != 0:
+        return
+    model_name = args.name or Path(args.model).resolve().name
+    answered = [to_judge_format(record, answers[i], args.format, model_name) for i, record in enumerate(records)]
+    lines = "".join(json.dumps(record) + "\n" for record in answered)
     if not args.output:
         print(lines, end="")
         return
-    with written_aside(Path(args.output)) as aside:
-        aside.write_text(json.dumps(records, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
-    print(json.dumps({"output": args.output, "format": args.format, "records": len(records)}))
+    with atomic_write(Path(args.output)) as tmp:
+        tmp.write_text(json.dumps(answered, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
+    print(json.dumps({"output": args.output, "format": args.format, "records": len(answered)}))
+
+
+# --- Answers of an unfinished run -------------------------------------------------------------------------------------
+# The progress file has a JSON line with the settings of the run, then {"number", "answers"} for each answered record.
 
 
 @contextlib.contextmanager
-def progress_file(args, settings: dict):
-    """Yield the file beside --output that keeps answers, begun or ready to go on with; None where there is no --output.
+def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
+    """Yield the file beside --output that keeps the answers of an unfinished run; None without --output.
 
-    Raises FileExistsError where another run is at work on it, ValueError where it was begun with other settings.
+    The file is locked inside the `with` block, and removed if the block ends without an error.
+    Raises FileExistsError if another run holds the lock, ValueError if the file was started with other settings.
     """
     if args.output is None:
         yield None
         return
-    path = Path(f"{args.output}.answered")
-    with contextlib.ExitStack() as held:
+    file = Path(f"{args.output}.answered")
+    with contextlib.ExitStack() as stack:
         if rank() == 0:
-            lock = held.enter_context(open(path, "a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FileExistsError(
-                    f"{path}: another run is at work on it; wait, or choose another --output"
-                ) from None
-            contents = {"data": content_of(args.data), "model": content_of(args.model)}
-            begin_or_go_on(path, settings | contents)
-        barrier()  # it is there
-        yield path
+            message = f"{file}: another run is at work on it; wait, or choose another --output"
+            stack.enter_context(file_lock(file, message))
+            settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
+            settings |= {"template": template, "dtype": dtype, "turns": [len(record.turns) for record in records]}
+            settings |= {"data": sha256_of(args.data), "model": sha256_of(args.model)}
+            start_or_resume(file, settings)
+        barrier()  # the other processes wait until the file is there
+        yield file
+        if rank() == 0:
+            file.unlink()
 
 
-def begin_or_go_on(file: Path, settings: dict) -> None:
-    """Begin the file that keeps answers, or make it ready to go on with: a last line that was cut short goes.
+def start_or_resume(file: Path, settings: dict) -> None:
+    """Write the settings into an empty progress file; otherwise compare them, and remove an incomplete last line.
 
-    Raises ValueError where it was begun with other settings.
+    Raises ValueError if the file was started with other settings.
     """
     if file.stat().st_size == 0:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     content = file.read_bytes()
-    with open(file, "rb+") as whole:
-        whole.truncate(content.rfind(b"\n") + 1)
-    with told_if_damaged(file):
-        before = json.loads(content.splitlines()[0].decode())
-        changed = [key for key in settings if before.get(key) != settings[key]]
+    with open(file, "rb+") as stream:
+        stream.truncate(content.rfind(b"\n") + 1)
+    with wrap_errors(file):
+        previous = json.loads(content.splitlines()[0].decode())
+        changed = [key for key in settings if previous.get(key) != settings[key]]
     if changed:
-        was, now = before.get(changed[0]), settings[changed[0]]
-        told = f" {was!r}, not {now!r}" if len(str((was, now))) < 100 else " of other content"
-        raise ValueError(f"{file}: begun with {changed[0]}{told}; give what it was begun with, or remove the file")
+        old, new = previous.get(changed[0]), settings[changed[0]]
+        difference = f" {old!r}, not {new!r}" if len(str((old, new))) < 100 else " of other content"
+        raise ValueError(
+            f"{file}: begun with {changed[0]}{difference}; give what it was begun with, or remove the file"
+        )
 
 
-def answered_before(file: Path, asked: list[Asked]) -> dict[int, list[str]]:
-    """The answers that the file holds, by number. ValueError where they are not those to what is asked."""
+def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, list[str]]:
+    """The answers in a progress file: index of a record -> an answer for each of its turns.
+
+    Raises ValueError if they do not fit the records.
+    """
+    if file is None:
+        return {}
     answers = {}
-    with told_if_damaged(file):
+    with wrap_errors(file):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()[1:]):
-            said = line["answers"]
-            if not (isinstance(said, list) and all(isinstance(text, str) for text in said)):
+            index, texts = line["number"], line["answers"]
+            if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
                 raise ValueError("an answer is not a list of texts")
-            if len(said) != len(asked[line["number"]].turns):
-                raise ValueError(f"record {line['number']} has other turns")
-            answers[line["number"]] = said
+            if len(texts) != len(records[index].turns):
+                raise ValueError(f"record {index} has other turns")
+            answers[index] = texts
+    barrier()  # all processes have read the file before rank 0 appends to it
     return answers
 
 
+def append_answers(file: Path | None, answers: dict[int, list[str]]) -> None:
+    """Append answers, as of `load_answers`, to a progress file. Only rank 0 writes."""
+    if file is None or rank() != 0:
+        return
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"number": index, "answers": texts}) + "\n" for index, texts in answers.items())
+
+
 @contextlib.contextmanager
-def told_if_damaged(file: Path):
-    """Whatever is wrong with what is read of the file inside becomes a ValueError that names it."""
+def wrap_errors(file: Path):
+    """Replace errors in the `with` block, which reads the content of `file`, by a ValueError that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

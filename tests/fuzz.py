@@ -71,7 +71,7 @@ def make_inputs(folder: Path) -> None:
             ["--checkpoints", str(folder / "one"), "--data", data, "--output", str(folder / "scores.jsonl")]
         )
     )
-    real, count = train.compute_gradients, []
+    real, count = train.forward_backward, []
 
     def stopped(*arguments, **named):
         count.append(1)
@@ -79,9 +79,9 @@ def make_inputs(folder: Path) -> None:
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    train.compute_gradients = stopped
+    train.forward_backward = stopped
     quiet(lambda: train.main(train_flags(folder, folder / "one", data, output)))
-    train.compute_gradients = real
+    train.forward_backward = real
 
 
 def train_flags(folder: Path, model, data, output, *more) -> list[str]:

@@ -3,8 +3,8 @@
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
 What the README takes for granted is made of these; eight processes become two, and two nodes become two on this
-machine. What installs, runs the tests or the demo is left to whoever calls this, and the study is left out, which takes
-hours. A command that fails ends it.
+machine. The caller runs the commands that install, the tests and the demo; the study is left out, because it takes hours. A
+command that fails ends the script.
 """
 
 import argparse

@@ -9,19 +9,22 @@ import torch
 from conftest import random_encoded, tiny_model
 
 from confidence import (
-    Dynamics,
-    Tally,
-    area_under_roc,
+    ScoreAccumulator,
+    TrainingDynamics,
+    gold_log_probs,
     main,
     plot_data_map,
+    roc_auc,
     score_checkpoints,
     score_examples,
     split_by_confidence,
 )
-from data import IGNORE_INDEX, Dataset
+from data import IGNORE_INDEX, Dataset, build_micro_batch
 from infra.hf import save_model
 
-DYNAMICS = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.5]]), np.array([[8, 2, 1.5], [4, 2, 1.0]]))
+DYNAMICS = TrainingDynamics(
+    ["a", "b", "c"], np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.5]]), np.array([[8, 2, 1.5], [4, 2, 1.0]])
+)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -47,24 +50,51 @@ def test_scores_do_not_depend_on_micro_batches(micro_batch_tokens):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_a_tally_by_hand(capsys):
-    tally = Tally([2, 1], "cpu")
-    tally.add(torch.tensor([0, 1, 0]), torch.tensor([0.5, 0.25, 0.125]).log())
-    probability, perplexity = tally.scores()
+@torch.no_grad()
+def test_gold_log_probs_equal_log_softmax_for_any_chunk():
+    model, encoded = tiny_model(), random_encoded([40])
+    tokens, targets = encoded[0]
+    supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
+    assert len(supervised) > 10
+    log_p = model.logits(model(tokens.long())).log_softmax(-1)
+    expected = log_p[supervised, targets[supervised].long()]
+    micro_batch = build_micro_batch(encoded, np.arange(1), lam=torch.zeros(0))
+    for chunk in (1, 3, 10, 100):
+        torch.testing.assert_close(gold_log_probs(model, micro_batch, chunk), expected)
+    empty = build_micro_batch(encoded, np.arange(0), lam=torch.zeros(0))
+    assert gold_log_probs(model, empty).shape == (0,)
+
+
+def test_accumulated_scores_by_hand(capsys):
+    scores = ScoreAccumulator([2, 1], "cpu")
+    scores.add(torch.tensor([0, 1, 0]), torch.tensor([0.5, 0.25, 0.125]).log())
+    probability, log_probability = scores.means()
     np.testing.assert_allclose(probability, [(0.5 + 0.125) / 2, 0.25], rtol=1e-6)
-    np.testing.assert_allclose(perplexity, [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
-    tally.add(torch.tensor([1, 0, 0]), torch.tensor([-2000, float("nan"), 0]))  # it has begun anew
-    probability, perplexity = tally.scores()
+    np.testing.assert_allclose(np.exp(-log_probability), [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
+    scores.add(torch.tensor([1, 0, 0]), torch.tensor([-2000, float("nan"), 0]))  # the sums have started at zero again
+    probability, log_probability = scores.means()
     np.testing.assert_allclose(probability, [0.5, 0], atol=1e-200)
-    np.testing.assert_allclose(np.log(perplexity), [345, 690], rtol=1e-6)
-    tally = Tally([1], "cpu", epochs=3)
+    np.testing.assert_allclose(log_probability, [-345, -690], rtol=1e-6)
+    scores = ScoreAccumulator([1], "cpu", max_epochs=3)
     for p in (0.25, 0.75):
-        tally.add(torch.tensor([0]), torch.tensor([p]).log())
-        tally.close()
-    np.testing.assert_allclose(np.stack(tally.epochs()), [[[0.25], [0.75]], [[4], [4 / 3]]], rtol=1e-6)
+        scores.add(torch.tensor([0]), torch.tensor([p]).log())
+        scores.end_epoch()
+    np.testing.assert_allclose(np.stack(scores.epochs()), [[[0.25], [0.75]], [[4], [4 / 3]]], rtol=1e-6)
     assert "of 1 examples some tokens get no finite probability, and count as impossible: number 1 of those" in (
         capsys.readouterr().err
     )
+
+
+def test_a_restored_accumulator_continues_where_it_was():
+    one, other = (ScoreAccumulator([1, 2], "cpu", max_epochs=2) for _ in range(2))
+    one.add(torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.125]).log())
+    one.end_epoch()
+    one.add(torch.tensor([1]), torch.tensor([0.75]).log())
+    other.load_state_dict({name: tensor.clone() for name, tensor in one.state_dict().items()})
+    for scores in (one, other):
+        scores.add(torch.tensor([0, 1]), torch.tensor([0.5, 0.125]).log())
+        scores.end_epoch()
+    assert np.array_equal(one.epochs(), other.epochs()) and len(one.epochs()[0]) == 2
 
 
 def test_a_hopeless_example_has_a_finite_perplexity():
@@ -79,8 +109,8 @@ def test_checkpoints_are_scored_in_the_order_given(tmp_path):
     encoded = random_encoded([5, 9])
     for seed in (0, 1):
         save_model(tiny_model(seed=seed), tmp_path / str(seed))
-    dataset = Dataset.of(encoded, ["a", "b"])
-    dynamics = score_checkpoints([tmp_path / "1", tmp_path / "0"], dataset, 1000, "fp32", "cpu")
+    dataset = Dataset.from_encoded(encoded, ["a", "b"])
+    dynamics = score_checkpoints([tmp_path / "1", tmp_path / "0"], dataset, 1000, torch.float32, "cpu")
     expected = [score_examples(tiny_model(seed=seed), encoded) for seed in (1, 0)]
     np.testing.assert_array_equal(dynamics.probability, [probability for probability, _ in expected])
     np.testing.assert_array_equal(dynamics.perplexity, [perplexity for _, perplexity in expected])
@@ -93,13 +123,13 @@ def test_dynamics_by_hand():
     np.testing.assert_allclose(DYNAMICS.confidence, [0.2, 0.5, 0.7])
     np.testing.assert_allclose(DYNAMICS.variance, [0.01, 0, 0.04])
     np.testing.assert_allclose(DYNAMICS.mean_perplexity, [6, 2, 1.25])
-    np.testing.assert_allclose(DYNAMICS.by("probability"), [0.2, 0.5, 0.7])
-    np.testing.assert_allclose(DYNAMICS.by("perplexity"), [-6, -2, -1.25])
+    np.testing.assert_allclose(DYNAMICS.score("probability"), [0.2, 0.5, 0.7])
+    np.testing.assert_allclose(DYNAMICS.score("perplexity"), [-6, -2, -1.25])
 
 
 def test_dynamics_survive_the_file(tmp_path):
     DYNAMICS.save(tmp_path / "c.jsonl")
-    again = Dynamics.load(tmp_path / "c.jsonl")
+    again = TrainingDynamics.load(tmp_path / "c.jsonl")
     assert again.ids == DYNAMICS.ids
     np.testing.assert_array_equal(again.probability, DYNAMICS.probability)
     np.testing.assert_array_equal(again.perplexity, DYNAMICS.perplexity)
@@ -127,7 +157,7 @@ def test_bad_confidence_files_are_named_with_their_line(tmp_path, line):
     with open(tmp_path / "c.jsonl", "a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"c.jsonl:4: "):
-        Dynamics.load(tmp_path / "c.jsonl")
+        TrainingDynamics.load(tmp_path / "c.jsonl")
 
 
 # --- Split and ROC ----------------------------------------------------------------------------------------------------
@@ -158,8 +188,8 @@ def test_area_under_roc_equals_counting_pairs():
     rng = np.random.default_rng(0)
     scores, positive = rng.integers(0, 10, 60), rng.random(60) < 0.4
     wins = [(p > n) + (p == n) / 2 for p in scores[positive] for n in scores[~positive]]
-    assert area_under_roc(scores, positive) == pytest.approx(np.mean(wins))
-    assert area_under_roc([1, 2, 3], [False, False, True]) == 1 and area_under_roc([5, 5], [True, False]) == 0.5
+    assert roc_auc(scores, positive) == pytest.approx(np.mean(wins))
+    assert roc_auc([1, 2, 3], [False, False, True]) == 1 and roc_auc([5, 5], [True, False]) == 0.5
 
 
 # --- Picture and command line -----------------------------------------------------------------------------------------
@@ -170,7 +200,7 @@ def test_the_data_map_is_drawn_from_scores(tmp_path):
     DYNAMICS.save(tmp_path / "c.jsonl")
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    plot_data_map(Dynamics(["a"], np.array([[0.5]]), np.array([[2.0]])), tmp_path / "one.png")
+    plot_data_map(TrainingDynamics(["a"], np.array([[0.5]]), np.array([[2.0]])), tmp_path / "one.png")
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
@@ -193,7 +223,7 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     )
     folder, data, output = (str(tmp_path / name) for name in ("m", "d.jsonl", "c.jsonl"))
     main(["--checkpoints", folder, folder, "--data", data, "--output", output])
-    dynamics = Dynamics.load(output)
+    dynamics = TrainingDynamics.load(output)
     assert dynamics.probability.shape == (2, 2) and (dynamics.variance == 0).all()
     assert "mean gold-token probability" in capsys.readouterr().err
     for changes, message in (

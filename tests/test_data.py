@@ -17,18 +17,18 @@ from data import (
     IGNORE_INDEX,
     Dataset,
     Example,
-    draw_lambda,
     encode_example,
     encode_examples,
     epoch_order,
     load_examples,
+    make_micro_batches,
     pack,
     paired_order,
-    split_batch,
+    sample_lambda,
 )
-from infra.cache import _set_task, cache_folder, encode_file, open_encoded
+from infra.cache import _init_worker, cache_path, encode_file, load_cache
 from infra.demo import demo_corpus
-from infra.distributed import ahead
+from infra.distributed import prefetch
 from tokenizer import Tokenizer
 
 TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -157,7 +157,7 @@ DOG = Example("dog", [{"role": "user", "content": "What is it?"}, {"role": "assi
 
 def test_targets_are_shifted_and_supervise_the_response_and_its_end(tokenizer):
     tokens, targets = encode_example(DOG, tokenizer, "alpaca", 1000)
-    prompt, _ = tokenizer.apply_template(DOG.messages[:1], "alpaca")
+    prompt, _ = tokenizer.render_conversation(DOG.messages[:1], "alpaca")
     response = tokenizer.encode("It is a dog.", continues=True)
     assert tokens == prompt + response
     assert targets == [IGNORE_INDEX] * (len(prompt) - 1) + response + [tokenizer.eos_id]
@@ -187,21 +187,21 @@ def data_file(tmp_path):
 @pytest.mark.parametrize("part_bytes", [300, 10**6])
 def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_file, tokenizer, tmp_path, part_bytes):
     """In several processes, a few records each, and in one; from the disk as from memory."""
-    monkeypatch.setattr(data_module, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data_module, "CHUNK_BYTES", part_bytes)
     encode_file(data_file, tokenizer, "alpaca", 150, tmp_path / "encoded")
-    dataset, examples = open_encoded(tmp_path / "encoded"), load_examples(data_file)
+    dataset, examples = load_cache(tmp_path / "encoded"), load_examples(data_file)
     expected = {example.id: encode_example(example, tokenizer, "alpaca", 150) for example in examples}
     expected = {i: pair for i, pair in expected.items() if set(pair[1]) != {IGNORE_INDEX}}
-    assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.dropped == 1
-    assert isinstance(dataset.tokens_end_to_end, np.memmap)
-    for (tokens, targets), (ids, learnt), length, count in zip(
+    assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.num_dropped == 1
+    assert isinstance(dataset.token_ids, np.memmap)
+    for (tokens, targets), (ids, loss_mask), length, count in zip(
         dataset, expected.values(), dataset.lengths, dataset.num_supervised, strict=True
     ):
-        assert (tokens.tolist(), targets.tolist()) == (ids, learnt)
-        assert (length, count) == (len(ids), sum(t != IGNORE_INDEX for t in learnt))
+        assert (tokens.tolist(), targets.tolist()) == (ids, loss_mask)
+        assert (length, count) == (len(ids), sum(t != IGNORE_INDEX for t in loss_mask))
     in_memory = encode_examples(examples, tokenizer, "alpaca", 150)
-    assert in_memory.truncated == dataset.truncated > 0
-    again = Dataset.of(list(in_memory), in_memory.ids)
+    assert in_memory.num_truncated == dataset.num_truncated > 0
+    again = Dataset.from_encoded(list(in_memory), in_memory.ids)
     for one, two, three in zip(dataset, in_memory, again, strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
     assert again.ids == dataset.ids
@@ -209,7 +209,7 @@ def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_fil
 
 def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp_path):
     def key(path=data_file, tokenizer=tokenizer, template="alpaca", max_length=90):
-        return cache_folder(path, tokenizer, template, max_length, tmp_path)
+        return cache_path(path, tokenizer, template, max_length, tmp_path)
 
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(data_file.read_bytes())
@@ -220,7 +220,7 @@ def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp
 
 
 def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, data_file, tokenizer, tmp_path):
-    monkeypatch.setattr(data_module, "PART_BYTES", 300)
+    monkeypatch.setattr(data_module, "CHUNK_BYTES", 300)
     lines = data_file.read_text().splitlines()
     data_file.write_text("\n".join([*lines[:45], "{broken", *lines[45:]]))
     with pytest.raises(ValueError, match=r"data\.jsonl:46: not a JSON record"):
@@ -240,8 +240,8 @@ def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content
 
 
 def test_a_process_that_is_killed_while_it_encodes_is_told(monkeypatch, data_file, tokenizer, tmp_path):
-    monkeypatch.setattr(data_module, "PART_BYTES", 300)
-    monkeypatch.setattr(infra.cache, "_encode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data_module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(infra.cache, "_encode_chunk", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(OSError, match=r"data\.jsonl: a process that was encoding it has been killed"):
         encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -252,7 +252,7 @@ def test_processes_that_encode_go_with_the_one_that_needs_them():
     read, write = context.Pipe()
 
     def child():
-        _set_task(None)
+        _init_worker(None)
         time.sleep(60)
 
     def parent():
@@ -268,9 +268,9 @@ def test_processes_that_encode_go_with_the_one_that_needs_them():
 
 def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):
     encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
-    (tmp_path / "encoded" / "learnt").write_bytes(b"123")
+    (tmp_path / "encoded" / "loss_mask").write_bytes(b"123")
     with pytest.raises(ValueError, match="encoded: damaged; remove that folder"):
-        open_encoded(tmp_path / "encoded")
+        load_cache(tmp_path / "encoded")
 
 
 def test_what_is_made_ahead_is_one_item_and_errors_come_through():
@@ -281,7 +281,7 @@ def test_what_is_made_ahead_is_one_item_and_errors_come_through():
         return 1 // (3 - i)
 
     with pytest.raises(ZeroDivisionError):
-        for number, _ in enumerate(ahead(make, range(5))):
+        for number, _ in enumerate(prefetch(make, range(5))):
             time.sleep(0.05)
             assert made == list(range(min(number + 2, 5)))
     assert made[-1] <= 4
@@ -292,7 +292,7 @@ def test_truncated_and_dropped_examples_are_counted(tokenizer):
     late = Example("late", [{"role": "user", "content": "dog " * 100}, DOG.messages[1]])
     length = len(encode_example(DOG, tokenizer, "alpaca", 1000)[0])
     dataset = encode_examples([DOG, long, late], tokenizer, "alpaca", length)
-    assert (dataset.ids, dataset.truncated, dataset.dropped) == (["dog", "long"], 1, 1)
+    assert (dataset.ids, dataset.num_truncated, dataset.num_dropped) == (["dog", "long"], 1, 1)
     assert dataset[0][1][-1] == tokenizer.eos_id  # fits exactly: not truncated
     assert all(len(tokens) == len(targets) == length for tokens, targets in dataset)
     for example, (tokens, targets) in zip((DOG, long), dataset, strict=True):
@@ -344,9 +344,9 @@ def test_partners_change_from_epoch_to_epoch():
 
 
 def test_lambda_is_beta_distributed_and_a_function_of_the_step():
-    lam = draw_lambda(20000, 0.5, seed=0, step=7)
-    assert torch.equal(lam, draw_lambda(20000, 0.5, seed=0, step=7))
-    assert not torch.equal(lam, draw_lambda(20000, 0.5, seed=0, step=8))
+    lam = sample_lambda(20000, 0.5, seed=0, step=7)
+    assert torch.equal(lam, sample_lambda(20000, 0.5, seed=0, step=7))
+    assert not torch.equal(lam, sample_lambda(20000, 0.5, seed=0, step=8))
     assert lam.min() >= 0 and lam.max() <= 1
     assert abs(lam.mean() - 0.5) < 0.01
     assert abs(lam.var() - 1 / 8) < 0.005  # Var Beta(α, α) = 1 / (4 (2α + 1))
@@ -355,15 +355,15 @@ def test_lambda_is_beta_distributed_and_a_function_of_the_step():
 @pytest.mark.parametrize("multiple", [1, 2, 3])
 def test_micro_batches_hold_every_unit_once_within_the_limit(multiple):
     sizes = np.random.default_rng(0).integers(1, 60, 40).tolist()
-    bins = split_batch(sizes, max_tokens=100, multiple=multiple)
+    bins = make_micro_batches(sizes, max_tokens=100, multiple=multiple)
     assert sorted(unit for bin in bins for unit in bin) == list(range(40))
     assert len(bins) % multiple == 0 and max(sum(sizes[u] for u in bin) for bin in bins) <= 100
 
 
 def test_a_unit_beyond_the_limit_has_a_micro_batch_to_itself():
-    bins = split_batch([500, 10, 10], max_tokens=100)
+    bins = make_micro_batches([500, 10, 10], max_tokens=100)
     assert [0] in bins and sorted(u for bin in bins for u in bin) == [0, 1, 2]
-    assert split_batch([7], max_tokens=100, multiple=3).count([]) == 2
+    assert make_micro_batches([7], max_tokens=100, multiple=3).count([]) == 2
 
 
 # --- The demo corpus --------------------------------------------------------------------------------------------------

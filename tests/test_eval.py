@@ -13,22 +13,22 @@ import eval as eval_module
 from data import IGNORE_INDEX, Example, encode_example, encode_examples
 from eval import (
     PLAIN,
-    Question,
     Sampling,
     answer_choices,
     choice_report,
     encode_choice,
     evaluate,
     exact_match,
+    format_question,
     generate,
     held_out_loss,
-    lay_out,
     main,
-    table,
-    to_question,
+    results_table,
     wilson_interval,
 )
 from infra.hf import save_model
+from infra.judges import to_prompt_record
+from infra.questions import Question, to_question
 
 
 @torch.no_grad()
@@ -36,13 +36,13 @@ def test_every_token_weighs_the_same():
     """Two examples of 1 and 30 supervised tokens: the mean over 31 tokens, not the mean of two means."""
     model, encoded = tiny_model(), random_encoded([1, 30])
     encoded[1] = (encoded[1][0], torch.randint(0, 300, (30,)).int())
-    nats = []
+    nll = []
     for tokens, targets in encoded:
         log_p = model.logits(model(tokens.long())).log_softmax(-1)
-        nats += [-float(log_p[n, y]) for n, y in enumerate(targets.tolist()) if y != IGNORE_INDEX]
+        nll += [-float(log_p[n, y]) for n, y in enumerate(targets.tolist()) if y != IGNORE_INDEX]
     result = held_out_loss(model, encoded)
-    assert (result["examples"], result["tokens"], len(nats)) == (2, 31, 31)
-    assert result["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert (result["examples"], result["tokens"], len(nll)) == (2, 31, 31)
+    assert result["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 33, 1000])
@@ -112,7 +112,7 @@ def test_draws_are_a_function_of_seed_and_prompt_alone():
     for batch_size in (1, 3):
         assert generate(model, prompts[::-1], 12, batch_size=batch_size, sampling=sampling) == expected[::-1]
     assert generate(model, prompts, 12, sampling=sampling._replace(seed=4)) != expected
-    one, same, other = (sampling.draws(prompt, 5).tolist() for prompt in ([1], [1], [2]))
+    one, same, other = (sampling.uniform(prompt, 5).tolist() for prompt in ([1], [1], [2]))
     assert one == same != other and all(0 <= draw < 1 for draw in one)
     cold = sampling._replace(temperature=1e-4)
     assert generate(model, prompts, 12, sampling=cold) == generate(model, prompts, 12) != expected
@@ -123,11 +123,11 @@ def test_tokens_are_drawn_as_often_as_the_nucleus_says():
     draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits = p.log().expand(20_000, 5)
     for top_p, expected in ((1.0, p), (0.8, torch.tensor([0, 0.4, 0.15, 0.3, 0]) / 0.85), (1e-6, torch.eye(5)[1])):
-        drawn = Sampling(1.0, top_p).choose(logits, draws).bincount(minlength=5) / 20_000
+        drawn = Sampling(1.0, top_p).next_tokens(logits, draws).bincount(minlength=5) / 20_000
         torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
     flatter = p.sqrt() / p.sqrt().sum()
-    assert Sampling(1e-310).choose(logits[:3], draws[:3]).tolist() == [1, 1, 1]
-    drawn = Sampling(2.0).choose(logits, draws).bincount(minlength=5) / 20_000
+    assert Sampling(1e-310).next_tokens(logits[:3], draws[:3]).tolist() == [1, 1, 1]
+    drawn = Sampling(2.0).next_tokens(logits, draws).bincount(minlength=5) / 20_000
     torch.testing.assert_close(drawn, flatter, atol=0.015, rtol=0)
 
 
@@ -139,7 +139,7 @@ def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatc
     example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
     asked = []
 
-    def generate(model, prompts, max_new_tokens, stop_ids, dtype):
+    def generate(model, prompts, max_new_tokens, stop_ids):
         asked.append((prompts, max_new_tokens, stop_ids))
         return answers
 
@@ -178,7 +178,7 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         max_length += len(encode_example(examples[0], tokenizer, "alpaca", 1000)[0])
     held_out = encode_examples(examples, tokenizer, "alpaca", max_length)
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    result = evaluate(model, held_out, lambda: examples, tokenizer, "alpaca", 1000, "fp32")
+    result = evaluate(model, held_out, lambda: examples, tokenizer, "alpaca", 1000)
     assert (result["accuracy"] is not None) == applies and result["loss"] > 0
 
 
@@ -252,7 +252,7 @@ def test_of_a_long_prompt_the_beginning_is_cut_off(tokenizer):
     assert cut == 2
     with pytest.raises(ValueError, match=r"question 1: an answer of \d+ tokens is longer than the model's 20"):
         answer_choices(short, [Question("?", ["the dog " * 30, "a"], 0, None)], tokenizer, PLAIN, "text")
-    prompt, (letter,) = encode_choice(tokenizer, PLAIN, lay_out(QUESTIONS[0], "letter")[0], "B")
+    prompt, (letter,) = encode_choice(tokenizer, PLAIN, format_question(QUESTIONS[0], "letter")[0], "B")
     last = short.logits(short(torch.tensor(prompt[-20:]))[-1]).log_softmax(-1)
     assert scores[0][1] == pytest.approx(float(last[letter]), rel=1e-4)
 
@@ -367,16 +367,16 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
         return [[*tokenizer.encode("it sleeps", continues=True), tokenizer.eos_id] for _ in prompts]
 
     monkeypatch.setattr(eval_module, "generate", generate)
-    two = eval_module.to_asked({"turns": ["the dog?", "and the fox?"]}, "jsonl")
-    answers, unended = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling(), "fp32")
+    two = to_prompt_record({"turns": ["the dog?", "and the fox?"]}, "jsonl")
+    answers, unended = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling())
     assert answers == [["it sleeps", "it sleeps"]] and unended == 0
     assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
 
 
 def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
-    asked = [eval_module.to_asked({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
+    asked = [to_prompt_record({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
-    answers, unended = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling(), "fp32")
+    answers, unended = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling())
     assert answers[1] == [""] and unended == 1 and "1 prompts are too long for the model" in capsys.readouterr().err
 
 
@@ -424,7 +424,7 @@ def test_a_question_asked_twice_of_a_judge_is_told(model_folder, tmp_path, capsy
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
-    lines, prompts, real = iter(["the dog", "and then?", "", "the dog"]), [], eval_module.continue_together
+    lines, prompts, real = iter(["the dog", "and then?", "", "the dog"]), [], eval_module.decode_batch
 
     def read_line(_):
         try:
@@ -437,7 +437,7 @@ def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, t
         return real(model, given, *more)
 
     monkeypatch.setattr("builtins.input", read_line)
-    monkeypatch.setattr(eval_module, "continue_together", spied)
+    monkeypatch.setattr(eval_module, "decode_batch", spied)
     said = printed(capsys, "chat", "--model", model_folder, "--max_new_tokens", 5, "--dtype", "fp32").splitlines()
     assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1] and prompts[2] == prompts[0]
     assert len(said) >= 3 and said[-1].strip() == said[0].strip()
@@ -450,7 +450,7 @@ def test_one_example_has_no_interval():
 def test_table_sets_models_side_by_side():
     base = {"loss": 2.0, "loss_interval": [1.5, 2.5], "accuracy": None, "accuracy_interval": None, "seconds": None}
     ntp = {"loss": 1.0, "loss_interval": [0.5, 1.5], "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "seconds": 12.3}
-    head, one, other = table({"base": base, "NTP": ntp}).splitlines()
+    head, one, other = results_table({"base": base, "NTP": ntp}).splitlines()
     assert "held-out loss" in head and "exact match" in head
     assert one.split() == ["base", "2.0000", "[1.5000,", "2.5000]", "–", "–"]
     assert other.split() == ["NTP", "1.0000", "[0.5000,", "1.5000]", "50.0%", "[40.0%,", "60.0%]", "12", "s"]

@@ -1,4 +1,4 @@
-"""The files' promises to each other: who imports whom, what runs, and that the README names what exists."""
+"""What may import what, and that README, mutations and study name what exists."""
 
 import ast
 import importlib
@@ -11,13 +11,13 @@ from mutation import LIST, misfits, read_mutations
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it, and of itself any part may be named
     "mixup": {"torch"},
-    "model": {"torch", "infra.distributed"},
-    "tokenizer": {"sentencepiece", "tokenizers"},
-    "data": {"torch", "numpy", "tokenizer", "mixup", "infra.distributed"},
-    "confidence": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "infra"},
+    "model": {"torch"},
+    "tokenizer": {"sentencepiece", "tokenizers", "infra.files"},
+    "data": {"torch", "numpy", "tokenizer", "mixup"},
+    "confidence": {"safetensors", "torch", "numpy", "model", "tokenizer", "data", "infra"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
-    "infra": {"safetensors", "torch", "numpy", "model", "tokenizer", "data", "mixup", "infra"},
+    "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
     "infra.distributed": {"torch"},
     "infra.files": set(),
 }

@@ -21,9 +21,9 @@ import infra.hf
 import infra.savepoints
 import train as train_module
 from data import load_examples
-from infra.files import check_manifest, written_aside
+from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
-from infra.savepoints import claimed
+from infra.output import lock_output
 from train import main
 
 
@@ -85,7 +85,7 @@ class Killed(BaseException):
 def test_a_run_killed_at_any_step_ends_at_the_same_weights(folder, uninterrupted, tmp_path, monkeypatch, moment):
     """Killed in the middle of its step number `moment`, counted over both stages, and once more three steps on."""
     choice, expected = uninterrupted
-    steps, real = [], train_module.compute_gradients
+    steps, real = [], train_module.forward_backward
 
     def killed(*arguments, **named):
         steps.append(len(steps))
@@ -93,7 +93,7 @@ def test_a_run_killed_at_any_step_ends_at_the_same_weights(folder, uninterrupted
             raise Killed
         return real(*arguments, **named)
 
-    monkeypatch.setattr(train_module, "compute_gradients", killed)
+    monkeypatch.setattr(train_module, "forward_backward", killed)
     for _ in range(4):
         try:
             main(flags(folder, tmp_path / "o", *choice, "--resume"))
@@ -106,7 +106,7 @@ def test_a_run_killed_at_any_step_ends_at_the_same_weights(folder, uninterrupted
 @pytest.mark.parametrize("write", range(0, 30, 5))
 def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tmp_path, monkeypatch, write):
     """The process goes between two flushes: what was being written is half there."""
-    count, real = [], infra.files.flush
+    count, real = [], infra.files.fsync
 
     def killed(path):
         count.append(path)
@@ -116,7 +116,7 @@ def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tm
 
     with monkeypatch.context() as patch:
         for module in (infra.files, infra.hf, infra.savepoints):
-            patch.setattr(module, "flush", killed)
+            patch.setattr(module, "fsync", killed)
         with pytest.raises(Killed):
             main(flags(folder, tmp_path / "o"))
     main(flags(folder, tmp_path / "o", "--resume"))
@@ -125,7 +125,7 @@ def test_a_run_killed_while_it_writes_ends_at_the_same_weights(folder, plain, tm
 
 def stopped(folder, output, monkeypatch, *more, step=5):
     """A run killed in its `step`."""
-    count, real = [], train_module.compute_gradients
+    count, real = [], train_module.forward_backward
 
     def killed(*arguments, **named):
         count.append(1)
@@ -134,7 +134,7 @@ def stopped(folder, output, monkeypatch, *more, step=5):
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_module, "compute_gradients", killed)
+        patch.setattr(train_module, "forward_backward", killed)
         main(flags(folder, output, "--save_every", "1", *more))
 
 
@@ -199,15 +199,15 @@ def test_finished_stages_are_not_run_again(folder, tmp_path, monkeypatch, capsys
 
 def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch):
     main(flags(folder, tmp_path / "o", "--stage", "reference"))
-    opened, real = [], confidence.open_model
+    opened, real = [], confidence.load_model
 
-    def open_model(path, *more):
+    def load_model(path, **more):
         opened.append(path.name)
         if len(opened) == 2:
             raise Killed
-        return real(path, *more)
+        return real(path, **more)
 
-    monkeypatch.setattr(confidence, "open_model", open_model)
+    monkeypatch.setattr(confidence, "load_model", load_model)
     with pytest.raises(Killed):
         main(flags(folder, tmp_path / "o", "--resume"))
     main(flags(folder, tmp_path / "o", "--resume"))
@@ -257,7 +257,7 @@ def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     (state,) = (tmp_path / "o" / "resume").iterdir()
-    check_manifest(state)
+    verify_manifest(state)
     step = state.name.removeprefix("reference-step-")
     assert error == f"stopped after step {step}; --resume goes on from there\n"
     assert json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(step)
@@ -270,9 +270,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(fol
     real = train_module.compute_loss
 
     def poisoned(model, micro_batch, *more):
-        """Of whichever micro-batch example 7 is in, loss and gradient are no numbers."""
+        """The loss and the gradient of the micro-batch with example 7 are not finite."""
         loss, ntp, mix = real(model, micro_batch, *more)
-        return (loss * torch.nan, ntp, mix) if 7 in micro_batch.members else (loss, ntp, mix)
+        return (loss * torch.nan, ntp, mix) if 7 in micro_batch.example_index else (loss, ntp, mix)
 
     monkeypatch.setattr(train_module, "compute_loss", poisoned)
     main(flags(folder, tmp_path / "o", "--stage", "reference"))
@@ -294,9 +294,9 @@ def test_a_skipped_step_changes_nothing(folder, tmp_path, monkeypatch):
     from conftest import random_encoded
 
     from data import Dataset
-    from train import TrainConfig, train
+    from train import Sampler, TrainConfig, train
 
-    dataset, real, weights = Dataset.of(random_encoded([12, 30, 7, 22])), train_module.compute_gradients, []
+    dataset, real, weights = Dataset.from_encoded(random_encoded([12, 30, 7, 22])), train_module.forward_backward, []
     monkeypatch.setattr(train_module, "learning_rate", lambda *_: 1e-2)
     for bad in (None, 2):
         steps, model = [], tiny_model()
@@ -306,9 +306,9 @@ def test_a_skipped_step_changes_nothing(folder, tmp_path, monkeypatch):
             losses = real(model, work, *more)
             return losses * torch.nan if len(steps) == bad else losses
 
-        monkeypatch.setattr(train_module, "compute_gradients", compute)
+        monkeypatch.setattr(train_module, "forward_backward", compute)
         config = TrainConfig(epochs=3 if bad is None else 4, batch_size=4, dtype="fp32")
-        train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None)
+        train(model, dataset, config, Sampler(lambda epoch: np.arange(4), lambda epoch: False), lambda record: None)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
 
@@ -333,7 +333,7 @@ def test_weights_that_are_not_finite_are_refused(folder, tmp_path, capsys):
 
 
 def test_a_second_run_on_an_output_folder_is_refused(folder, tmp_path, capsys):
-    with claimed(tmp_path / "o"):
+    with lock_output(tmp_path / "o"):
         done = run_script("train.py", *flags(folder, tmp_path / "o"))
     assert done.returncode == 1
     assert (
@@ -354,16 +354,16 @@ def test_a_model_folder_that_was_damaged_is_refused(folder, tmp_path, capsys):
 
 def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):
     """Killed before each of its flushes in turn, until none is left."""
-    model, real, flushes = tiny_model(), infra.files.flush, []
+    model, real, flushes = tiny_model(), infra.files.fsync, []
 
-    def flush(path):
+    def fsync(path):
         if len(flushes) == allowed:
             raise Killed
         flushes.append(path)
         real(path)
 
     for module in (infra.files, infra.hf):
-        monkeypatch.setattr(module, "flush", flush)
+        monkeypatch.setattr(module, "fsync", fsync)
     for allowed in range(100):
         path = tmp_path / str(allowed)
         flushes.clear()
@@ -379,10 +379,10 @@ def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):
 def test_what_is_written_aside_is_whole_or_not_there(tmp_path):
     file = tmp_path / "f"
     file.write_text("old")
-    with pytest.raises(Killed), written_aside(file) as aside:
+    with pytest.raises(Killed), atomic_write(file) as aside:
         aside.write_text("ne")
         raise Killed
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-    with written_aside(file) as aside:
+    with atomic_write(file) as aside:
         aside.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]

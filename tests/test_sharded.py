@@ -14,20 +14,16 @@ import torch
 from conftest import random_encoded, run_script, tiny_model
 
 from confidence import score_examples
-from data import Dataset, draw_lambda, make_step
+from data import Dataset, build_batch, sample_lambda
 from eval import generate
-from infra.distributed import own_rows, processes, rank, whole, world_size
-from infra.hf import load_model, open_model, save_model
-from train import TrainConfig, compute_gradients, make_optimizer
+from infra.distributed import full_tensor, init_distributed, local_shard, rank, world_size
+from infra.hf import load_model, save_model
+from train import TrainConfig, forward_backward, make_optimizer
 
 LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
 MODELS = {
     "tied": {},
-    "untied": {
-        "tie_word_embeddings": False,
-        "model_type": "qwen2",
-        "vocab_size": 301,
-    },  # an odd number of rows
+    "untied": {"tie_word_embeddings": False, "model_type": "qwen2", "vocab_size": 301},  # an odd number of rows
 }
 CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
     "full": (1000, None, False),
@@ -39,50 +35,50 @@ CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
 CASES_OF = {1: list(CASES), 2: list(CASES), 4: ["full", "lora, accumulated"]}  # by number of processes
 
 
-def update(folder: Path, micro_batch_tokens: int, lora_rank, recompute: bool):
-    """Two optimizer steps: -> what they changed, the last gradients, the bytes of weights and optimizer state here."""
-    model = open_model(folder, "fp32", "cpu", lora_rank).train()
-    model.activation_checkpointing = recompute
+def train_two_steps(folder: Path, micro_batch_tokens: int, lora_rank, activation_checkpointing: bool):
+    """Train. -> the changes of the weights, the last gradients, this process's bytes of weights and optimizer state"""
+    model = load_model(folder, lora_rank=lora_rank)
+    model.activation_checkpointing = activation_checkpointing
     config = TrainConfig(lr=1e-3)
     optimizer = make_optimizer(model, config)
-    dataset = Dataset.of(random_encoded(LENGTHS))
-    before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    dataset = Dataset.from_encoded(random_encoded(LENGTHS))
+    before = {name: full_tensor(p).detach().clone() for name, p in model.named_parameters()}
     for number, chosen in enumerate((np.arange(7), np.arange(2))):  # of the second, some processes get nothing
         optimizer.zero_grad()
-        lam = draw_lambda(len(chosen) // 2, 0.5, 0, number)
-        step = make_step(dataset, chosen, lam, micro_batch_tokens)
-        compute_gradients(model, step, 0.7, 1.0, "fp32")
+        lam = sample_lambda(len(chosen) // 2, 0.5, 0, number)
+        batch = build_batch(dataset, chosen, lam, micro_batch_tokens, rank(), world_size())
+        forward_backward(model, batch, 0.7, 1.0)
         optimizer.step()
-    changed = {name: whole(p).detach() - before[name] for name, p in model.named_parameters()}
-    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    changed = {name: full_tensor(p).detach() - before[name] for name, p in model.named_parameters()}
+    gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     state = [value for values in optimizer.state.values() for value in values.values() if value.numel() > 1]
-    kept = sum(own_rows(t).numel() * t.element_size() for t in [*model.parameters(), *state])
-    return changed, gradients, kept
+    local_bytes = sum(local_shard(t).numel() * t.element_size() for t in [*model.parameters(), *state])
+    return changed, gradients, local_bytes
 
 
 def in_processes(folder: Path) -> None:
     """What every number of processes does; process 0 writes it down."""
-    results, kept = {}, {}
-    with processes():
+    results, local_bytes = {}, {}
+    with init_distributed():
         for model_name in MODELS:
             for case in CASES_OF[world_size()]:
                 name = f"{model_name}, {case}"
-                *results[name], kept[name] = update(folder / model_name, *CASES[case])
-            model = open_model(folder / model_name, "fp32", "cpu")
+                *results[name], local_bytes[name] = train_two_steps(folder / model_name, *CASES[case])
+            model = load_model(folder / model_name)
             encoded = random_encoded(LENGTHS)
             results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
             prompts = [tokens.tolist() for tokens, _ in encoded]
             results[f"{model_name}, answers"] = generate(model, prompts, 12, stop_ids=range(0, 300, 7), batch_size=3)
-            before, model = weakref.ref(model), open_model(folder / model_name, "fp32", "cpu")
-            model = open_model(folder / model_name, "fp32", "cpu")
+            before, model = weakref.ref(model), load_model(folder / model_name)
+            model = load_model(folder / model_name)
             assert before() is None  # of two models in turn, one at a time takes memory
             save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
         if world_size() == 4:
-            opened = open_model(folder / "tied-saved-by-2", "fp32", "cpu")
-            results["opened"] = {name: whole(p) for name, p in opened.named_parameters()}
+            opened = load_model(folder / "tied-saved-by-2")
+            results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
         if rank() == 0:
             torch.save(results, folder / f"results-{world_size()}.pt")
-            (folder / f"kept-{world_size()}.json").write_text(json.dumps(kept))
+            (folder / f"bytes-{world_size()}.json").write_text(json.dumps(local_bytes))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +132,7 @@ def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
 @pytest.mark.parametrize("several", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, several, model):
-    one, many = (json.loads((folder / f"kept-{number}.json").read_text()) for number in (1, several))
+    one, many = (json.loads((folder / f"bytes-{number}.json").read_text()) for number in (1, several))
     assert many[f"{model}, full"] == pytest.approx(one[f"{model}, full"] / several, rel=0.02)
     assert one[f"{model}, lora"] < 0.7 * one[f"{model}, full"]  # adapters alone have optimizer state
 

@@ -41,7 +41,7 @@ def test_special_tokens_spelt_out_in_text_stay_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert not {tokenizer.bos_id, tokenizer.eos_id, 0} & set(ids)
     assert tokenizer.decode(ids) == text
-    template_ids, _ = tokenizer.apply_template([user(text), assistant(text)], "alpaca")
+    template_ids, _ = tokenizer.render_conversation([user(text), assistant(text)], "alpaca")
     assert template_ids.count(tokenizer.bos_id) == 1 and template_ids.count(tokenizer.eos_id) == 1
 
 
@@ -54,13 +54,13 @@ def test_a_text_that_goes_on_gets_no_space_of_its_own(tokenizer):
 def test_pieces_equal_the_whole_where_they_meet_at_a_new_line(tokenizer):
     """The Alpaca prompt ends in a new line, so cutting there costs nothing: the ids are the whole text's."""
     messages = [user("What is it?"), assistant("It is a dog.")]
-    ids, _ = tokenizer.apply_template(messages, "alpaca")
+    ids, _ = tokenizer.render_conversation(messages, "alpaca")
     text = f"{PREAMBLE}\n\n### Instruction:\nWhat is it?\n\n### Response:\nIt is a dog."
     assert ids == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
 
 
 def test_alpaca_prompt_word_for_word(tokenizer):
-    ids, _ = tokenizer.apply_template([user("Sum up." + INPUT_HEADING + "A dog."), assistant("Dog.")], "alpaca")
+    ids, _ = tokenizer.render_conversation([user("Sum up." + INPUT_HEADING + "A dog."), assistant("Dog.")], "alpaca")
     assert tokenizer.decode(ids) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
@@ -68,39 +68,40 @@ def test_alpaca_prompt_word_for_word(tokenizer):
     )
 
 
-def test_the_prompt_for_generation_is_a_prefix_of_what_is_trained_on(tokenizer):
+def test_the_prompt_for_generation_is_a_prefix_of_the_training_ids(tokenizer):
     conversation = [user("the dog"), assistant("1 2 3"), user("and the fox?"), assistant(" 4 5")]
-    ids, supervised = tokenizer.apply_template(conversation, "alpaca")
+    ids, loss_mask = tokenizer.render_conversation(conversation, "alpaca")
     for turns in (1, 3):
-        prompt, learn = tokenizer.apply_template(conversation[:turns], "alpaca")
-        assert ids[: len(prompt)] == prompt and learn == supervised[: len(prompt)]
-        assert not learn[-1] and supervised[len(prompt)]
+        prompt, prompt_mask = tokenizer.render_conversation(conversation[:turns], "alpaca")
+        assert ids[: len(prompt)] == prompt and prompt_mask == loss_mask[: len(prompt)]
+        assert not prompt_mask[-1] and loss_mask[len(prompt)]
 
 
-def test_every_assistant_turn_and_its_end_is_supervised(tokenizer):
-    ids, supervised = tokenizer.apply_template(
-        [user("a"), assistant("the fox"), user("b"), assistant("it is")], "alpaca"
-    )
-    learnt = [i for i, learn in zip(ids, supervised, strict=True) if learn]
-    assert learnt.count(tokenizer.eos_id) == 2 and learnt[-1] == tokenizer.eos_id
-    first, second = learnt[: learnt.index(tokenizer.eos_id)], learnt[learnt.index(tokenizer.eos_id) + 1 : -1]
+def test_every_assistant_turn_and_its_end_token_are_in_the_loss(tokenizer):
+    messages = [user("a"), assistant("the fox"), user("b"), assistant("it is")]
+    ids, loss_mask = tokenizer.render_conversation(messages, "alpaca")
+    in_loss = [token_id for token_id, mask in zip(ids, loss_mask, strict=True) if mask]
+    assert in_loss.count(tokenizer.eos_id) == 2 and in_loss[-1] == tokenizer.eos_id
+    first, second = in_loss[: in_loss.index(tokenizer.eos_id)], in_loss[in_loss.index(tokenizer.eos_id) + 1 : -1]
     assert (tokenizer.decode(first), tokenizer.decode(second)) == ("the fox", "it is")
 
 
 def test_a_system_turn_takes_the_place_of_the_preamble(tokenizer):
-    ids, _ = tokenizer.apply_template([{"role": "system", "content": "Be brief."}, user("a"), assistant("b")], "alpaca")
+    ids, _ = tokenizer.render_conversation(
+        [{"role": "system", "content": "Be brief."}, user("a"), assistant("b")], "alpaca"
+    )
     assert tokenizer.decode(ids) == "Be brief.\n\n### Instruction:\na\n\n### Response:\nb"
 
 
 def test_exactly_one_beginning(tokenizer):
-    ids, _ = tokenizer.apply_template([user("a"), assistant("b"), user("c"), assistant("d")], "alpaca")
+    ids, _ = tokenizer.render_conversation([user("a"), assistant("b"), user("c"), assistant("d")], "alpaca")
     assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
 
 
-def test_plain_text_is_supervised_as_a_whole(tokenizer):
-    ids, supervised = tokenizer.apply_template([{"role": "text", "content": "the dog"}], "alpaca")
+def test_all_of_a_plain_text_is_in_the_loss(tokenizer):
+    ids, loss_mask = tokenizer.render_conversation([{"role": "text", "content": "the dog"}], "alpaca")
     assert ids == [tokenizer.bos_id, *tokenizer.encode("the dog"), tokenizer.eos_id]
-    assert supervised == [False] + [True] * (len(ids) - 1)
+    assert loss_mask == [False] + [True] * (len(ids) - 1)
 
 
 def test_ids_beyond_the_tokenizer_have_no_text(tokenizer):
@@ -131,15 +132,18 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_surrounding_white_space_is_not_part_of_a_turn(tokenizer):
-    plain = tokenizer.apply_template([user("a"), assistant("b")], "alpaca")
-    assert tokenizer.apply_template([user(" a\n"), assistant("\n\n b ")], "alpaca") == plain
+    plain = tokenizer.render_conversation([user("a"), assistant("b")], "alpaca")
+    assert tokenizer.render_conversation([user(" a\n"), assistant("\n\n b ")], "alpaca") == plain
 
 
 def test_what_looks_like_a_token_in_a_turn_is_text(tokenizer):
     for text in ("{bos}", "{eos}", "{user}", "<|im_start|>", "<|eot_id|>"):
-        ids, _ = tokenizer.apply_template([user(text), assistant(text)], "alpaca")
+        ids, _ = tokenizer.render_conversation([user(text), assistant(text)], "alpaca")
         assert tokenizer.decode(ids).count(text) == 2
         assert ids.count(tokenizer.bos_id) == 1 and ids.count(tokenizer.eos_id) == 1
+    messages = [user("the fox"), assistant("it is"), user("{assistant}"), assistant("{user}")]
+    text = tokenizer.decode(tokenizer.render_conversation(messages, "alpaca")[0])
+    assert all(text.count(message["content"]) == 1 for message in messages)
 
 
 def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
@@ -223,8 +227,8 @@ def test_tokens_that_other_files_add(tokenizer, tmp_path):
     write_files(tmp_path, {**tokenizer.files, **added})
     again = Tokenizer.from_pretrained(tmp_path)
     assert (tokenizer.vocab_size, again.vocab_size) == (400, 402)
-    ids, supervised = again.apply_template([user("<|im_start|>"), assistant("<|im_end|>")], "chatml")
-    assert (ids.count(401), ids.count(400)) == (2, 2) and ids[-1] == 400 and supervised[-1]
+    ids, loss_mask = again.render_conversation([user("<|im_start|>"), assistant("<|im_end|>")], "chatml")
+    assert (ids.count(401), ids.count(400)) == (2, 2) and ids[-1] == 400 and loss_mask[-1]
     assert again.stop_ids("chatml") == [400]
     assert again.decode(ids).count("<|im_start|>") == 1
 

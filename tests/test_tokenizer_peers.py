@@ -59,7 +59,7 @@ def llama2_files() -> dict[str, bytes]:
 
 
 def mistral_files(folder) -> dict[str, bytes]:
-    """As Llama 2's, and a tokenizer.json that prepends a space to every section, as Mistral-7B's does."""
+    """As Llama 2's, and a tokenizer.json that prepends a space to every segment, as Mistral-7B's does."""
     files = llama2_files()
     spec = json.loads(transformers.AutoTokenizer.from_pretrained(write_files(folder, files)).backend_tokenizer.to_str())
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -75,7 +75,7 @@ def prepending_files(folder) -> dict[str, bytes]:
 
 
 def legacy_files() -> dict[str, bytes]:
-    """As Llama 2's first: a text after a special token opens with a space too."""
+    """As Llama 2's first tokenizer: a text after a special token gets a dummy prefix too."""
     files = llama2_files()
     config = json.loads(files["tokenizer_config.json"]) | {"legacy": True}
     return files | {"tokenizer_config.json": json.dumps(config).encode()}
@@ -187,16 +187,16 @@ def test_apply_chat_template_gives_the_ids_that_are_trained_on(folders, tmp_path
         ours.choose_template(None) == "alpaca" and Tokenizer.from_pretrained(tmp_path).choose_template(None) == template
     )
     for messages in CONVERSATIONS:
-        ids, supervised = ours.apply_template(messages, template)
+        ids, loss_mask = ours.render_conversation(messages, template)
         assert theirs.apply_chat_template(messages, return_dict=False) == ids
-        prompt, _ = ours.apply_template(messages[:-1], template)
+        prompt, _ = ours.render_conversation(messages[:-1], template)
         assert theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False) == prompt
-        assert ids[: len(prompt)] == prompt and not supervised[len(prompt) - 1] and all(supervised[len(prompt) :])
-        learnt = [i for i, learn in zip(ids, supervised, strict=True) if learn]
+        assert ids[: len(prompt)] == prompt and not loss_mask[len(prompt) - 1] and all(loss_mask[len(prompt) :])
+        in_loss = [token_id for token_id, mask in zip(ids, loss_mask, strict=True) if mask]
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
         assert ids[-1] in ours.stop_ids(template)
-        assert sum(i in ours.stop_ids(template) for i in learnt) == len(answers)
-        assert letters(ours.decode(learnt)) == letters("".join(answers))
+        assert sum(i in ours.stop_ids(template) for i in in_loss) == len(answers)
+        assert letters(ours.decode(in_loss)) == letters("".join(answers))
         assert ids.count(ours.bos_id) == (0 if ours.bos_id is None else TEMPLATE_BEGINNINGS.get(template, 1)(messages))
 
 

@@ -13,25 +13,27 @@ from safetensors.torch import load_file
 
 import model as model_module
 from benchmarks.scaling import peak_of
-from confidence import Dynamics, Tally, score_examples, split_by_confidence
+from confidence import ScoreAccumulator, TrainingDynamics, mean_gold_probs, split_by_confidence
 from confidence import main as confidence_main
-from data import Dataset, draw_lambda, epoch_order, load_examples, make_step, paired_order
+from data import Dataset, build_batch, epoch_order, load_examples, paired_order, sample_lambda
 from infra.cache import load_dataset
-from infra.demo import DEMO
-from infra.hf import empty_model, load_model, open_model, save_model
-from infra.plan import estimate_memory, heaviest_work
+from infra.demo import DEMO_FLAGS
+from infra.distributed import DTYPES
+from infra.hf import load_model, meta_model, save_model
+from infra.plan import estimate_memory, largest_micro_batch
 from mixup import sftmix_loss_literal
 from tokenizer import Tokenizer
 from train import (
     STAGES,
+    Sampler,
     TrainConfig,
-    compute_gradients,
-    keep_scores,
+    forward_backward,
     learning_rate,
     main,
     make_optimizer,
     parse_config,
-    prepare_step,
+    prepare_batch,
+    record_scores,
     train,
 )
 
@@ -52,12 +54,12 @@ def test_defaults_are_the_papers_and_the_demos():
         "epochs": 3,
     }
     assert {name: getattr(real, name) for name in paper} == paper
-    assert demo == TrainConfig(**DEMO) and demo.output == "runs/demo" and demo.model is None
+    assert demo == TrainConfig(**DEMO_FLAGS) and demo.output == "runs/demo" and demo.model is None
 
 
 def test_flags_override_the_demos_settings():
     config = parse_config(["--lr", "0.5", "--mu", "1", "--output", "x"])
-    assert (config.lr, config.mu, config.output, config.dtype) == (0.5, 1.0, "x", DEMO["dtype"])
+    assert (config.lr, config.mu, config.output, config.dtype) == (0.5, 1.0, "x", DEMO_FLAGS["dtype"])
 
 
 @pytest.mark.parametrize(
@@ -134,14 +136,14 @@ def test_matrices_decay_and_norms_do_not():
 
 
 def dataset_of(lengths, seed=0):
-    return Dataset.of(random_encoded(lengths, seed=seed))
+    return Dataset.from_encoded(random_encoded(lengths, seed=seed))
 
 
-def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
+def literal_gradients(model, dataset, indices, lam, mu):
     """The loss of a global batch written out: every example alone, every position in a loop, one-hot targets."""
     model.zero_grad()
     hidden, targets, rows = [], [], []
-    for i in chosen:
+    for i in indices:
         tokens, target = (x.long() for x in dataset[i])
         keep = target != -100
         rows.append(range(len(targets), len(targets) + int(keep.sum())))
@@ -150,84 +152,84 @@ def literal_gradients(model, dataset, chosen, lam, mu, ntp_weight=1.0):
     met = [(c, u, p) for p in range(len(lam)) for c, u in zip(rows[2 * p], rows[2 * p + 1], strict=False)]
     index_c, index_u, pair = torch.tensor(met, dtype=torch.int64).reshape(-1, 3).unbind(1)
     loss, ntp, mix = sftmix_loss_literal(
-        torch.cat(hidden), model.head_weight, torch.tensor(targets), index_c, index_u, lam[pair], mu, ntp_weight
+        torch.cat(hidden), model.head_weight, torch.tensor(targets), index_c, index_u, lam[pair], mu
     )
     loss.backward()
-    return torch.stack([loss.detach(), ntp, mix]), [p.grad.clone() for p in model.parameters()]
+    return torch.stack([loss, ntp, mix]).detach(), [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("mixing", [True, False])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
 def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, micro_batch_tokens):
     model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25, 30, 5, 11, 9])
-    chosen = np.array([4, 1, 0, 7, 2, 8, 3, 5, 6])
-    lam = draw_lambda(4 if mixing else 0, 0.5, 0, 0)
-    expected_losses, expected = literal_gradients(model, dataset, chosen, lam, mu=0.7)
+    indices = np.array([4, 1, 0, 7, 2, 8, 3, 5, 6])
+    lam = sample_lambda(4 if mixing else 0, 0.5, 0, 0)
+    expected_losses, expected = literal_gradients(model, dataset, indices, lam, mu=0.7)
     model.zero_grad()
-    step = make_step(dataset, chosen, lam if mixing else lam[:0], micro_batch_tokens)
-    losses = compute_gradients(model, step, 0.7, 1.0, "fp32")
+    batch = build_batch(dataset, indices, lam if mixing else lam[:0], micro_batch_tokens)
+    losses = forward_backward(model, batch, 0.7, 1.0)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_tally_reads_off_what_scoring_would_find():
+def test_training_passes_score_as_scoring_does():
     model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25])
-    tally = Tally(dataset.num_supervised, "cpu")
+    scores = ScoreAccumulator(dataset.num_supervised, "cpu")
     for num_pairs in (0, 2):
-        step = make_step(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50)
-        compute_gradients(model, step, 0.5, 1.0, "fp32", tally)
-        for one, other in zip(tally.scores(), score_examples(model, dataset), strict=True):
+        batch = build_batch(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50)
+        forward_backward(model, batch, 0.5, 1.0, scores)
+        for one, other in zip(scores.means(), mean_gold_probs(model, dataset, 1000), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_a_step_never_looks_at_what_is_on_the_device(monkeypatch):
-    """On the meta device there are no numbers: whoever asks for one, or for a shape that depends on one, fails.
+    """On the meta device, reading a value, or making a shape that depends on one, fails. On a GPU it would wait.
 
-    So would a GPU be waited for. A loss that is looked at shows that this test can fail.
+    Reading a loss at the end shows that this test can fail.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # unknown there
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     dataset, meta = dataset_of([40, 30, 20, 25]), torch.device("meta")
     model = tiny_model().to(meta)
-    tally, figures = Tally(dataset.num_supervised, meta), []
+    scores, values = ScoreAccumulator(dataset.num_supervised, meta), []
     for lam in (torch.zeros(0), torch.rand(2)):
-        step = make_step(dataset, np.arange(4), lam, 60, meta)
-        losses = compute_gradients(model, step, 0.2, 1.0, "fp32", tally)
+        batch = build_batch(dataset, np.arange(4), lam, 60).to(meta)
+        losses = forward_backward(model, batch, 0.2, 1.0, scores)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        figures.append(torch.cat([losses, norm.reshape(1)]))
+        values.append(torch.cat([losses, norm.reshape(1)]))
     with pytest.raises(NotImplementedError, match="no data"):
-        figures[0].tolist()
+        values[0].tolist()
 
 
 def test_the_steps_of_an_epoch_take_every_example_once_in_its_order():
     dataset, config, order = dataset_of([9] * 11), TrainConfig(batch_size=4), epoch_order(11, 0, 1)
-    steps = [prepare_step(dataset, config, order, True, "cpu", step) for step in (3, 4, 5)]  # of the second epoch
-    assert np.concatenate([step.examples for step in steps]).tolist() == order.tolist()
-    lam = [float(step.micro_batches[0].lam[0]) for step in steps]
-    assert lam == [float(draw_lambda(1, config.alpha, 0, step)[0]) for step in (3, 4, 5)]
+    batches = [prepare_batch(dataset, config, order, True, "cpu", step) for step in (3, 4, 5)]  # of the second epoch
+    assert np.concatenate([batch.example_indices for batch in batches]).tolist() == order.tolist()
+    lam = [float(batch.micro_batches[0].lam[0]) for batch in batches]
+    assert lam == [float(sample_lambda(1, config.alpha, 0, step)[0]) for step in (3, 4, 5)]
 
 
-def test_members_of_a_pair_share_a_micro_batch_and_nobody_is_lost():
+def test_a_pair_shares_a_micro_batch_and_no_example_is_lost():
     dataset = dataset_of(list(range(3, 14)))
-    step = make_step(dataset, np.arange(11), 2, torch.arange(5) / 10, micro_batch_tokens=30)
-    assert len(step.micro_batches) > 2 and step.num_tokens == sum(range(3, 14))
+    batch = build_batch(dataset, np.arange(11), torch.arange(5) / 10, micro_batch_tokens=30)
+    assert len(batch.micro_batches) > 2 and batch.num_tokens == sum(range(3, 14))
     seen, lam_of_pair = [], {}
-    for micro_batch in step.micro_batches:
+    for micro_batch in batch.micro_batches:
         lengths = micro_batch.batch.cu_seqlens.diff().tolist()
         seen += [length - 3 for length in lengths]
-        index_c, index_u = micro_batch.meeting
-        whose = [micro_batch.members[micro_batch.owner[index]].tolist() for index in (index_c, index_u)]
-        lam_of_pair |= dict(zip(zip(*whose, strict=True), micro_batch.lam.tolist(), strict=True))
+        examples = [micro_batch.example_index[index].tolist() for index in micro_batch.mix_indices]
+        lam_of_pair |= dict(zip(zip(*examples, strict=True), micro_batch.lam.tolist(), strict=True))
     assert sorted(seen) == list(range(11))
     assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
 
 
 def test_small_learning_rates_move_float32_masters_under_bf16():
     model, dataset = tiny_model(), dataset_of([20] * 4)
+    model.compute_dtype = torch.bfloat16
     before = [p.clone() for p in model.parameters()]
-    config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, dtype="bf16", warmup_ratio=0.0)
-    train(model, dataset, config, lambda epoch: np.arange(4), lambda record: None)
+    config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, warmup_ratio=0.0)
+    train(model, dataset, config, sampler(lambda epoch: np.arange(4), mix=False), lambda record: None)
     for old, new in zip(before, model.parameters(), strict=True):
         assert new.dtype == torch.float32 and not torch.equal(old, new)
         assert (old.detach().to(torch.bfloat16) != new.detach().to(torch.bfloat16)).float().mean() < 0.5
@@ -236,22 +238,26 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
+def sampler(order, mix):
+    return Sampler(order, mixes=lambda epoch: mix)
+
+
 def trained(config, order, mixing, dataset=None):
     model, records = tiny_model(), []
     dataset = dataset or dataset_of([12, 30, 7, 22, 9, 15, 28])
-    train(model, dataset, config, order, records.append, mixes=lambda epoch: mixing)
+    train(model, dataset, config, sampler(order, mixing), records.append)
     return model, records
 
 
-def test_ntp_is_the_same_loop_with_nobody_meeting():
+def test_ntp_is_the_same_loop_without_mixing():
     """A plain loop over padded-free single examples and cross-entropy, step by step, ends at the same weights."""
     config = TrainConfig(lr=1e-3, epochs=2, batch_size=4, dtype="fp32", log_every=1, mu=0.2)
     model, records = trained(config, lambda epoch: epoch_order(7, 0, epoch), mixing=False)
     other, dataset = tiny_model(), dataset_of([12, 30, 7, 22, 9, 15, 28])
     optimizer = make_optimizer(other, config)
     for step in range(4):
-        chosen = epoch_order(7, 0, step // 2)[:4] if step % 2 == 0 else epoch_order(7, 0, step // 2)[4:]
-        losses, _ = literal_gradients(other, dataset, chosen, torch.zeros(0), mu=0.0)
+        indices = epoch_order(7, 0, step // 2)[:4] if step % 2 == 0 else epoch_order(7, 0, step // 2)[4:]
+        losses, _ = literal_gradients(other, dataset, indices, torch.zeros(0), mu=0.0)
         assert records[step]["loss"] == pytest.approx(records[step]["ntp"]) == pytest.approx(float(losses[1]), rel=1e-4)
         assert records[step]["mix"] == 0
         torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
@@ -300,9 +306,8 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
             model,
             dataset,
             config,
-            lambda epoch: epoch_order(10, 0, epoch),
+            sampler(lambda epoch: epoch_order(10, 0, epoch), mix=True),
             lambda record, counts=counts: counts.append(len(graphs)),
-            mixes=lambda epoch: True,
         )
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
@@ -377,7 +382,7 @@ def test_results_hold_every_figure(finished):
 
 
 def test_confidence_has_every_kept_example_in_file_order(finished, folder):
-    dynamics = Dynamics.load(finished / "confidence.jsonl")
+    dynamics = TrainingDynamics.load(finished / "confidence.jsonl")
     assert dynamics.ids == [example.id for example in load_examples(folder / "train.jsonl")][:20]
     assert dynamics.probability.shape == (3, 20) and dynamics.variance.max() > 0
 
@@ -422,9 +427,9 @@ def test_the_choices_change_the_result(finished, folder, choice, tmp_path):
 def test_low_confidence_is_what_points_at_wrong_answers(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "wrong.json").write_text('["a"]')
-    dynamics = Dynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9]]), np.array([[9, 2, 1]]))
+    dynamics = TrainingDynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9]]), np.array([[9, 2, 1]]))
     config = TrainConfig(model="m", data="d", output=str(tmp_path))
-    assert keep_scores(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
+    assert record_scores(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
 
 
 def test_mixup_alone_has_the_same_reference(finished, folder, tmp_path):
@@ -451,7 +456,7 @@ def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder,
     assert sorted(p.name for p in online.iterdir()) == [
         "confidence.jsonl", "config.json", "metrics.jsonl", "results.json", "sftmix",
     ]  # fmt: skip
-    dynamics = Dynamics.load(online / "confidence.jsonl")
+    dynamics = TrainingDynamics.load(online / "confidence.jsonl")
     assert dynamics.probability.shape == (2, 20)
     results = json.loads((online / "results.json").read_text())
     assert list(results) == ["base", "confidence", "sftmix"] and results["sftmix"]["loss"] < results["base"]["loss"]
@@ -460,8 +465,8 @@ def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder,
     dataset = load_dataset(config.data, tokenizer, "alpaca", 200)
     halves = split_by_confidence(dynamics.probability[0])
     orders = [epoch_order(20, 0, 0), paired_order(*halves, 0, 1)]
-    model = open_model(folder / "model", "fp32", "cpu").train()
-    train(model, dataset, config, lambda e: orders[e], lambda record: None, mixes=lambda e: e > 0)
+    model = load_model(folder / "model")
+    train(model, dataset, config, Sampler(lambda e: orders[e], lambda e: e > 0), lambda record: None)
     saved = load_file(online / "sftmix" / "model.safetensors")
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
@@ -469,7 +474,7 @@ def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder,
 def test_two_processes_end_online_where_one_does(online, folder, tmp_path):
     done = run_script("train.py", *flags(folder, tmp_path / "o", "--confidence", "online"), processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = (Dynamics.load(path / "confidence.jsonl") for path in (online, tmp_path / "o"))
+    one, two = (TrainingDynamics.load(path / "confidence.jsonl") for path in (online, tmp_path / "o"))
     np.testing.assert_allclose(one.probability, two.probability, rtol=1e-3)
     one, two = (load_file(path / "sftmix" / "model.safetensors") for path in (online, tmp_path / "o"))
     for key in one:
@@ -547,7 +552,7 @@ def test_scores_of_another_model_with_another_tokenizer_match_by_id(folder, tmp_
     confidence_main(
         ["--checkpoints", str(tmp_path / "weak"), "--data", str(folder / "train.jsonl"), "--output", str(scores)]
     )
-    assert len(Dynamics.load(scores).ids) == 20
+    assert len(TrainingDynamics.load(scores).ids) == 20
     main(flags(folder, tmp_path / "o", "--stage", "sftmix", "--confidence", scores))
     assert (tmp_path / "o" / "sftmix" / "config.json").exists()
 
@@ -599,13 +604,13 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, 
     dataset = dataset_of([120, 90, 100, 60, 150, 110, 80, 70])
 
     def run():
-        model = open_model(tmp_path / "m", config.dtype, "cpu")
+        model = load_model(tmp_path / "m", compute_dtype=DTYPES[config.dtype])
         model.activation_checkpointing = config.activation_checkpointing
-        train(model, dataset, config, lambda epoch: epoch_order(8, 1, 0), lambda record: None, mixes=lambda epoch: True)
+        train(model, dataset, config, sampler(lambda epoch: epoch_order(8, 1, 0), mix=True), lambda record: None)
 
     peak = peak_of(run)
-    work = heaviest_work(dataset, config, 1)
-    estimate = estimate_memory(empty_model(tmp_path / "m", config.dtype), work, config, 1, "cpu")["total"]
+    work = largest_micro_batch(dataset, config, 1)
+    estimate = estimate_memory(meta_model(tmp_path / "m"), work, config, 1, "cpu")["total"]
     assert 0.85 < estimate / peak < 1.15
 
 
@@ -620,7 +625,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         one, two = (load_file(path / name / "model.safetensors") for path in (finished, output))
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
-    one, two = (Dynamics.load(path / "confidence.jsonl") for path in (finished, output))
+    one, two = (TrainingDynamics.load(path / "confidence.jsonl") for path in (finished, output))
     assert one.ids == two.ids
     np.testing.assert_allclose(one.probability, two.probability, rtol=1e-2)
     one, two = (json.loads((path / "results.json").read_text()) for path in (finished, output))
@@ -674,7 +679,7 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     save_model(tiny_model(400, max_position_embeddings=512), tmp_path / "generation", damaged)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
-    Dynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
+    TrainingDynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
     with pytest.raises(SystemExit) as exit:
@@ -694,8 +699,8 @@ def test_a_process_that_fails_says_one_line_without_a_traceback(tmp_path):
 def test_a_process_that_fails_alone_says_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from model import processes, rank, barrier\n"
-        "with processes():\n    if rank() == 1:\n        raise ValueError('my disk is full')\n    barrier()\n"
+        "from infra.distributed import init_distributed, rank, barrier\n"
+        "with init_distributed():\n    if rank() == 1:\n        raise ValueError('my disk is full')\n    barrier()\n"
     )
     done = run_script(script, processes=2)
     assert done.returncode != 0 and "script.py: error: my disk is full\n" in done.stderr

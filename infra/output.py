@@ -1,0 +1,123 @@
+"""The output folder of a run: the names in it, its lock, results.json, saved models.
+
+Below, `config` is a `train.TrainConfig`.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from infra.distributed import DTYPES, barrier, rank
+from infra.files import file_lock, read_json, write_json
+from infra.hf import check_models, save_adapter, save_model
+from infra.metrics import log_step
+from infra.savepoints import Savepoints, check_finite
+from model import Transformer
+from tokenizer import Tokenizer
+
+
+class Stage(NamedTuple):
+    """The names of a stage in the output."""
+
+    path: str  # what it writes in the output folder
+    result: str  # its entry in results.json
+    title: str | None  # its row in the table
+
+
+STAGES = {
+    "base": Stage("base", "base", "base"),
+    "reference": Stage("reference", "ntp", "NTP"),
+    "confidence": Stage("confidence.jsonl", "confidence", None),
+    "sftmix": Stage("sftmix", "sftmix", "SFTMix"),
+}
+
+
+@contextlib.contextmanager
+def lock_output(folder: Path):
+    """Hold the lock on an output folder, which is created if it is missing. FileExistsError if another run holds it."""
+    if rank() != 0:
+        yield
+        return
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with file_lock(path, f"{folder}: another run is at work there; wait for it, or choose another"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: the run has made something
+                    folder.rmdir()
+
+
+def check_not_started(output: Path, stages: list[str]) -> None:
+    """Raise FileExistsError if the output folder holds something of these stages, or savepoints."""
+    for stage in stages:
+        path = output / STAGES[stage].path
+        if path.exists():
+            raise FileExistsError(f"{path}: already there; --resume goes on, or choose another --output")
+    if any((output / "resume").glob("*")):
+        raise FileExistsError(f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output")
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def load_results(output: Path) -> dict:
+    """The entries of `results.json`, one for each finished stage."""
+    file = output / "results.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def record_stage(config, stage: str, entry: dict) -> None:
+    """Write the results of a stage, which finishes it, and remove its savepoints."""
+    if rank() == 0:
+        results = load_results(Path(config.output)) | {STAGES[stage].result: entry}
+        write_json(Path(config.output) / "results.json", results)
+    stage_savepoints(config, stage).clear()
+
+
+def stage_savepoints(config, stage: str) -> Savepoints:
+    """The savepoints of a stage."""
+    return Savepoints(Path(config.output), stage, config.save_every, config.keep_last)
+
+
+def stage_log(config, stage: str) -> Callable[[dict], None]:
+    """The `log` of `train.train` for a stage: it prints records and appends them to metrics.jsonl."""
+    return partial(log_step, Path(config.output) / "metrics.jsonl", stage)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
+    """Save a model, on all processes together. A model that is there already, from before a restart, stays."""
+    if (path / "config.json").exists():
+        return
+    barrier()  # all processes have looked before rank 0 writes
+    check_finite(model)
+    save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
+    barrier()
+
+
+def save_result(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
+    """Save the final model of a stage. With LoRA, the adapters are merged into it and saved beside it too."""
+    if config.lora_rank and not (path / "adapter").exists():
+        barrier()
+        save_adapter(model, path / "adapter", config.model)
+    save_checkpoint(model, path, tokenizer, config)
+
+
+def reference_checkpoints(config) -> list[Path]:
+    """The checkpoints of a finished reference run, oldest first. Raises FileNotFoundError without any."""
+    reference = Path(config.output) / "reference"
+    if not (reference / "config.json").exists():
+        raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
+    folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
+    if not folders:
+        raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
+    check_models([config.model, *folders])
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))

@@ -1,0 +1,51 @@
+"""Multiple-choice questions and the formats of their records."""
+
+from typing import NamedTuple
+
+from data import read_records, require_text
+
+LETTERS = "ABCDEFGHIJ"  # of the choices
+
+
+class Question(NamedTuple):
+    """A question and its choices, one of which is correct."""
+
+    text: str
+    choices: list[str]
+    answer: int  # the index of the correct choice
+    subject: str | None
+
+
+def to_question(record: dict) -> Question:
+    """Read {"question", "options": {letter: text}, "answer_idx"} or {"question", "choices": [text], "answer"}.
+
+    The answer is the letter, the index or the text of the correct choice. The subject is the value of `subject`,
+    `category` or `meta_info`. Raises ValueError, naming the key at fault.
+    """
+    if "question" not in record or not record.keys() & {"options", "choices"}:
+        raise ValueError(f"keys {list(record)}: question and options (or choices) are expected")
+    labels, choices = list(LETTERS), record.get("options", record.get("choices"))
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # ARC: {"text": [...], "label": [...]}
+        labels, choices = choices.get("label", labels), choices["text"]
+    elif isinstance(choices, dict):
+        labels, choices = list(choices), list(choices.values())
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
+    choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
+
+    answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
+    if type(answer) in (str, int) and isinstance(labels, list) and str(answer) in labels:
+        answer = labels.index(str(answer))
+    elif isinstance(answer, str) and answer.strip() in choices:
+        answer = choices.index(answer.strip())
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer!r} is none of the choices")
+
+    subject = next((record[key] for key in ("subject", "category", "meta_info") if key in record), None)
+    subject = None if subject is None else str(subject)
+    return Question(require_text(record["question"], "question"), choices, answer, subject)
+
+
+def load_questions(path) -> list[Question]:
+    """Read the questions of a `.jsonl` or `.json` file. FileNotFoundError or ValueError as of `data.read_records`."""
+    return read_records(path, to_question)
