@@ -18,7 +18,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write
-from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, warm_page_cache
+from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
 from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
@@ -174,26 +173,23 @@ def score_checkpoints(
     """Score all examples with each checkpoint, oldest first, and print a line for each to `file`.
 
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
-    continues with the next checkpoint. While one checkpoint scores, a thread reads the next into the page cache, from
-    which it opens as fast as from memory; this process never holds two models.
+    continues with the next checkpoint.
     """
+    files = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
+    cached = {folder for folder, file in files.items() if file.is_file()}
+    models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
     scores = []
-    with ThreadPoolExecutor(1) as background:
-        for folder, following in zip(folders, [*folders[1:], None], strict=True):
-            background.submit(warm_page_cache, following)
-            cached = cache_dir and cache_dir / f"{Path(folder).name}.safetensors"
-            if cached and cached.is_file():
-                scores.append(load_file(cached)["scores"])
-                continue
-            model = load_model(folder, device=device, compute_dtype=compute_dtype)
-            scores.append(np.stack(score_examples(model, dataset, micro_batch_tokens)))
-            del model  # before the next one is opened
-            if cached and rank() == 0:
-                cache_dir.mkdir(parents=True, exist_ok=True)
-                with atomic_write(cached) as tmp:
-                    save_file({"scores": scores[-1]}, tmp)
-            barrier()
-            print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
+    for folder in folders:
+        if folder in cached:
+            scores.append(load_file(files[folder])["scores"])
+            continue
+        scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
+        if files and rank() == 0:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_write(files[folder]) as tmp:
+                save_file({"scores": scores[-1]}, tmp)
+        barrier()
+        print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
 

@@ -23,7 +23,7 @@ from infra.cache import load_dataset
 from infra.cli import ArgumentParser, add_data_flags, add_model_flags, check_output_path
 from infra.distributed import DTYPES, all_reduce_sum, fastest_dtype, init_distributed, print0, rank, world_size
 from infra.files import atomic_write
-from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length
+from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, verify_weights
 from infra.judges import (
     PromptRecord,
     add_answer_flags,
@@ -167,7 +167,7 @@ def generate(
 
 
 def generate_fitting(model: Transformer, prompts: list[list[int]], *args) -> list[list[int]]:
-    """`generate(model, prompts, *args)`, but prompts that are too long for the model get no new ids, and a warning."""
+    """`generate(model, prompts, *args)`, with a warning and no new ids for prompts that are too long for the model."""
     fitting = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length}
     if len(fitting) < len(prompts):
         print0(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
@@ -189,7 +189,7 @@ def decode_batch(
     uniform = np.array([sampling.uniform(prompt, max_new_tokens) for prompt in prompts or [[]]])
     uniform = torch.from_numpy(uniform).to(device)  # [B, max_new_tokens]
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # the targets are not used
-    lengths = batch.cu_seqlens.diff().long().to(device)  # [B]
+    lengths = batch.cu_seqlens.diff().long().to(device)  # [B]: of the prompts
     longest = int(lengths.max())
     max_length = max(longest, min(longest + max_new_tokens, model.config.max_length))
     cache = KVCache(model.config, len(lengths), max_length)
@@ -201,7 +201,7 @@ def decode_batch(
     for step in range(max_new_tokens):
         logits = model(tokens, positions, cu_seqlens, cache, head=lambda hidden, last=last: model.logits(hidden[last]))
         new = sampling.next_tokens(logits, uniform[active, step])  # [B']
-        new_ids = torch.full((len(prompts),), -1, device=device)
+        new_ids = torch.full((len(prompts),), -1, device=device)  # [B]
         new_ids[active[running]] = new[running]
         yield new_ids
         running &= ~torch.isin(new, stop) & (lengths[active] + step < max_length)
@@ -413,22 +413,6 @@ def evaluate(
     return result | {"accuracy": None, "accuracy_interval": None}
 
 
-def results_table(results: dict[str, dict]) -> str:
-    """A table with a row for each model: name -> the result of `evaluate` and the `seconds` of training."""
-
-    def cell(result: dict, name: str, spec: str) -> str:
-        if result.get(name) is None:
-            return "–"
-        low, high = result[f"{name}_interval"] or (-math.inf, math.inf)
-        return f"{result[name]:{spec}} [{low:{spec}}, {high:{spec}}]"
-
-    lines = [f"{'':8}{'held-out loss [95 %]':>26}{'exact match [95 %]':>26}{'training':>11}"]
-    for name, result in results.items():
-        seconds = "–" if result.get("seconds") is None else f"{result['seconds']:,.0f} s"
-        lines.append(f"{name:8}{cell(result, 'loss', '.4f'):>26}{cell(result, 'accuracy', '.1%'):>26}{seconds:>11}")
-    return "\n".join(lines)
-
-
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +427,7 @@ class ModelSetup(NamedTuple):
 def load_setup(args, device) -> ModelSetup:
     """Check the model folder and read its tokenizer. Raises FileNotFoundError or ValueError."""
     check_models([args.model])
+    verify_weights(args.model)
     tokenizer = load_tokenizer(args.model)
     template = args.template if args.template == PLAIN else choose_template(tokenizer, args.template, sys.stderr)
     return ModelSetup(tokenizer, template, args.dtype or fastest_dtype(device))

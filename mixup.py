@@ -1,10 +1,12 @@
 """SFTMix's loss (Xiao et al., arXiv 2410.05248): next-token prediction plus Mixup between two halves of the data.
 
-Example i has the supervised tokens y_1 … y_N; z_n is the last hidden state at the position that predicts y_n, and
-W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A confident example c and an unconfident one u make a pair:
+The confidence of a reference model in each training example splits the data at the median into a confident and an
+unconfident half. Example i has the supervised tokens y_1 … y_N; z_n is the output of the last layer, after the final
+norm, at the position that predicts y_n, and W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A pair is a confident
+example c and an unconfident example u:
 
     L_NTP   = mean over supervised positions of −log p(y_n)
-    z̃_n     = λ z^c_n + (1−λ) z^u_n                            for n ≤ min(N^c, N^u), one λ ~ Beta(α, α) a pair
+    z̃_n     = λ z^c_n + (1−λ) z^u_n                            for n ≤ min(N^c, N^u), one λ ~ Beta(α, α) per pair
     ỹ_n     = λ y^c_n + (1−λ) y^u_n                            (one-hot)
     L_Mixup = mean over mixed positions of H(ỹ_n, softmax(W z̃_n)),  H(ỹ, p) = −Σ_v ỹ_v log p_v
     L       = L_NTP + μ L_Mixup
@@ -13,8 +15,9 @@ W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A confident example c and an un
 mixed, and `sftmix_loss` computes the same value and gradients at about the cost of L_NTP alone. All of them take and
 return tensors. This file imports only torch, so that it can be copied into any trainer.
 
-Letters: N tokens in the packed row (N^c and N^u: supervised tokens of the two examples of a pair), B examples in the
-row, S supervised positions, P pairs, M mixed positions, D hidden size, V vocabulary, R positions in a chunk.
+Letters: B examples are concatenated without padding into a packed row of T tokens with S supervised positions; N^c and
+N^u supervised tokens of the two examples of a pair, P pairs, M mixed positions, D hidden size, V vocabulary size, R
+positions in a chunk.
 """
 
 import functools
@@ -64,9 +67,10 @@ def sftmix_loss_literal(hidden, weight, targets, index_c, index_u, lam, mu):
 def pair_positions(targets, cu_seqlens, pairs):
     """Pair the n-th supervised position of a confident example with the n-th of its partner, for n ≤ min(N^c, N^u).
 
-    targets int64 [N] with IGNORE_INDEX, cu_seqlens int32 [B+1], pairs int64 [P, 2]: numbers of a confident and an
-    unconfident example in the packed row. -> (index_c [M], index_u [M], pair [M]), where index_c and index_u count
-    supervised positions only, from 0 to S−1, and pair is the row of `pairs`; so λ at each mixed position is lam[pair].
+    targets int64 [T]: the next token at each position of a packed row, or IGNORE_INDEX; cu_seqlens int32 [B+1]: where
+    each example starts, and T; pairs int64 [P, 2]: index in the row of a confident and of an unconfident example.
+    -> (index_c [M], index_u [M], pair [M]): the paired positions, counting supervised positions only, from 0 to S−1,
+    and the pair that each belongs to, so that λ at each mixed position is lam[pair].
 
     In a row of two examples with 2 and 3 supervised positions, the first two of each are mixed:
 
@@ -74,15 +78,15 @@ def pair_positions(targets, cu_seqlens, pairs):
     >>> [x.tolist() for x in pair_positions(targets, torch.tensor([0, 4, 9]), torch.tensor([[0, 1]]))]
     [[0, 1], [2, 3], [0, 0]]
     """
-    supervised_before = F.pad((targets != IGNORE_INDEX).cumsum(0), (1, 0))  # [N+1]
+    supervised_before = F.pad((targets != IGNORE_INDEX).cumsum(0), (1, 0))  # [T+1]
     # Example b has the supervised positions numbered bounds[b] to bounds[b+1].
     bounds = supervised_before[cu_seqlens.long()]  # [B+1]
     first, count = bounds[:-1], bounds.diff()  # [B]
     confident, unconfident = pairs.unbind(1)  # [P]
-    num_mixed = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
-    pair = torch.repeat_interleave(num_mixed)  # [M]: 0 num_mixed[0] times, 1 num_mixed[1] times, …
-    start = num_mixed.cumsum(0) - num_mixed  # [P]: the first mixed position of each pair
-    n = torch.arange(len(pair), device=pair.device) - start[pair]  # [M]: 0 … num_mixed−1 in each pair
+    length = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
+    pair = torch.repeat_interleave(length)  # [M]: 0 length[0] times, 1 length[1] times, …
+    start = length.cumsum(0) - length  # [P]: the first mixed position of each pair
+    n = torch.arange(len(pair), device=pair.device) - start[pair]  # [M]: 0 … length−1 in each pair
     return first[confident][pair] + n, first[unconfident][pair] + n, pair
 
 
@@ -90,35 +94,31 @@ def pair_positions(targets, cu_seqlens, pairs):
 
 
 def sftmix_loss(
-    hidden,
-    weight,
-    targets,
-    index_c,
-    index_u,
-    lam,
-    mu,
-    ntp_weight=1.0,
-    num_supervised=None,
-    num_mixed=None,
-    log_p=None,
+    hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None, log_p=None
 ):
     """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal` with one `lm_head` matmul.
 
-    hidden [S, D] at the supervised positions, weight [V, D], targets int64 [S] without IGNORE_INDEX, index_c and
-    index_u int64 [M] from `pair_positions`, lam [M]. num_supervised and num_mixed are the denominators of the two means
-    (default: S and M). Under gradient accumulation and data parallelism, pass the counts of the **global** batch: the
-    losses of its parts then add up to the mean over the batch, not to a mean of means.
-    -> (loss, ntp, mix): loss carries gradients to hidden and weight, but not to lam; ntp and mix are detached means.
-    If `log_p` float32 [S] is given, it is filled with log p(y).
+    Args:
+        hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16 (float16 would underflow)
+        weight [V, D]: the weight of `lm_head`
+        targets int64 [S]: the target tokens, without IGNORE_INDEX
+        index_c, index_u int64 [M]: the paired positions, from `pair_positions`; in main memory, even if hidden is on a
+            GPU, or each call waits for the GPU. A position in several pairs still counts once in L_NTP.
+        lam: λ, a number or [M]; gets no gradient
+        mu, ntp_weight: the weights of L_Mixup and of L_NTP (1 in the paper)
+        num_supervised, num_mixed: the denominators of the two means, by default S and M. Under gradient accumulation or
+            data parallelism, pass the counts of the **global** batch and **sum** the gradients (DDP and FSDP average
+            them by default): the result is the mean over the batch, not a mean of means.
+        log_p float32 [S]: if given, it is filled with log p(y)
+    Returns:
+        (loss, ntp, mix): loss carries gradients to hidden and weight; ntp and mix are detached means.
 
     Three facts make it cheap:
       1. Cross-entropy is linear in its target: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u). So no one-hot target is needed.
       2. `lm_head` has no bias: W z̃ = λ W z^c + (1−λ) W z^u. So the logits that NTP needs give the mixed logits too.
       3. The gradient of cross-entropy with respect to logits is softmax minus target, known in the forward pass. So
-         positions are processed in chunks, each adds to the gradients, and the logits [S, V] never exist at once.
-
-    The chunks are laid out on the CPU. If hidden is on a GPU and index_c and index_u are in main memory, the CPU never
-    waits for the GPU.
+         positions are processed in chunks, each adds to the gradients, and the logits [S, V] never exist at once. The
+         gradients, [S, D] and [V, D] in float32, are kept until the backward pass.
     """
     # A mean over no positions is 0, so each denominator is at least 1.
     num_supervised = max(len(targets) if num_supervised is None else num_supervised, 1)
@@ -133,26 +133,27 @@ def sftmix_loss(
     return loss, ntp_sum / num_supervised, mix_sum / num_mixed
 
 
-def chunk_rows(vocab_size: int, device_type: str = "cpu") -> int:
+def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
     """The number of positions whose logits `sftmix_loss` holds at once.
 
-    With fewer, reading W and adding to its gradient dominates a chunk. With more, only memory grows: 2²⁶ logits are
-    128 MB in bf16 on a GPU, and 2²² are 16 MB in float32 on a CPU, which the allocator keeps for reuse.
+    Fewer positions spend more time on reading W; more only take memory. A chunk has 2²⁶ logits on a GPU and 2²² on a
+    CPU, but at least 512 or 256 positions, however large the vocabulary is.
     """
     elements, fewest = (2**26, 512) if device_type == "cuda" else (2**22, 256)
     return max(fewest, elements // vocab_size)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """a Σ_s −log p(y_s) + b Σ_m H(ỹ_m, p̃_m). The forward pass computes both gradients, chunk by chunk."""
+    """ntp_scale Σ_s −log p(y_s) + mix_scale Σ_m H(ỹ_m, p̃_m). The forward pass computes both gradients, by chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, index_c, index_u, lam, a, b, log_p_out):
+    def forward(ctx, hidden, weight, targets, index_c, index_u, lam, ntp_scale, mix_scale, log_p_out):
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
         matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
-        # W's gradient: on a CPU a float32 matmul adds in place; on a GPU a bf16 matmul and an addition are faster.
+        # Of the matmul for W's gradient. On a CPU a float32 matmul can add to the sum in place; on a GPU a bf16 matmul
+        # and a float32 addition are faster.
         grad_dtype = matmul_dtype if device.type == "cuda" else sum_dtype
         needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if needs_hidden_grad else None  # [S, D]
@@ -160,19 +161,21 @@ class _ChunkedLoss(torch.autograd.Function):
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
         logits_gradient = _compiled_logits_gradient() if device.type == "cuda" else _logits_gradient
 
-        order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_rows(len(weight), device.type))
+        size = chunk_size(len(weight), device.type)
+        order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), size)
         order, uses = to_device(order, device), to_device(uses, device)
         inv_uses = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]
-        # Tensors, because torch.compile would specialize on numbers, which change in every step.
-        scale, scale_mixed = a * inv_uses, torch.full((), b, dtype=sum_dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
+        position_scale = ntp_scale * inv_uses  # [S, 1]
+        # A tensor, because torch.compile would recompile for each new number.
+        pair_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
+        with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
             for positions_slice, mixed_slice in chunks:
-                # k confident positions and the k unconfident ones they are mixed with; or k = 0 and unmixed positions.
+                # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
                 s, lam_m = order[positions_slice], lam[mixed_slice, None]  # [R], [k, 1]
                 z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
                 logits = z @ W.T  # [R, V]: the only lm_head matmul of the forward pass
-                grad, log_p, ce_mixed = logits_gradient(logits, y, lam_m, scale[s], scale_mixed, grad_dtype)
+                grad, log_p, ce_mixed = logits_gradient(logits, y, lam_m, position_scale[s], pair_scale, grad_dtype)
                 ntp_sum = ntp_sum - (inv_uses[s] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
@@ -184,7 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(ntp_sum, mix_sum)
-        return a * ntp_sum + b * mix_sum, ntp_sum, mix_sum
+        return ntp_scale * ntp_sum + mix_scale * mix_sum, ntp_sum, mix_sum
 
     @staticmethod
     def backward(ctx, grad_loss, _ntp, _mix):
@@ -195,35 +198,35 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-def _logits_gradient(logits, y, lam, scale, scale_mixed, grad_dtype):
+def _logits_gradient(logits, y, lam, position_scale, pair_scale, grad_dtype):
     """All of a chunk but its matmuls, in place where possible; on a GPU it is compiled into a few kernels.
 
-    logits [R, V], y int64 [R, 1], lam [k, 1], and the weights in the loss of each position: scale [R, 1] in L_NTP and
-    scale_mixed [] in L_Mixup. The first k rows are confident positions, the next k are mixed with them.
+    logits [R, V], y int64 [R, 1], lam [k, 1], and the weights in the loss of each position, position_scale [R, 1], and
+    of each pair, pair_scale []. Rows 0 to k−1 are confident positions, rows k to 2k−1 their unconfident partners.
     -> (gradient of the loss with respect to logits [R, V] in grad_dtype, log p(y) [R, 1], H(ỹ, p̃) [k, 1])
     """
     k = len(lam)
     y_c, y_u = y[:k], y[k : 2 * k]
-    logits = logits.to(scale.dtype)
+    logits = logits.to(position_scale.dtype)
     mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
-    total, (log_p,) = _exponentiate_(logits, y)
-    total_mixed, (log_p_c, log_p_u) = _exponentiate_(mixed, y_c, y_u)
+    total, (log_p,) = _exp_and_log_p_(logits, y)
+    total_mixed, (log_p_c, log_p_u) = _exp_and_log_p_(mixed, y_c, y_u)
     ce_mixed = -(lam * log_p_c + (1 - lam) * log_p_u)  # H(ỹ, p̃), fact 1
 
     # Fact 3: the gradient of −log p(y) is p − e_y, and that of H(ỹ, p̃) with respect to the mixed logits is p̃ − ỹ. By
     # fact 2, the confident row gets λ times the latter and the unconfident row 1−λ times.
-    grad = _subtract_at_(logits.mul_(scale / total), y, scale)
-    grad_mixed = _subtract_at_(mixed.mul_(scale_mixed / total_mixed), y_c, scale_mixed * lam)
-    grad_mixed = _subtract_at_(grad_mixed, y_u, scale_mixed * (1 - lam))
+    grad = _subtract_at_(logits.mul_(position_scale / total), y, position_scale)
+    grad_mixed = _subtract_at_(mixed.mul_(pair_scale / total_mixed), y_c, pair_scale * lam)
+    grad_mixed = _subtract_at_(grad_mixed, y_u, pair_scale * (1 - lam))
     grad[:k].addcmul_(lam, grad_mixed)
     grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
     return grad.to(grad_dtype), log_p, ce_mixed
 
 
-def _exponentiate_(logits, *gold):
-    """Replace logits [R, V] by exp(logits − max), in place. -> (their sums [R, 1], log p of each gold token [R, 1])"""
+def _exp_and_log_p_(logits, *targets):
+    """Replace logits [R, V] by exp(logits − max), in place. -> (their sums [R, 1], log p of each target [R, 1])"""
     top = logits.amax(-1, keepdim=True)
-    below_top = [logits.gather(1, y) - top for y in gold]
+    below_top = [logits.gather(1, y) - top for y in targets]
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     return total, [x - total.log() for x in below_top]
 
@@ -244,8 +247,9 @@ def _compiled_logits_gradient():
 
 
 def has_compiler(variable: str, *names: str) -> bool:
-    """Whether the compiler that an environment variable names, or one of these, can be found."""
-    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
+    """Whether the compiler that an environment variable names, or else one of these, can be found."""
+    chosen = os.environ.get(variable)
+    return any(shutil.which(name) for name in ([chosen] if chosen else names))
 
 
 def to_device(tensor, device):

@@ -10,7 +10,8 @@ A run has four stages, each of which writes a part of the output folder:
     confidence   how well those checkpoints predict each training example                 confidence.jsonl
     sftmix       from the base again, L = L_NTP + μ L_Mixup between the two halves        sftmix/
 
-A stopped run continues with --resume and ends at the same weights, bit for bit.
+A checkpoint is a model, which can be scored and opened elsewhere; a savepoint is the whole state of training. A stopped
+run continues from its last savepoint with --resume; on the same machine it ends at the same weights, bit for bit.
 Each model is evaluated on the held-out data; `results.json` and a table at the end compare them.
 """
 
@@ -43,7 +44,7 @@ from data import (
     sample_lambda,
     steps_per_epoch,
 )
-from eval import evaluate, results_table
+from eval import evaluate
 from infra.cache import load_dataset
 from infra.cli import ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
@@ -71,6 +72,7 @@ from infra.hf import (
     meta_model,
     resolve_max_length,
     stored_dtype,
+    verify_weights,
 )
 from infra.metrics import StepMetrics
 from infra.output import (
@@ -78,6 +80,7 @@ from infra.output import (
     check_not_started,
     load_results,
     lock_output,
+    print_report,
     record_stage,
     reference_checkpoints,
     save_checkpoint,
@@ -104,7 +107,7 @@ class TrainConfig:
     Raises ValueError with the flag, its value and what is allowed.
     """
 
-    # Results do not depend on these, so a resumed run may change them.
+    # A resumed run may change these: results depend on them up to rounding at most. The content of files is compared.
     RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
         """model data eval_data output stage micro_batch_tokens activation_checkpointing compile cache log_every
         save_every keep_last resume max_skipped dry_run""".split()
@@ -120,22 +123,26 @@ class TrainConfig:
         "file of scores to split by, instead of the reference run's; or the word 'online': split by the probabilities "
         "that the SFTMix run itself computes, without a reference run",
     )
-    confidence_by: str = flag("probability", "measure to split by", choices=("probability", "perplexity"))
+    confidence_by: str = flag(
+        "probability",
+        "confidence to split by: mean gold-token probability, or (the paper's) perplexity",
+        choices=("probability", "perplexity"),
+    )
     pairing: str = flag(
         "confidence", "mix across the halves, or (a control) at random", choices=("confidence", "random")
     )
     mu: float = flag(0.2, "weight of the Mixup term", at_least=0)
     alpha: float = flag(0.5, "λ ~ Beta(alpha, alpha)", above=0)
-    ntp_weight: float = flag(1.0, "weight of the next-token term in the SFTMix run", at_least=0)
+    ntp_weight: float = flag(1.0, "weight of L_NTP in the SFTMix run (1 in the paper; 0: Mixup alone)", at_least=0)
     epochs: int = flag(3, "passes over the data", at_least=1)
-    batch_size: int = flag(32, "examples an optimizer step, over all processes", at_least=1)
+    batch_size: int = flag(32, "examples per optimizer step, over all processes", at_least=1)
     micro_batch_tokens: int = flag(
         MICRO_BATCH_TOKENS,
         "tokens in a forward pass of a process; fewer take less memory, with the same result",
         at_least=1,
     )
     lr: float = flag(2e-6, "peak learning rate", above=0)
-    weight_decay: float = flag(0.1, "AdamW's, on matrices", at_least=0)
+    weight_decay: float = flag(0.1, "weight decay of AdamW, on matrices only", at_least=0)
     warmup_ratio: float = flag(0.1, "share of the steps that warm up", at_least=0, below=1)
     num_checkpoints: int = flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
     max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
@@ -144,21 +151,23 @@ class TrainConfig:
     )
     dtype: str | None = flag(
         None,
-        "of matmuls; weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
+        "dtype of matmuls; trained weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
         choices=("bf16", "fp32"),
     )
-    save_dtype: str = flag("fp32", "of the weights in saved models", choices=("bf16", "fp32"))
+    save_dtype: str = flag("fp32", "dtype of the weights in saved models", choices=("bf16", "fp32"))
     lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
     activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
     compile: bool = flag(False, "torch.compile the blocks: half a minute at the start, then faster")
     cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
-    seed: int = flag(0, "of every random draw", at_least=0, below=2**63)
+    seed: int = flag(0, "seed of all random numbers", at_least=0, below=2**63)
     log_every: int = flag(10, "steps between log lines", at_least=1)
     save_every: int = flag(500, "steps between savepoints, from which --resume continues", at_least=1)
     keep_last: int = flag(2, "how many savepoints are kept", at_least=1)
     resume: bool = flag(False, "continue the run in --output from its newest savepoint (start it, if there is none)")
-    max_skipped: int = flag(10, "steps in a row without a finite loss and gradient that end the run", at_least=1)
+    max_skipped: int = flag(
+        10, "end the run after this many consecutive steps without a finite loss and gradient", at_least=1
+    )
     dry_run: int | None = flag(
         None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
     )
@@ -190,6 +199,7 @@ def parse_config(argv=None) -> TrainConfig:
     add_flags(parser, TrainConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
+        # DEMO_FLAGS sets what a model folder would decide otherwise, such as max_length and dtype.
         return TrainConfig(**({} if "model" in given else DEMO_FLAGS) | given)
     except ValueError as error:
         parser.error(str(error))
@@ -211,7 +221,10 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_ratio: float)
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on the float32 weights, with weight decay on matrices only. Its state is allocated at once."""
+    """AdamW on the float32 weights, with weight decay on matrices only.
+
+    The state is allocated here, and not in the first step, so that a savepoint can be loaded into it.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -229,9 +242,9 @@ def forward_backward(
 ) -> torch.Tensor:
     """Compute the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
-    The sums of each micro-batch are divided by the counts of the **global** batch. So adding up gradients, over
-    micro-batches here and over processes in FSDP, gives the gradient of the global mean, for any number of either.
-    `scores` accumulates log p(y) of what is trained on.
+    The sums of each micro-batch are divided by the counts of the **global** batch. So gradients are summed and never
+    averaged, over micro-batches here and over processes in FSDP (`apply_fsdp` turns averaging off): the result is the
+    gradient of the global mean, for any number of either. `scores` accumulates log p(y) of what is trained on.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in batch.micro_batches:
@@ -247,7 +260,7 @@ def compute_loss(
     """A micro-batch's part of L = L_NTP + μ L_Mixup. -> (loss, ntp, mix), of which loss carries gradients"""
     row, supervised = micro_batch.batch, micro_batch.supervised
 
-    def head(hidden):
+    def head(hidden):  # called at the end of the forward pass, where FSDP has gathered the weight of lm_head
         targets = row.targets[supervised]  # [S]
         log_p = None if scores is None else torch.empty(len(targets), device=targets.device)
         loss = sftmix_loss(
@@ -272,7 +285,9 @@ def compute_loss(
 def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
     """Clip the gradient and update the weights. -> (loss, ntp, mix, signals, gradient norm) of all processes, [5]
 
-    If loss or gradient is not finite, nothing changes. All values stay on the device, so that nothing waits for it.
+    If the loss or the gradient norm is not finite, weights and optimizer state do not change. The number of signals is
+    summed with the losses, so that all processes stop at the same step. All values stay on the device, and nothing
+    waits for them.
     """
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
     values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), num_signals)]))
@@ -289,10 +304,10 @@ def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals
 
 
 class Sampler(NamedTuple):
-    """The order in which each epoch goes through the examples, and whether the epoch mixes them."""
+    """The order in which each epoch goes through the examples, and whether they are mixed in it."""
 
     order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called when all earlier epochs have ended
-    mixes: Callable[[int], bool]  # epoch -> whether examples 0 and 1, 2 and 3, … of the order are mixed
+    is_mixed: Callable[[int], bool]  # epoch -> whether examples 0 and 1, 2 and 3, … of the order are mixed
     scores: ScoreAccumulator | None = None  # accumulates log p(y) of what is trained on, for the orders to come
 
 
@@ -321,9 +336,9 @@ def train(
     model.train()
     with defer_signals() if savepoints else contextlib.nullcontext([]) as signals:
         for epoch in range(done // epoch_steps, config.epochs):
-            mix = sampler.mixes(epoch)
-            mu, ntp_weight = (config.mu, config.ntp_weight) if mix else (0.0, 1.0)
-            prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), mix, device)
+            is_mixed = sampler.is_mixed(epoch)
+            mu, ntp_weight = (config.mu, config.ntp_weight) if is_mixed else (0.0, 1.0)  # (0, 1): plain NTP
+            prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
                 losses = forward_backward(model, batch, mu, ntp_weight, scores)
@@ -333,7 +348,8 @@ def train(
 
                 should_log = done % config.log_every == 0 or done == total_steps
                 should_save = savepoints and (done % savepoints.every == 0 or done == total_steps)
-                log_skipped_steps(metrics, dataset, config, log, wait=should_log or should_save)
+                # The values of a step are read one step later, on all processes alike, unless they are needed now.
+                check_skipped_steps(metrics, dataset, config, log, wait=should_log or should_save)
                 if should_log:
                     log(metrics.record(done, epoch=epoch, lr=lr))
                 if scores and done == (epoch + 1) * epoch_steps:
@@ -346,23 +362,23 @@ def train(
                         savepoints.save(done, model, optimizer, metrics, scores)
                 if savepoints and metrics.stop:
                     print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
-                    sys.exit(128 + [*signals, signal.SIGTERM][0])
+                    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # or another process got the signal
     model.eval()
     return {"seconds": metrics.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
 def prepare_batch(
-    dataset: Dataset, config: TrainConfig, order: np.ndarray, mix: bool, device, step: int
+    dataset: Dataset, config: TrainConfig, order: np.ndarray, is_mixed: bool, device, step: int
 ) -> GlobalBatch:
     """Build the batch of a step (counted from 0 over all epochs) from its epoch's order, and copy it to `device`."""
     start = step % steps_per_epoch(len(dataset), config.batch_size) * config.batch_size
     indices = order[start : start + config.batch_size]
-    lam = sample_lambda(len(indices) // 2 if mix else 0, config.alpha, config.seed, step)
+    lam = sample_lambda(len(indices) // 2 if is_mixed else 0, config.alpha, config.seed, step)
     return build_batch(dataset, indices, lam, config.micro_batch_tokens, rank(), world_size()).to(device)
 
 
-def log_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainConfig, log: Callable, wait: bool) -> None:
-    """Log the steps that changed nothing. ValueError after `config.max_skipped` of them in a row."""
+def check_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainConfig, log: Callable, wait: bool) -> None:
+    """Log the steps whose loss or gradient was not finite. ValueError after `config.max_skipped` of them in a row."""
     for skipped in metrics.drain(wait):
         log(skipped | {"examples": dataset.example_ids[skipped["examples"]].astype(str).tolist()})
         if metrics.consecutive_skips >= config.max_skipped:
@@ -391,12 +407,13 @@ def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]
     if config.compile and device.type == "cpu" and not has_compiler("CXX", "c++", "g++", "clang++"):
         raise ValueError("--compile: needs a C++ compiler on a CPU, and there is none here")
     check_models([config.model])
+    verify_weights(config.model)
     max_length = resolve_max_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
     tokenizer.files_for(template)  # raises if the files to be saved later cannot be made
-    dtype = config.dtype or fastest_dtype(device)
-    return replace(config, max_length=max_length, template=template, dtype=dtype), tokenizer
+    resolved = {"max_length": max_length, "template": template, "dtype": config.dtype or fastest_dtype(device)}
+    return replace(config, **resolved), tokenizer
 
 
 def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
@@ -406,7 +423,7 @@ def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
     held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
-    example_ids = set(held_out.example_ids.tolist())
+    example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
     if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
         print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
     return Inputs(tokenizer, dataset, held_out)
@@ -455,14 +472,14 @@ def base_stage(config: TrainConfig, device) -> dict:
     print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
     log, savepoints = stage_log(config, "base"), stage_savepoints(config, "base")
     base_config = replace(config, **DEMO_BASE_FLAGS)
-    train_stats = train(model, dataset, base_config, ntp_sampler(dataset, config), log, savepoints=savepoints)
+    train_stats = train(model, dataset, base_config, ntp_sampler(dataset, base_config), log, savepoints=savepoints)
     save_checkpoint(model, output / "base", tokenizer, config)
     return train_stats
 
 
 def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
     """Plain next-token prediction: a random order, nothing is mixed."""
-    return Sampler(partial(epoch_order, len(dataset), config.seed), mixes=lambda epoch: False)
+    return Sampler(partial(epoch_order, len(dataset), config.seed), is_mixed=lambda epoch: False)
 
 
 def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
@@ -521,10 +538,9 @@ def sftmix_sampler(config: TrainConfig, dataset: Dataset, device) -> Sampler:
     """The pairs of the SFTMix run: across the halves, at random, or across the halves that the run itself finds."""
     random_order = partial(epoch_order, len(dataset), config.seed)
     if config.pairing == "random":
-        return Sampler(random_order, mixes=lambda epoch: True)  # neighbours in a random order are random pairs
+        return Sampler(random_order, is_mixed=lambda epoch: True)  # neighbours in a random order are random pairs
     if not config.online:
-        order = partial(paired_epoch_order, load_scores(config, dataset), config)
-        return Sampler(order, mixes=lambda epoch: True)
+        return Sampler(partial(paired_epoch_order, load_scores(config, dataset), config), is_mixed=lambda epoch: True)
     scores = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
     def online_order(epoch: int) -> np.ndarray:
@@ -533,7 +549,7 @@ def sftmix_sampler(config: TrainConfig, dataset: Dataset, device) -> Sampler:
             return random_order(epoch)
         return paired_epoch_order(TrainingDynamics(dataset.ids, *scores.epochs()), config, epoch)
 
-    return Sampler(online_order, mixes=lambda epoch: epoch > 0, scores=scores)
+    return Sampler(online_order, is_mixed=lambda epoch: epoch > 0, scores=scores)
 
 
 def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
@@ -566,7 +582,7 @@ def run(config: TrainConfig, device) -> None:
     with lock_output(output):
         run_stages(config, stages_to_run(config), device)
         if rank() == 0:
-            report(output, demo)
+            print_report(output, demo)
 
 
 def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
@@ -582,7 +598,8 @@ def stages_to_run(config: TrainConfig) -> list[str]:
     """
     output = Path(config.output)
     stages = list(STAGES if config.stage == "all" else (config.stage,))
-    if config.confidence is not None:  # the scores exist already, or the SFTMix run computes them
+    # With a file of scores, the reference run is still made, to compare with. An online run needs neither.
+    if config.confidence is not None:
         without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
         stages = [stage for stage in stages if stage not in without]
     if config.resume:
@@ -602,7 +619,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         config = check_resume_config(config)
     train_stats = {"seconds": None, "peak_memory_bytes": None}
     if config.model is None:
-        if rank() == 0:
+        if rank() == 0 and not (config.resume and (output / "config.json").exists()):
             write_json(output / "config.json", asdict(config))
         if "base" in stages:
             train_stats = base_stage(config, device)
@@ -610,7 +627,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         config = replace(config, **{name: str(output / path) for name, path in paths.items()})
     config, tokenizer = resolve_config(config, device)
     inputs = load_inputs(config, tokenizer)
-    if "confidence" in stages and "reference" not in stages:
+    if "confidence" in stages and "reference" not in stages:  # raises now, and not hours later
         reference_checkpoints(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         load_scores(config, inputs.train)
@@ -635,26 +652,6 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
             record_stage(config, stage, entry)
 
 
-def report(output: Path, demo: bool) -> None:
-    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next."""
-    results = load_results(output)
-    try:
-        rows = {
-            stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
-        }
-        print("\n" + results_table(rows) + "\n")
-        for name, area in results.get("confidence", {}).get("roc_area", {}).items():
-            print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
-    made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
-    print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
-    if (output / "confidence.jsonl").exists():
-        print(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
-    if demo:
-        print("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
-
-
 def dry_run(config: TrainConfig, device) -> None:
     """Print what a run would take, and an example as it would be trained on. Only the data cache is written."""
     config, tokenizer = resolve_config(config, device)
@@ -673,7 +670,10 @@ def main(argv=None) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has restarted the run after a failure
         config = replace(config, resume=True)
     with init_distributed() as device:
-        (run if config.dry_run is None else dry_run)(config, device)
+        if config.dry_run is None:
+            run(config, device)
+        else:
+            dry_run(config, device)
 
 
 if __name__ == "__main__":

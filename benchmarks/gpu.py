@@ -85,7 +85,7 @@ def measure_training(model: Transformer, dataset: Dataset, tokens: int, length: 
             model.compile_blocks()
         for name, mix in (("NTP", False), ("SFTMix", True)):
             records = []
-            sampler = Sampler(order=partial(epoch_order, len(dataset), 0), mixes=lambda epoch, mix=mix: mix)
+            sampler = Sampler(order=partial(epoch_order, len(dataset), 0), is_mixed=lambda epoch, mix=mix: mix)
             train(model, dataset, TrainConfig(**settings), sampler, records.append)
             rate = statistics.median(record["tokens_per_second"] for record in records[3:])
             label = name + ", --compile" * compiled

@@ -83,7 +83,7 @@ def padded(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def literal_sftmix(model, ids, labels, mask):
-    """SFTMix as the paper writes it, on a padded batch: neighbours are mixed, with two lm_head matmuls and one-hot targets."""
+    """SFTMix as the paper writes it, on a padded batch of pairs: two lm_head matmuls and one-hot targets."""
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     learnt = targets != -100

@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -65,13 +67,23 @@ def load_model(
     if world_size() > 1:
         gc.collect()  # frees the previous model: FSDP models contain reference cycles
         apply_fsdp(model, device)
-    files = map_weights(model, path)
-    if is_local_rank_zero():
-        verify_manifest(Path(path))
-    load_weights(model, files, device)
+    load_weights(model, map_weights(model, path), device)
     if lora_rank:
         reset_lora(model, seed)
     return model.eval()
+
+
+def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
+    """Load checkpoints one after the other, each checked against its manifest.
+
+    While one is in use, a thread reads the next one's files into the page cache. It then loads as fast as from memory,
+    and this process never holds two models.
+    """
+    with ThreadPoolExecutor(1) as background:
+        for folder, following in zip(folders, [*folders[1:], None], strict=True):
+            background.submit(warm_page_cache, following)
+            verify_weights(folder)
+            yield load_model(folder, device=device, compute_dtype=compute_dtype)
 
 
 def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:
@@ -350,6 +362,12 @@ def check_models(folders) -> None:
                 f"{folder}: has {model.config.vocab_size:,} rows and {model.config.max_length:,} positions, "
                 f"where {folders[0]} has {first.vocab_size:,} and {first.max_length:,}"
             )
+
+
+def verify_weights(path) -> None:
+    """Compare a model folder with its manifest, on one process of each machine. ValueError names a damaged file."""
+    if is_local_rank_zero():
+        verify_manifest(Path(path))
 
 
 def resolve_max_length(path, max_length: int | None) -> int:

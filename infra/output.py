@@ -4,6 +4,7 @@ Below, `config` is a `train.TrainConfig`.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,42 @@ def stage_savepoints(config, stage: str) -> Savepoints:
 def stage_log(config, stage: str) -> Callable[[dict], None]:
     """The `log` of `train.train` for a stage: it prints records and appends them to metrics.jsonl."""
     return partial(log_step, Path(config.output) / "metrics.jsonl", stage)
+
+
+def print_report(output: Path, demo: bool) -> None:
+    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next."""
+    results = load_results(output)
+    try:
+        rows = {
+            stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
+        }
+        print("\n" + results_table(rows) + "\n")
+        for name, area in results.get("confidence", {}).get("roc_area", {}).items():
+            print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
+    made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
+    print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
+    if (output / "confidence.jsonl").exists():
+        print(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
+    if demo:
+        print("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
+
+
+def results_table(results: dict[str, dict]) -> str:
+    """A table with a row for each model: name -> the result of `evaluate` and the `seconds` of training."""
+
+    def cell(result: dict, name: str, spec: str) -> str:
+        if result.get(name) is None:
+            return "–"
+        low, high = result[f"{name}_interval"] or (-math.inf, math.inf)
+        return f"{result[name]:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+    lines = [f"{'':8}{'held-out loss [95 %]':>26}{'exact match [95 %]':>26}{'training':>11}"]
+    for name, result in results.items():
+        seconds = "–" if result.get("seconds") is None else f"{result['seconds']:,.0f} s"
+        lines.append(f"{name:8}{cell(result, 'loss', '.4f'):>26}{cell(result, 'accuracy', '.1%'):>26}{seconds:>11}")
+    return "\n".join(lines)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

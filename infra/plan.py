@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data import IGNORE_INDEX, Dataset, assign_micro_batches, epoch_order, steps_per_epoch
 from infra.distributed import DTYPES, print0
-from mixup import chunk_rows
+from mixup import chunk_size
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def estimate_memory(
         full_gradients += 4 * head + (element + 4) * block
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * len(layers))
-    rows = min(chunk_rows(vocab_size, device_type), largest.supervised)
+    rows = min(chunk_size(vocab_size, device_type), largest.supervised)
     chunk = rows * vocab_size * (8 if bf16 else 6)  # logits of the rows, and of half as many mixed rows
     if not config.lora_rank:
         chunk = max(chunk, 4 * head)  # after the last chunk, the head's gradient exists twice for a moment

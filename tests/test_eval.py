@@ -23,11 +23,11 @@ from eval import (
     generate,
     held_out_loss,
     main,
-    results_table,
     wilson_interval,
 )
 from infra.hf import save_model
 from infra.judges import to_prompt_record
+from infra.output import results_table
 from infra.questions import Question, to_question
 
 

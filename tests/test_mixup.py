@@ -120,7 +120,7 @@ def test_fast_equals_literal(mu, ntp_weight):
 @pytest.mark.parametrize("rows", [2, 3, 4, 7, 10**6])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_fast_equals_literal_for_any_chunk(monkeypatch, rows, repeats):
-    monkeypatch.setattr(mixup_module, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: rows)
     assert_equal_to_literal(case(repeats=repeats), 0.7)
 
 
@@ -229,7 +229,7 @@ def test_float32_is_close_and_bf16_autocast_keeps_float32_sums():
 
 @pytest.mark.parametrize("repeats", [False, True])
 def test_log_p_is_filled_with_that_of_the_gold_tokens(monkeypatch, repeats):
-    monkeypatch.setattr(mixup_module, "chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: 4)
     hidden, weight, targets, *rest = case(repeats=repeats)
     log_p = torch.full((len(targets),), float("nan"))
     loss = sftmix_loss(hidden, weight, targets, *rest, 0.7, log_p=log_p)[0]
@@ -277,4 +277,4 @@ def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
     with LargestTensor() as literal:
         sftmix_loss_literal(*arguments, 0.2)
     assert literal.largest == 4096 * 4096
-    assert fast.largest <= mixup_module.chunk_rows(4096) * 4096 < literal.largest
+    assert fast.largest <= mixup_module.chunk_size(4096) * 4096 < literal.largest

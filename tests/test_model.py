@@ -300,7 +300,6 @@ def test_missing_and_left_over_weights_are_both_listed(tmp_path):
 def test_stored_angles_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path):
     model = tiny_model()
     save_model(model, tmp_path / "m")
-    (tmp_path / "m" / "manifest.json").unlink()
     file = tmp_path / "m" / "model.safetensors"
     weights = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     save_file(weights | {"lm_head.weight": model.head_weight.detach().clone()}, file)

@@ -15,7 +15,6 @@ import torch
 from conftest import ROOT, run_script, tiny_model, write_model_and_records
 from safetensors.torch import load_file, save_file
 
-import confidence
 import infra.files
 import infra.hf
 import infra.savepoints
@@ -199,7 +198,7 @@ def test_finished_stages_are_not_run_again(folder, tmp_path, monkeypatch, capsys
 
 def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch):
     main(flags(folder, tmp_path / "o", "--stage", "reference"))
-    opened, real = [], confidence.load_model
+    opened, real = [], infra.hf.load_model
 
     def load_model(path, **more):
         opened.append(path.name)
@@ -207,7 +206,7 @@ def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch
             raise Killed
         return real(path, **more)
 
-    monkeypatch.setattr(confidence, "load_model", load_model)
+    monkeypatch.setattr(infra.hf, "load_model", load_model)
     with pytest.raises(Killed):
         main(flags(folder, tmp_path / "o", "--resume"))
     main(flags(folder, tmp_path / "o", "--resume"))

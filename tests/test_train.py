@@ -239,7 +239,7 @@ def test_small_learning_rates_move_float32_masters_under_bf16():
 
 
 def sampler(order, mix):
-    return Sampler(order, mixes=lambda epoch: mix)
+    return Sampler(order, is_mixed=lambda epoch: mix)
 
 
 def trained(config, order, mixing, dataset=None):
