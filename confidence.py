@@ -76,7 +76,9 @@ def mean_gold_probs(
     assignment = make_micro_batches(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
 
     def prepare(examples: list[int]) -> MicroBatch:
-        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), lam=torch.zeros(0)).to(device)
+        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), lam=torch.zeros(0)).to(
+            device
+        )  # nothing is mixed
 
     for micro_batch in prefetch(prepare, assignment[rank() :: world_size()]):
         scores.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
@@ -99,19 +101,18 @@ def gold_log_probs(model: Transformer, micro_batch: MicroBatch, chunk: int = 256
     return model(row.tokens, row.positions, row.cu_seqlens, head=head)
 
 
-MIN_LOG_PROB = -690.0  # the least log p of a gold token, also of one whose log p is not finite: p = 10⁻³⁰⁰
+MIN_LOG_PROB = -690.0  # log p of a gold token counts as at least this (p = 10⁻³⁰⁰), and so does one that is not finite
 
 
 class ScoreAccumulator:
     """Sums of p and log p over the supervised tokens of each example, from packed rows in any order.
 
-    Where training passes are the checkpoints (`--confidence online`), `end_epoch` moves the means into a history.
+    With `--confidence online`, each epoch of training acts as a checkpoint, and `end_epoch` stores its scores.
     """
 
     def __init__(self, num_supervised: Sequence[int], device, max_epochs: int = 0):
         self.num_supervised = np.asarray(num_supervised)  # [N]
-        # Σ p, Σ log p, and the number of tokens without a finite log p.
-        self.sums = torch.zeros(3, len(num_supervised), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, len(num_supervised), dtype=torch.float64, device=device)  # Σ p, Σ log p, not finite
         self.num_epochs = 0
         self.history = torch.zeros(max_epochs, 2, len(num_supervised), dtype=torch.float64)  # probability, perplexity
 
@@ -124,7 +125,7 @@ class ScoreAccumulator:
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Means of p and of log p, [N] each, over what all processes have added. The sums start at zero again.
 
-        Raises ValueError where no example has finite predictions; a warning counts those without.
+        Raises ValueError if each example has a token without a finite probability; warns if some have.
         """
         sums = all_reduce_sum(self.sums).cpu().numpy()
         probability, log_probability = sums[:2] / self.num_supervised
@@ -170,23 +171,23 @@ class ScoreAccumulator:
 def score_checkpoints(
     folders, dataset: Dataset, micro_batch_tokens: int, compute_dtype, device, cache_dir: Path | None = None, file=None
 ) -> "TrainingDynamics":
-    """Score all examples with each checkpoint, oldest first, and print a line for each to `file`.
+    """Score all examples with each checkpoint, oldest first, and print a line to `file` for each one that is scored.
 
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
     continues with the next checkpoint.
     """
-    files = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
-    cached = {folder for folder, file in files.items() if file.is_file()}
+    paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
+    cached = {folder for folder, path in paths.items() if path.is_file()}
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
     scores = []
     for folder in folders:
         if folder in cached:
-            scores.append(load_file(files[folder])["scores"])
+            scores.append(load_file(paths[folder])["scores"])
             continue
         scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
-        if files and rank() == 0:
+        if paths and rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(files[folder]) as tmp:
+            with atomic_write(paths[folder]) as tmp:
                 save_file({"scores": scores[-1]}, tmp)
         barrier()
         print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
@@ -256,8 +257,8 @@ class TrainingDynamics:
                 perplexity.append([float(p) for p in record["perplexities"]])
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a line of confidence scores ({error!r})") from None
-            scores = probability[-1] + perplexity[-1]
-            if not scores or len(scores) != 2 * len(probability[0]) or not all(map(math.isfinite, scores)):
+            is_complete = len(probability[-1]) == len(perplexity[-1]) == len(probability[0]) > 0
+            if not (is_complete and all(map(math.isfinite, probability[-1] + perplexity[-1]))):
                 raise ValueError(f"{path}:{number}: one finite probability and perplexity a checkpoint is expected")
         if not ids:
             raise ValueError(f"{path}: no scores in it")
@@ -343,13 +344,15 @@ def main(argv=None) -> None:
     parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
     parser.add_argument("--data", metavar="FILE", help="the examples, .jsonl or .json")
     parser.add_argument("--output", metavar="FILE", help="file for the scores, a JSON line for each example")
-    parser.add_argument("--scores", metavar="FILE", help="instead of these three: existing scores to draw")
+    parser.add_argument("--scores", metavar="FILE", help="existing scores to draw; replaces these three")
     parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
     add_model_flags(parser)
     add_data_flags(parser)
     args = parser.parse_args(argv)
     if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
+    if args.scores and (args.checkpoints or args.data or args.output):
+        parser.error("--scores: takes the place of --checkpoints, --data and --output")
     with init_distributed() as device:
         # All that can be wrong with the arguments is found before hours of scoring.
         if args.output:

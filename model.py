@@ -2,12 +2,13 @@
 
 A batch is one **packed** row: its examples one after another, without padding. `cu_seqlens` holds the offsets at which
 examples begin and end, `positions` holds each token's position in its own example, and attention never crosses the
-boundary between two examples. Parameters have the names that Hugging Face gives them, so loading is no translation.
+boundary between two examples. Parameters have Hugging Face's names, so checkpoints load without renaming.
 
 In order: the configuration and the model families, the transformer with its attention and KV cache, LoRA.
 
 Letters: N tokens in the packed row, B examples in it, T tokens of one sequence, V vocabulary size, D hidden size,
-H query heads, K key/value heads (each shared by H/K query heads), d size of a head, r rank of LoRA.
+H query heads, K key/value heads (each shared by H/K query heads), d size of a head, r rank of LoRA. In the KV cache,
+B is the number of sequences and T the number of tokens that it can hold for each of them.
 """
 
 import contextlib
@@ -302,7 +303,7 @@ def apply_rotary_emb(x, cos, sin):
 
 
 class VarlenMetadata(NamedTuple):
-    """What attention needs to know about a packed row, in addition to q, k and v."""
+    """What all layers share about a packed row: rotary embedding and the boundaries of its examples."""
 
     cos: torch.Tensor  # [N, 1, d], from `rope_cos_sin`
     sin: torch.Tensor  # [N, 1, d]
@@ -318,7 +319,7 @@ def varlen_attention(q, k, v, varlen: VarlenMetadata):
     There is neither padding nor a mask. On a GPU, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
     Dao 2023). Otherwise each example is a call of its own.
     """
-    if not q.is_cuda or q.dtype == torch.float32:
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
     from torch.nn.attention.varlen import varlen_attn  # this import takes a second, and a CPU does not need it
 
@@ -408,9 +409,9 @@ class Attention(nn.Module):
         heads = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # [N, H + K, d]
         heads = apply_rotary_emb(heads, varlen.cos, varlen.sin)
         q, k = heads.split([q.shape[1], k.shape[1]], dim=1)  # [N, H, d], [N, K, d]
-        if x.device.type == "cpu":  # the backward pass of attention in bf16 is 5 times slower than in float32 there
+        if x.device.type == "cpu":  # in bf16, the backward pass of attention is 5 times slower there than in float32
             q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):  # autocast would cast back to bf16
             out = varlen_attention(q, k, v, varlen) if cache is None else cache.attend(self.layer, q, k, v, varlen)
         return self.o_proj(out.flatten(-2).to(x.dtype))
 
@@ -455,18 +456,18 @@ def _compute_block(block: Block, x, varlen: VarlenMetadata, cache: KVCache | Non
 
 @functools.cache
 def _compiled_block():
-    """`_compute_block`, compiled once for all blocks and for rows of any length."""
+    """`_compute_block`, compiled once for rows of any length; `block.compile()` would compile each block by itself."""
     return torch.compile(_compute_block, dynamic=True)
 
 
 class Transformer(nn.Module):
     """A decoder-only language model: from the tokens of a packed row to their last hidden states.
 
-    `forward` stops before `lm_head`, because Mixup takes place there: `mixup.py` mixes hidden states, and computes the
-    logits of only a few positions at a time from them and `head_weight`.
+    `forward` returns hidden states, not logits. Training interpolates hidden states before `lm_head` (Mixup, see
+    mixup.py), and the logits of a whole row would not fit in memory.
 
     Two attributes control how it computes:
-    - `compute_dtype`: bfloat16 runs matmuls in bf16, under autocast. None runs them in the dtype of the weights.
+    - `compute_dtype`: torch.bfloat16 turns autocast on, torch.float32 turns it off, None leaves it to the caller.
     - `activation_checkpointing`: keep only the inputs of the blocks for the backward pass and recompute the rest in it,
       a third more compute for a fraction of the memory (Chen et al. 2016).
     """
@@ -507,8 +508,9 @@ class Transformer(nn.Module):
         """Compute the hidden states after the final norm, the inputs of `lm_head`.
 
         tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then the end of each example) -> [N, D].
-        Both positions and cu_seqlens may be left out for a single sequence. With a filled `cache`, each token continues
-        its own sequence at the given position. If cu_seqlens is on the CPU, the call does not wait for a GPU.
+        Without a cache, both positions and cu_seqlens may be left out for a single sequence, and the call does not wait
+        for a GPU if cu_seqlens is on the CPU. With a `cache`, the first call needs both; each later one takes a token
+        per sequence and its position.
 
         If `head` is given, `head(hidden)` is returned instead. Everything that uses `head_weight` belongs there: a
         weight that FSDP has sharded is whole only during the forward pass.
@@ -533,7 +535,7 @@ class Transformer(nn.Module):
         if window is not None and longest > window:
             raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
         cos, sin = rope_cos_sin(positions, rope_inv_freq(self.config, device))
-        max_seqlen = 1 << (longest - 1).bit_length()  # the next power of two, so that it takes few values
+        max_seqlen = 1 << (longest - 1).bit_length()  # the next power of two: few values, few compilations
         return VarlenMetadata(cos, sin, positions, cu_seqlens, cu_seqlens.to(device, non_blocking=True), max_seqlen)
 
     def _hidden_states(self, tokens, varlen: VarlenMetadata, cache: KVCache | None):
@@ -563,7 +565,8 @@ class Transformer(nn.Module):
 class LoRALinear(nn.Module):
     """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [.., in] -> [.., out]
 
-    A [r, in] is initialized at random and B [out, r] with zeros, so that training starts from the original layer.
+    A [r, in] and B [out, r] are float32 and not initialized here; `infra.hf.reset_lora` draws A at random and sets B to
+    zero, so that training starts from the original layer.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
@@ -586,7 +589,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
-    """Freeze `model` and give every linear layer of its blocks an adapter, whose values are not initialized."""
+    """Freeze `model` and replace every linear layer of its blocks by a `LoRALinear`."""
     model.requires_grad_(False)
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):

@@ -150,6 +150,8 @@ def test_select_orders_and_names_what_is_missing():
     ["{", "[]", '{"id": "x"}', '{"id": "x", "probabilities": [0.1], "perplexities": [2, 3]}',
      '{"id": "x", "probabilities": [NaN, 1], "perplexities": [2, 3]}',
      '{"id": "x", "probabilities": "no", "perplexities": [2, 3]}',
+     '{"id": "x", "probabilities": [0.1], "perplexities": [2]}',
+     '{"id": "x", "probabilities": [0.1, 0.2, 0.3], "perplexities": [2]}',
      '{"id": 7, "probabilities": [0.1, 0.2], "perplexities": [2, 3]}'],
 )  # fmt: skip
 def test_bad_confidence_files_are_named_with_their_line(tmp_path, line):
@@ -236,10 +238,17 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     assert "the dog" in (tmp_path / "d.jsonl").read_text()
 
 
-def test_the_command_line_says_what_is_missing(capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "x.jsonl"], "give --checkpoints, --data and --output"),
+        (["--scores", "s", "--plot", "p", "--data", "x.jsonl"], "--scores: takes the place of --checkpoints"),
+    ],
+)
+def test_the_command_line_says_what_is_missing_or_too_much(capsys, flags, message):
     with pytest.raises(SystemExit) as exit:
-        main(["--data", "x.jsonl"])
-    assert exit.value.code == 2 and "give --checkpoints, --data and --output" in capsys.readouterr().err
+        main(flags)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_every_checkpoint_is_looked_at_before_the_first_is_scored(tmp_path, tokenizer, capsys):
