@@ -1,10 +1,10 @@
-"""Run every command of the README as it stands there, on a model and data small enough to be quick.
+"""Run every command of the README and of docs/paper.md as it stands there, on a small model and little data.
 
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
-What the README takes for granted is made of these; eight processes become two, and two nodes become two on this
-machine. The caller runs the commands that install, the tests and the demo. The study is left out, because it takes
-hours. A command that fails ends the script.
+The files that these documents take for granted are made of these; eight processes become two, and two nodes become two
+on this machine. The caller runs the commands that install, the tests and the demo. The study is left out, because it
+takes hours. A command that fails ends the script.
 """
 
 import argparse
@@ -20,7 +20,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS, DATA = ("stories3M-hf", "Llama-3.1-8B"), ("alpaca_train.jsonl", "alpaca_test.jsonl", "data.jsonl")
+DOCUMENTS = ("README.md", "docs/paper.md")
+MODELS = ("stories3M-hf", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-14B", "gemma-2b")
+DATA = ("data.jsonl", "alpaca_train.jsonl", "alpaca_test.jsonl", "ultrachat.jsonl", "tulu3.jsonl")
+LISTS = ("alpaca.json", "medalpaca.json")
 LEFT_OUT = ("pip install", "python benchmarks/study.py")  # how lines begin that are not run here
 
 
@@ -44,11 +47,11 @@ def made_small(command: str, number: int) -> str:
     command = command.replace(" …", " --model DIR --data FILE --output DIR").replace("DIR…", "DIR")
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
     command = re.sub(r"--output DIR\b", f"--output runs/readme-{number}", command)
-    return re.sub(r"\bFILE\b", DATA[2], re.sub(r"\bDIR\b", MODELS[0], command))
+    return re.sub(r"\bFILE\b", DATA[0], re.sub(r"\bDIR\b", MODELS[0], command))
 
 
 def prepare(folder: Path, demo: Path) -> None:
-    """The project, and under the README's names the demo's model and some of its data."""
+    """The project, and under the documents' names the demo's model and some of its data."""
     for name in MODELS:
         shutil.copytree(demo / "base", folder / name)
         config = json.loads((folder / name / "config.json").read_text())
@@ -56,6 +59,8 @@ def prepare(folder: Path, demo: Path) -> None:
     lines = (demo / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name in DATA:
         (folder / name).write_text("".join(lines[:48]), encoding="utf-8")
+    for name in LISTS:
+        (folder / name).write_text(json.dumps([json.loads(line) for line in lines[:48]]), encoding="utf-8")
     question = {"question": "Is snow white?", "options": {"A": "yes", "B": "no"}, "answer_idx": "A"}
     (folder / "medqa_test.jsonl").write_text(3 * (json.dumps(question) + "\n"))
     asked = [{"dataset": "helpful_base", "instruction": "Name the capital of Peru."}]
@@ -94,7 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, args.demo.resolve())
-        for line in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        text = "\n".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
+        for line in commands(text):
             if line.startswith(LEFT_OUT):
                 continue
             began = time.perf_counter()
