@@ -1,7 +1,7 @@
 """Does SFTMix beat plain SFT: where, by how much, is it the confidence? Runs, a line of JSON each, and what they say.
 
     python benchmarks/study.py run --work DIR           on the demo's corpus
-    python benchmarks/study.py run --work DIR --corpus NAME --model DIR --weaker DIR --data FILE      on real data
+    python benchmarks/study.py run --work DIR --corpus NAME --model DIR --data FILE [--weaker DIR]    on real data
     python benchmarks/study.py report                   the tables and the picture of docs/study.md
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -30,11 +29,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from benchmarks.measures import fit_temperature, measure, supervised_states
 from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confidence
-from data import MICRO_BATCH_TOKENS, Dataset, load_examples, make_micro_batches, pack, paired_order, sample_lambda
-from eval import exact_match
+from data import Dataset, load_examples, paired_order, sample_lambda
+from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
 from infra.demo import demo_corpus
+from infra.distributed import DTYPES, fastest_dtype
 from infra.files import sha256_of
 from infra.hf import choose_template, load_model, load_tokenizer
 from model import Transformer
@@ -112,6 +113,7 @@ ARMS = {
     "SFTMix, by perplexity": Arm("--stage sftmix --confidence_by perplexity"),
     "SFTMix, by perplexity, μ = 1": Arm("--stage sftmix --mu 1 --confidence_by perplexity"),
     "NTP in SFTMix's order": Arm("--stage sftmix --mu 0"),
+    "NTP in SFTMix's order, by perplexity": Arm("--stage sftmix --mu 0 --confidence_by perplexity"),
     "label smoothing, ε = 0.083": smoothing(0.1 / 1.2),
     "label smoothing, ε = 0.25": smoothing(0.25),
     "SFTMix, by a weaker model": Arm(weaker=True),
@@ -152,6 +154,46 @@ COMPARED = [
 ]
 
 
+class Real(NamedTuple):
+    """Real data and a real base. Each seed draws its own examples to train on, to validate on and to report."""
+
+    arms: list[str]
+    num_train: int
+    epochs: int
+    lr: float
+    seeds: int = 10
+    num_held_out: int = 500
+    num_validation: int = 200
+    max_length: int = 512
+    max_question: int | None = None  # characters; longer ones are left out
+
+
+BASE_135M = [  # what is registered in docs/study.md, the most important first
+    "NTP",
+    "SFTMix, by perplexity",
+    "random pairs",
+    "NTP in SFTMix's order, by perplexity",
+    "SFTMix",
+    "label smoothing, ε = 0.04",
+]
+LR_135M = 1e-4  # the best of the grid, see docs/study.md
+REALS = {
+    "135M Alpaca": Real(BASE_135M, num_train=1000, epochs=3, lr=LR_135M),
+    "135M MedQuAD": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M GSM8K mistakes": Real(BASE_135M[:4], num_train=1000, epochs=2, lr=LR_135M, num_held_out=300),
+    **{
+        f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
+        for lr in (3e-5, 1e-4, 3e-4)
+    },
+}
+ARMS_3M = [*MAIN, "label smoothing, ε = 0.04", "SFTMix, by a weaker model"]
+_SMALL = {"epochs": 5, "lr": 1e-3, "seeds": 5, "num_held_out": 200, "max_length": 256, "max_question": 200}
+REALS |= {
+    "alpaca": Real(ARMS_3M, num_train=300, **_SMALL),
+    "medquad": Real(ARMS_3M, num_train=200, **_SMALL),
+}
+
+
 class Demo(NamedTuple):
     """The demo's corpus and base, in a variation."""
 
@@ -173,29 +215,10 @@ PLAN = [  # corpus and arms; what matters most first
     (LONG, BEYOND),
     ("demo 30", REST),
 ]
-REAL = [*MAIN, "label smoothing, ε = 0.04", "SFTMix, by a weaker model"]
-SETTINGS = {"lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "num_checkpoints": 5, "epochs": 5}
-HELD_OUT = 200  # examples of real data
+SETTINGS = {"batch_size": 16, "num_checkpoints": 5}
+DEMO_SETTINGS = SETTINGS | {"lr": 1e-3, "max_length": 256, "dtype": "fp32"}
 
 # --- One run ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def calibration_error(model: Transformer, dataset: Dataset, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017) of the likeliest token where supervised: Σ |acc − conf| n/N"""
-    sure, right = [], []
-    for chosen in make_micro_batches(dataset.lengths.tolist(), MICRO_BATCH_TOKENS):
-        batch = pack([dataset[i] for i in chosen])
-        rows = batch.supervised
-        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[rows]
-        for z, y in zip(hidden.split(256), batch.targets[rows].split(256), strict=True):
-            p, token = model.logits(z).softmax(-1).max(-1)
-            sure.append(p)
-            right.append(token == y)
-    sure, right = torch.cat(sure).double(), torch.cat(right).double()
-    which = (sure * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, right - sure)
-    return float(gaps.abs().sum() / len(sure))
 
 
 def run_train(flags: dict, *words: str) -> None:
@@ -238,10 +261,9 @@ def write_half(cell: Path, half: int) -> Path:
 
 
 def run_arm(name: str, cell: Path, settings: dict) -> dict:
-    """Train an arm on a cell's base, data and scores, and measure what came of it."""
+    """Train an arm on a cell's base, data and scores, and measure the result on the cell's held-out examples."""
     arm, output, more = ARMS[name], cell / "run", []
-    flags = {"model": cell / "base", "data": cell / "train.jsonl", "output": output}
-    flags |= {"eval_data": cell / "held-out.jsonl", "log_every": 100, **settings}
+    flags = {"model": cell / "base", "data": cell / "train.jsonl", "output": output, "log_every": 100, **settings}
     if "sftmix" in arm.flags and "online" not in arm.flags and "random" not in arm.flags:
         more = ["--confidence", str(scores_for(arm, cell, settings))]
     if arm.half is not None:
@@ -250,37 +272,53 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
         setattr(train, part, replacement)
     run_train(flags, *arm.flags.split(), *more)
 
-    stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
-    result = json.loads((output / "results.json").read_text())[stage]
-    model, tokenizer = load_model(output / folder), load_tokenizer(cell / "base")
+    tokenizer = load_tokenizer(cell / "base")
     template = choose_template(tokenizer, None, sys.stderr)
     encoded = {
         part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], None, sys.stderr)
-        for part in ("held-out", "train", "eval")
-        if (cell / f"{part}.jsonl").exists()
+        for part in ("train", "validation", "held-out")
+        if (cell / f"{part}.jsonl").stat().st_size
     }
-    probability, _ = score_examples(model, encoded["train"])
-    measured = {
-        "loss": result["loss"],
-        "accuracy": result["accuracy"],
-        "calibration_error": calibration_error(model, encoded["held-out"]),
-        "confidence_spread": float(probability.std()),
-        "seconds": result["seconds"],
-    }
-    if "eval" in encoded:  # to choose by
-        examples = load_examples(cell / "eval.jsonl")
-        measured["eval_accuracy"] = exact_match(model, examples, tokenizer, template)["accuracy"]
+    stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
+    load = partial(load_model, compute_dtype=DTYPES[settings["dtype"]])
+    model = load(output / folder)
+    measured = measure_on(model, encoded)
+    measured["confidence_spread"] = float(score_examples(model, encoded["train"])[0].std())
+    measured["seconds"] = json.loads((output / "results.json").read_text())[stage]["seconds"]
+    if encoded["validation"].num_supervised.max() <= MAX_MATCH_TOKENS:  # short answers: the demo's
+        for part, key in (("held-out", "accuracy"), ("validation", "eval_accuracy")):
+            examples = load_examples(cell / f"{part}.jsonl")
+            measured[key] = exact_match(model, examples, tokenizer, template)["accuracy"]
     if name == "NTP":
+        measured["early_stopping"] = early_stopping(output, encoded, load)
         score(cell / "base", cell / "train.jsonl", output, settings)
-        if (cell / "wrong.json").exists():
-            dynamics, wrong = (
-                TrainingDynamics.load(output / "confidence.jsonl"),
-                json.loads((cell / "wrong.json").read_text()),
-            )
-            if any(wrong):
-                areas = {by: roc_auc(-dynamics.score(by), wrong) for by in ("probability", "perplexity")}
-                measured["roc_area"] = areas
+        measured["roc_area"] = wrong_answers_found(cell, TrainingDynamics.load(output / "confidence.jsonl"))
     return measured
+
+
+def measure_on(model: Transformer, encoded: dict[str, Dataset]) -> dict:
+    """The measures of the held-out and of the validation examples, at the temperature fitted on the latter."""
+    states = supervised_states(model, encoded["validation"])
+    temperature = fit_temperature(model, *states)
+    measured = {"temperature": temperature, "validation": measure(model, *states, temperature)}
+    if "held-out" in encoded:
+        measured |= measure(model, *supervised_states(model, encoded["held-out"]), temperature)
+    return measured
+
+
+def early_stopping(output: Path, encoded: dict[str, Dataset], load) -> dict:
+    """The measures of the NTP run's checkpoint with the lowest validation loss; the last one is the run itself."""
+    folders = sorted((output / "reference" / "checkpoints").iterdir(), key=lambda f: int(f.name.removeprefix("step-")))
+    losses = [held_out_loss(load(folder), encoded["validation"])["loss"] for folder in folders]
+    best = int(np.argmin(losses))
+    return {"validation losses": losses, "checkpoint": best + 1, **measure_on(load(folders[best]), encoded)}
+
+
+def wrong_answers_found(cell: Path, dynamics: TrainingDynamics) -> dict | None:
+    """The area under the ROC curve with which low confidence finds wrong answers, where it is known which are wrong."""
+    if not (cell / "wrong.json").exists() or not any(wrong := json.loads((cell / "wrong.json").read_text())):
+        return None
+    return {by: roc_auc(-dynamics.score(by), wrong) for by in ("probability", "perplexity")}
 
 
 # --- All runs ---------------------------------------------------------------------------------------------------------
@@ -294,38 +332,66 @@ def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
         command = [sys.executable, ROOT / "train.py", "--stage", "base", "--seed", str(seed), "--output", base]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     corpus = demo_corpus(seed, wrong_share=demo.noise)
-    cell.mkdir(exist_ok=True)
-    for name, records in (("train", corpus.train), ("eval", corpus.eval), ("held-out", corpus.test)):
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (cell / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    (cell / "wrong.json").write_text(json.dumps(corpus.wrong))
+    write_cell(cell, {"train": corpus.train, "validation": corpus.eval, "held-out": corpus.test}, corpus.wrong)
     link(cell / "base", base / "base")
 
 
-def make_real_cell(cell: Path, seed: int, args) -> None:
-    """A real model, and of the data so many examples to train on and others held out, drawn by the seed."""
-    lines = [line for line in dict.fromkeys(args.data.read_text(encoding="utf-8").split("\n")) if short_enough(line)]
-    order, n = np.random.default_rng(seed).permutation(len(lines)), args.examples
-    if len(lines) < n + HELD_OUT:
-        sys.exit(f"{args.data}: {len(lines)} records that can be used are fewer than {n + HELD_OUT}")
-    cell.mkdir(exist_ok=True)
-    for name, numbers in (("train", order[:n]), ("held-out", order[n : n + HELD_OUT])):
-        (cell / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in numbers), encoding="utf-8")
+def make_real_cell(cell: Path, seed: int, real: Real, args) -> None:
+    """A real base, and examples drawn by the seed: to train on, to report and to validate on."""
+    records = [json.loads(line) for line in dict.fromkeys(args.data.read_text(encoding="utf-8").split("\n")) if line]
+    rng, sizes = np.random.default_rng(seed), (real.num_train, real.num_held_out, real.num_validation)
+    if "correct" in records[0]:
+        parts = draw_solutions(records, rng, sizes)
+    else:
+        limit = real.max_question or math.inf
+        records = [r for r in records if 0 < len(r.get("instruction", "") + r.get("input", "")) <= limit]
+        if len(records) < sum(sizes):
+            sys.exit(f"{args.data}: {len(records)} records that can be used are fewer than {sum(sizes)}")
+        order = rng.permutation(len(records))
+        parts = [[records[i] for i in part] for part in np.split(order, np.cumsum(sizes))[:3]]
+    wrong = [not record.get("correct", True) for record in parts[0]]
+    write_cell(cell, dict(zip(("train", "held-out", "validation"), parts, strict=True)), wrong)
     link(cell / "base", args.model)
     if args.weaker:
         link(cell / "weaker", args.weaker)
 
 
-def short_enough(line: str) -> bool:
-    """Whether a record's question leaves room for an answer, however few pieces a tokenizer has."""
-    record = json.loads(line or "{}")
-    return 0 < len(record.get("instruction", "") + record.get("input", "")) <= 200
+def draw_solutions(records: list[dict], rng: np.random.Generator, sizes: tuple[int, int, int]) -> list[list[dict]]:
+    """Answers marked right or wrong. To report and to validate: a right answer to each of other questions."""
+    by_question: dict[str, list[dict]] = {}
+    for record in records:
+        by_question.setdefault(record["instruction"], []).append(record)
+    questions = list(by_question)
+    questions = [questions[i] for i in rng.permutation(len(questions))]
+    right = {q: next((r for r in by_question[q] if r["correct"]), None) for q in questions}
+    num_train, num_held_out, num_validation = sizes
+    others = [q for q in questions if right[q]][: num_held_out + num_validation]
+    rest = [record for q in questions if q not in set(others) for record in by_question[q]]
+    train_records = [rest[i] for i in rng.permutation(len(rest))[:num_train]]
+    if len(train_records) < num_train or len(others) < num_held_out + num_validation:
+        sys.exit("too few answered questions for so many examples")
+    return [train_records, [right[q] for q in others[:num_held_out]], [right[q] for q in others[num_held_out:]]]
+
+
+def write_cell(cell: Path, parts: dict[str, list[dict]], wrong: list[bool]) -> None:
+    """Write the data of a cell, and which of its training examples have a wrong answer."""
+    cell.mkdir(exist_ok=True)
+    for name, records in parts.items():
+        lines = [json.dumps({key: r[key] for key in ("instruction", "input", "output") if key in r}) for r in records]
+        (cell / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    (cell / "wrong.json").write_text(json.dumps(wrong))
 
 
 def link(path: Path, target: Path) -> None:
     """Make `path` another name of a folder."""
     if not path.exists():
         path.symlink_to(target.resolve())
+
+
+def read_results() -> list[dict]:
+    """All runs so far."""
+    RESULTS.touch()
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
 def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
@@ -335,12 +401,14 @@ def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
     if not waiting:
         return
     cell = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
-    if args.data:
-        make_real_cell(cell, seed, args)
-        settings = SETTINGS | {"seed": seed}
+    if corpus in REALS:
+        real = REALS[corpus]
+        make_real_cell(cell, seed, real, args)
+        settings = SETTINGS | {"lr": real.lr, "max_length": real.max_length, "dtype": args.dtype, "epochs": real.epochs}
     else:
         make_demo_cell(cell, seed, DEMOS[corpus])
-        settings = SETTINGS | {"seed": seed, "epochs": DEMOS[corpus].epochs}
+        settings = DEMO_SETTINGS | {"epochs": DEMOS[corpus].epochs}
+    settings["seed"] = seed
     made_with = json.dumps({**settings, "data": sha256_of(cell / "train.jsonl"), "model": sha256_of(cell / "base")})
     if not (cell / "made-with.json").exists():
         (cell / "made-with.json").write_text(made_with)
@@ -377,242 +445,17 @@ def one(request: dict) -> None:
 def run(args) -> None:
     """Run all that is planned and not yet done, `jobs` at once."""
     args.work.mkdir(parents=True, exist_ok=True)
-    real = [arm for arm in REAL if args.weaker or not ARMS[arm].weaker]
-    for corpus, arms in [(args.corpus, real)] if args.data else PLAN:
-        if args.corpus in (None, corpus):
-            with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
-                list(pool.map(partial(run_cell, args, corpus, arms), range(5 if args.data else 10)))
+    if args.corpus in REALS:
+        real = REALS[args.corpus]
+        plan, seeds = [(args.corpus, [arm for arm in real.arms if args.weaker or not ARMS[arm].weaker])], real.seeds
+    else:
+        plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
+    for corpus, arms in plan:
+        with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
+            list(pool.map(partial(run_cell, args, corpus, arms), range(seeds)))
 
 
-# --- What they say ----------------------------------------------------------------------------------------------------
-
-
-def read_results() -> list[dict]:
-    """All runs so far."""
-    RESULTS.touch()
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-
-def t_tail(t: float, degrees: int) -> float:
-    """The chance that Student's t lies beyond ±t: 1 − ∫ of its density from −t to t, by Simpson's rule.
-
-    >>> round(t_tail(2.262157, 9), 4)
-    0.05
-    """
-    x = np.linspace(0, min(abs(t), 200.0), 20001)
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-    weights = np.where(np.arange(20001) % 2 == 1, 4.0, 2.0)
-    weights[[0, -1]] = 1
-    return max(0.0, 1 - 2 * float((density * weights).sum() * (x[1] - x[0])) / 3)
-
-
-def t_quantile(tail: float, degrees: int) -> float:
-    """The t beyond ± which lies `tail` of the distribution, by bisection."""
-    low, high = 0.0, 200.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, degrees) > tail else (low, middle)
-    return high
-
-
-class Difference(NamedTuple):
-    """Of paired values: their mean difference, its 95 % interval, the p-value, and what the design could detect."""
-
-    mean: float
-    half: float
-    p: float
-    detectable: float  # with 80 % power at a level of 5 %
-
-
-def difference(one: list[float], other: list[float]) -> Difference:
-    """Paired t-test of `one` minus `other`."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    n, mean = len(differences), statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    t = t_quantile(0.05, n - 1)
-    p = t_tail(mean / error, n - 1) if error else float(mean == 0)
-    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979).
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order, corrected, highest = sorted(range(len(p_values)), key=p_values.__getitem__), [0.0] * len(p_values), 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - place)))
-        corrected[i] = highest
-    return corrected
-
-
-class Results:
-    """The runs' figures by corpus, arm and seed."""
-
-    def __init__(self):
-        self.notes = {(note["corpus"], note["arm"], note["seed"]): note for note in read_results()}
-
-    def of(self, corpora: list[str], arm: str, measure: str) -> dict[int, float]:
-        """A measure's values by seed; of several corpora their mean, where the seed was run on all of them."""
-        seeds = sorted({seed for corpus, name, seed in self.notes if corpus in corpora and name == arm})
-        found = {seed: [self.notes.get((corpus, arm, seed), {}).get(measure) for corpus in corpora] for seed in seeds}
-        return {seed: statistics.mean(values) for seed, values in found.items() if None not in values}
-
-    def arms(self, corpora: list[str]) -> list[str]:
-        """The arms that were run with all seeds, which are those of NTP; none before there are three."""
-        seeds = self.of(corpora, "NTP", "loss").keys()
-        return [arm for arm in ARMS if len(seeds) > 2 and seeds <= self.of(corpora, arm, "loss").keys()]
-
-    def difference(self, corpora: list[str], one: str, other: str, measure: str) -> Difference | None:
-        """The difference of two arms over the seeds that both have; None with fewer than three."""
-        a, b = self.of(corpora, one, measure), self.of(corpora, other, measure)
-        seeds = sorted(a.keys() & b.keys())
-        return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
-
-
-MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
-
-
-def report(args) -> None:
-    """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
-    results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
-    corpora = sorted({corpus for corpus, _, _ in results.notes})
-    parts = {corpus: [corpus] for corpus in corpora} | {"all shares": SHARES}
-    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in parts.items()}
-    tables["wrong answers found"] = areas_table(results)
-    tables["beyond the paper"] = beyond_table(results)
-    for name, lines in tables.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin not in text:
-            text += f"\n### {name}\n\n{begin}{end}\n"
-        before, rest = text.split(begin)
-        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
-    DOCUMENT.write_text(text, encoding="utf-8")
-    picture(results)
-
-
-def signed(d: Difference | None, p: float | None, form: str, factor: float) -> list[str]:
-    """A difference with its interval, and its corrected p-value."""
-    if d is None:
-        return ["–", "–"]
-    return [f"{factor * d.mean:+{form}} ± {factor * d.half:{form}}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-
-
-def compared(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
-    """(difference, p-value corrected for their number) of each pair of arms; (None, None) where there is none."""
-    found = [results.difference(corpora, one, other, measure) for one, other in pairs]
-    corrected = iter(holm([d.p for d in found if d]))
-    return [(d, next(corrected) if d else None) for d in found]
-
-
-def arms_table(results: Results, corpora: list[str]) -> list[str]:
-    """A row for each arm, with its paired difference to NTP."""
-    arms = results.arms(corpora)
-    pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
-    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
-    for arm in arms:
-        row = [arm, str(len(results.of(corpora, arm, "loss")))]
-        for measure, (form, factor) in MEASURES.items():
-            values = [factor * v for v in results.of(corpora, arm, measure).values()]
-            row.append(f"{statistics.mean(values):{form}}" if values else "–")
-            row += ["", ""] if arm == "NTP" else signed(*tests[measure][arm, "NTP"], form, factor)
-        for measure in ("calibration_error", "confidence_spread"):
-            row.append(f"{statistics.mean(results.of(corpora, arm, measure).values()):.3f}")
-        lines.append(f"| {' | '.join(row)} |")
-    return lines
-
-
-def others_table(results: Results, corpora: list[str]) -> list[str]:
-    """The other comparisons, each with the smallest difference that would have been found."""
-    pairs = [pair for pair in COMPARED if {*pair} <= {*results.arms(corpora)}]
-    if not pairs:
-        return []
-    lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    tests = {measure: compared(results, corpora, pairs, measure) for measure in MEASURES}
-    for n, (one, other) in enumerate(pairs):
-        row = [f"{one} − {other}"]
-        for measure, (form, factor) in MEASURES.items():
-            d, p = tests[measure][n]
-            row += [*signed(d, p, form, factor), f"{factor * d.detectable:{form}}" if d else "–"]
-        lines.append(f"| {' | '.join(row)} |")
-    return lines
-
-
-def areas_table(results: Results) -> list[str]:
-    """How well low confidence tells the wrong answers, by the share of them."""
-    lines = ["| wrong answers, % | by probability | by perplexity |", "|---|---|---|"]
-    for corpus in SHARES:
-        areas = [
-            n["roc_area"] for (c, arm, _), n in results.notes.items() if (c, arm) == (corpus, "NTP") and "roc_area" in n
-        ]
-        if len(areas) > 2:
-            columns = [[area[by] for area in areas] for by in ("probability", "perplexity")]
-            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
-            lines.append(f"| {corpus.split()[1]} | {' | '.join(cells)} |")
-    return lines
-
-
-def beyond_table(results: Results) -> list[str]:
-    """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
-    arms = {"SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND}
-    pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
-    columns = [compared(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
-    lines = ["| − random pairs, μ = 1 | exact match to choose by, points | p | exact match on test | p |"]
-    lines.append("|---|---|---|---|---|")
-    for (arm, _), *cells in zip(pairs, *columns, strict=True):
-        lines.append(f"| {arm} | {' | '.join(x for cell in cells for x in signed(*cell, '.1f', 100))} |")
-    return lines
-
-
-COLOURS = ("#2a6f97", "#d1495b")
-
-
-def over_ntp(results: Results, cells: list[tuple[str, str]]) -> tuple[list[float], list[float]]:
-    """By how many points of exact match each (corpus, arm) is over NTP, and half of each interval."""
-    found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus, arm in cells]
-    return [100 * d.mean for d in found], [100 * d.half for d in found]
-
-
-def picture(results: Results) -> None:
-    """Draw each arm's difference to NTP, and how that goes with the share of wrong answers."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
-    whole = {corpus: results.arms([corpus]) for corpus in DEMOS}
-    left_out = ("NTP", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix")  # far away, and LoRA has its own NTP
-    arms = [arm for arm in ARMS if arm in (*whole["demo 30"], *whole[LONG]) and arm not in left_out]
-    for corpus, label, colour, shift in (
-        ("demo 30", "3 epochs", COLOURS[0], -0.12),
-        (LONG, "10 epochs", COLOURS[1], 0.12),
-    ):
-        places = [n for n, arm in enumerate(arms) if arm in whole[corpus]]
-        means, halves = over_ntp(results, [(corpus, arms[n]) for n in places])
-        places = [n + shift for n in places]
-        left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
-    left.axvline(0, color="black", lw=1)
-    left.set_yticks(range(len(arms)), arms)
-    left.invert_yaxis()
-    left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
-    left.legend(frameon=False)
-    for arm, colour, shift in (("SFTMix", COLOURS[0], -0.3), ("random pairs", COLOURS[1], 0.3)):
-        corpora = [corpus for corpus in SHARES if arm in whole[corpus]]
-        means, halves = over_ntp(results, [(corpus, arm) for corpus in corpora])
-        places = [100 * DEMOS[corpus].noise + shift for corpus in corpora]
-        right.errorbar(places, means, yerr=halves, color=colour, capsize=2, label=arm)
-    right.axhline(0, color="black", lw=1)
-    right.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "docs" / "study.png", dpi=150)
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -621,21 +464,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--work", type=Path, help="a folder for bases, scores and the run at hand")
-    parser.add_argument("--corpus", help="run this one alone; with real data, what to call it")
-    parser.add_argument("--model", type=Path, help="a real model, in place of the demo's")
-    parser.add_argument("--weaker", type=Path, help="a smaller one, for an arm whose split is its")
-    parser.add_argument("--data", type=Path, help="Alpaca's format, .jsonl")
-    parser.add_argument("--examples", type=int, default=500, help="to train on")
+    parser.add_argument("--corpus", choices=(*DEMOS, *REALS), metavar="NAME", help=", ".join((*DEMOS, *REALS)))
+    parser.add_argument("--model", type=Path, help="the base of a cell of real data")
+    parser.add_argument("--weaker", type=Path, help="a smaller base, for an arm whose split is its")
+    parser.add_argument("--data", type=Path, help="the data of such a cell in Alpaca's format, .jsonl")
+    parser.add_argument("--dtype", choices=DTYPES, default=fastest_dtype("cpu"), help="of matmuls on real data")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.what == "run" and args.work is None:
         parser.error("run needs --work")
-    real = args.data is not None
-    if real != (args.model is not None) or (real and args.corpus is None):
-        parser.error("real data need --data, --model, and a name for --corpus")
-    if args.corpus is not None and (args.corpus in DEMOS) == real:
-        parser.error(f"--corpus {args.corpus}: the demo's are {', '.join(DEMOS)}; real data take another name")
-    {"run": run, "report": report}[args.what](args)
+    if args.what == "run" and (args.corpus in REALS) != (None not in (args.model, args.data)):
+        parser.error("a cell of real data needs --model and --data, and the demo's take neither")
+    if args.what == "run":
+        return run(args)
+    from benchmarks.study_report import report
+
+    report()
 
 
 if __name__ == "__main__":

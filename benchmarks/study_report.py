@@ -1,0 +1,308 @@
+"""What the runs of the study say: paired differences, the tables of docs/study.md, and the picture.
+
+python benchmarks/study.py report
+"""
+
+import math
+import statistics
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.study import (
+    ARMS,
+    BEYOND,
+    COMPARED,
+    DEMOS,
+    DOCUMENT,
+    LONG,
+    REALS,
+    ROOT,
+    SHARES,
+    read_results,
+)
+
+# --- What they say ----------------------------------------------------------------------------------------------------
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """The chance that Student's t lies beyond ±t: 1 − ∫ of its density from −t to t, by Simpson's rule.
+
+    >>> round(t_tail(2.262157, 9), 4)
+    0.05
+    """
+    x = np.linspace(0, min(abs(t), 200.0), 20001)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    weights = np.where(np.arange(20001) % 2 == 1, 4.0, 2.0)
+    weights[[0, -1]] = 1
+    return max(0.0, 1 - 2 * float((density * weights).sum() * (x[1] - x[0])) / 3)
+
+
+def t_quantile(tail: float, degrees: int) -> float:
+    """The t beyond ± which lies `tail` of the distribution, by bisection."""
+    low, high = 0.0, 200.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > tail else (low, middle)
+    return high
+
+
+class Difference(NamedTuple):
+    """Of paired values: their mean difference, its 95 % interval, the p-value, and what the design could detect."""
+
+    mean: float
+    half: float
+    p: float
+    detectable: float  # with 80 % power at a level of 5 %
+
+
+def difference(one: list[float], other: list[float]) -> Difference:
+    """Paired t-test of `one` minus `other`."""
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    n, mean = len(differences), statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    t = t_quantile(0.05, n - 1)
+    p = t_tail(mean / error, n - 1) if error else float(mean == 0)
+    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order, corrected, highest = sorted(range(len(p_values)), key=p_values.__getitem__), [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - place)))
+        corrected[i] = highest
+    return corrected
+
+
+EARLY_STOPPING = "NTP, early stopping"
+
+
+class Results:
+    """The runs' figures by corpus, arm and seed."""
+
+    def __init__(self):
+        self.notes = {(note["corpus"], note["arm"], note["seed"]): note for note in read_results()}
+        for (corpus, _, seed), note in list(self.notes.items()):
+            if (
+                "early_stopping" in note
+            ):  # the NTP run's checkpoint that is best on validation: an arm that costs nothing
+                self.notes[corpus, EARLY_STOPPING, seed] = note["early_stopping"]
+
+    def of(self, corpora: list[str], arm: str, measure: str) -> dict[int, float]:
+        """A measure's values by seed; of several corpora their mean, where the seed was run on all of them."""
+        seeds = sorted({seed for corpus, name, seed in self.notes if corpus in corpora and name == arm})
+        found = {seed: [self.notes.get((corpus, arm, seed), {}).get(measure) for corpus in corpora] for seed in seeds}
+        return {seed: statistics.mean(values) for seed, values in found.items() if None not in values}
+
+    def arms(self, corpora: list[str]) -> list[str]:
+        """The arms that were run with all seeds, which are those of NTP; none before there are three."""
+        seeds = self.of(corpora, "NTP", "loss").keys()
+        return [arm for arm in ARMS if len(seeds) > 2 and seeds <= self.of(corpora, arm, "loss").keys()]
+
+    def difference(self, corpora: list[str], one: str, other: str, measure: str) -> Difference | None:
+        """The difference of two arms over the seeds that both have; None with fewer than three."""
+        a, b = self.of(corpora, one, measure), self.of(corpora, other, measure)
+        seeds = sorted(a.keys() & b.keys())
+        return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
+
+
+MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
+
+
+def report() -> None:
+    """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
+    results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
+    corpora = sorted({corpus for corpus, _, _ in results.notes})
+    base_135m = [corpus for corpus in corpora if corpus.startswith("135M")]
+    parts = {corpus: [corpus] for corpus in corpora if corpus not in base_135m} | {"all shares": SHARES}
+    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in parts.items()}
+    tables |= {c: real_table(results, c) + registered_table(results, c) for c in base_135m if "grid" not in c}
+    tables["135M grid"] = grid_table(results, [corpus for corpus in base_135m if "grid" in corpus])
+    tables["wrong answers found"] = areas_table(results)
+    tables["beyond the paper"] = beyond_table(results)
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin not in text:
+            text += f"\n### {name}\n\n{begin}{end}\n"
+        before, rest = text.split(begin)
+        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
+    DOCUMENT.write_text(text, encoding="utf-8")
+    picture(results)
+
+
+def signed(d: Difference | None, p: float | None, form: str, factor: float) -> list[str]:
+    """A difference with its interval, and its corrected p-value."""
+    if d is None:
+        return ["–", "–"]
+    return [f"{factor * d.mean:+{form}} ± {factor * d.half:{form}}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+
+
+def compared(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
+    """(difference, p-value corrected for their number) of each pair of arms; (None, None) where there is none."""
+    found = [results.difference(corpora, one, other, measure) for one, other in pairs]
+    corrected = iter(holm([d.p for d in found if d]))
+    return [(d, next(corrected) if d else None) for d in found]
+
+
+def arms_table(results: Results, corpora: list[str]) -> list[str]:
+    """A row for each arm, with its paired difference to NTP."""
+    arms = results.arms(corpora)
+    pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
+    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
+    for arm in arms:
+        row = [arm, str(len(results.of(corpora, arm, "loss")))]
+        for measure, (form, factor) in MEASURES.items():
+            values = [factor * v for v in results.of(corpora, arm, measure).values()]
+            row.append(f"{statistics.mean(values):{form}}" if values else "–")
+            row += ["", ""] if arm == "NTP" else signed(*tests[measure][arm, "NTP"], form, factor)
+        for measure in ("calibration_error", "confidence_spread"):
+            row.append(f"{statistics.mean(results.of(corpora, arm, measure).values()):.3f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def others_table(results: Results, corpora: list[str]) -> list[str]:
+    """The other comparisons, each with the smallest difference that would have been found."""
+    pairs = [pair for pair in COMPARED if {*pair} <= {*results.arms(corpora)}]
+    if not pairs:
+        return []
+    lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    tests = {measure: compared(results, corpora, pairs, measure) for measure in MEASURES}
+    for n, (one, other) in enumerate(pairs):
+        row = [f"{one} − {other}"]
+        for measure, (form, factor) in MEASURES.items():
+            d, p = tests[measure][n]
+            row += [*signed(d, p, form, factor), f"{factor * d.detectable:{form}}" if d else "–"]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+REAL_MEASURES = {  # heading -> key, format, factor
+    "loss at own temperature": ("loss_at_temperature", ".4f", 1),
+    "loss": ("loss", ".4f", 1),
+    "token accuracy, %": ("token_accuracy", ".2f", 100),
+    "calibration error": ("calibration_error", ".3f", 1),
+}
+MARGIN = 0.01  # nats of loss at own temperature below which a difference is too small to matter, registered
+
+
+def real_table(results: Results, corpus: str) -> list[str]:
+    """A row for each arm of a cell on the 135M base: means over its seeds, and in brackets differences to NTP."""
+    lines = [f"| arm | seeds | {' | '.join(REAL_MEASURES)} |", "|---|---|" + "---|" * len(REAL_MEASURES)]
+    for arm in ["NTP", EARLY_STOPPING, *REALS[corpus].arms[1:]]:
+        row = [arm, str(len(results.of([corpus], arm, "loss")))]
+        for key, form, factor in REAL_MEASURES.values():
+            values = [factor * value for value in results.of([corpus], arm, key).values()]
+            d = results.difference([corpus], arm, "NTP", key) if arm != "NTP" else None
+            cell = f"{statistics.mean(values):{form}}" if values else "–"
+            row.append(cell + (f" ({signed(d, 1, form, factor)[0]})" if d else ""))
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def registered_table(results: Results, corpus: str) -> list[str]:
+    """The two registered contrasts: loss at own temperature, p-values corrected for two."""
+    pairs = [("SFTMix, by perplexity", "NTP"), ("SFTMix, by perplexity", "random pairs")]
+    lines = [
+        "",
+        "| contrast | seeds | loss at own temperature | p (Holm) | detectable | margin |",
+        "|---|---|---|---|---|---|",
+    ]
+    key = "loss_at_temperature"
+    for (one, other), (d, p) in zip(pairs, compared(results, [corpus], pairs, key), strict=True):
+        seeds = len(results.of([corpus], one, key).keys() & results.of([corpus], other, key).keys())
+        detectable = f"{d.detectable:.4f}" if d else "–"
+        lines.append(f"| {one} − {other} | {seeds} | {' | '.join(signed(d, p, '.4f', 1))} | {detectable} | {MARGIN} |")
+    return lines
+
+
+def grid_table(results: Results, corpora: list[str]) -> list[str]:
+    """NTP's validation loss after its last epoch and at its best checkpoint, by learning rate."""
+    lines = ["| learning rate | validation loss | at its own temperature | best checkpoint's |", "|---|---|---|---|"]
+    for corpus in sorted(corpora, key=lambda corpus: REALS[corpus].lr):
+        note = results.notes[corpus, "NTP", 0]
+        validation, best = note["validation"], min(note["early_stopping"]["validation losses"])
+        cells = [f"{x:.4f}" for x in (validation["loss"], validation["loss_at_temperature"], best)]
+        lines.append(f"| {REALS[corpus].lr:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def areas_table(results: Results) -> list[str]:
+    """How well low confidence tells the wrong answers, by the share of them."""
+    lines = ["| wrong answers, % | by probability | by perplexity |", "|---|---|---|"]
+    for corpus in SHARES:
+        areas = [
+            n["roc_area"] for (c, arm, _), n in results.notes.items() if (c, arm) == (corpus, "NTP") and "roc_area" in n
+        ]
+        if len(areas) > 2:
+            columns = [[area[by] for area in areas] for by in ("probability", "perplexity")]
+            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
+            lines.append(f"| {corpus.split()[1]} | {' | '.join(cells)} |")
+    return lines
+
+
+def beyond_table(results: Results) -> list[str]:
+    """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
+    arms = {"SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND}
+    pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
+    columns = [compared(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
+    lines = ["| − random pairs, μ = 1 | exact match to choose by, points | p | exact match on test | p |"]
+    lines.append("|---|---|---|---|---|")
+    for (arm, _), *cells in zip(pairs, *columns, strict=True):
+        lines.append(f"| {arm} | {' | '.join(x for cell in cells for x in signed(*cell, '.1f', 100))} |")
+    return lines
+
+
+COLOURS = ("#2a6f97", "#d1495b")
+
+
+def over_ntp(results: Results, cells: list[tuple[str, str]]) -> tuple[list[float], list[float]]:
+    """By how many points of exact match each (corpus, arm) is over NTP, and half of each interval."""
+    found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus, arm in cells]
+    return [100 * d.mean for d in found], [100 * d.half for d in found]
+
+
+def picture(results: Results) -> None:
+    """Draw each arm's difference to NTP, and how that goes with the share of wrong answers."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
+    whole = {corpus: results.arms([corpus]) for corpus in DEMOS}
+    left_out = ("NTP", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix")  # far away, and LoRA has its own NTP
+    arms = [arm for arm in ARMS if arm in (*whole["demo 30"], *whole[LONG]) and arm not in left_out]
+    for corpus, label, colour, shift in (
+        ("demo 30", "3 epochs", COLOURS[0], -0.12),
+        (LONG, "10 epochs", COLOURS[1], 0.12),
+    ):
+        places = [n for n, arm in enumerate(arms) if arm in whole[corpus]]
+        means, halves = over_ntp(results, [(corpus, arms[n]) for n in places])
+        places = [n + shift for n in places]
+        left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
+    left.axvline(0, color="black", lw=1)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
+    left.legend(frameon=False)
+    for arm, colour, shift in (("SFTMix", COLOURS[0], -0.3), ("random pairs", COLOURS[1], 0.3)):
+        corpora = [corpus for corpus in SHARES if arm in whole[corpus]]
+        means, halves = over_ntp(results, [(corpus, arm) for corpus in corpora])
+        places = [100 * DEMOS[corpus].noise + shift for corpus in corpora]
+        right.errorbar(places, means, yerr=halves, color=colour, capsize=2, label=arm)
+    right.axhline(0, color="black", lw=1)
+    right.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "study.png", dpi=150)
