@@ -123,9 +123,11 @@ def report() -> None:
     parts = {corpus: [corpus] for corpus in corpora if corpus not in base_135m} | {"all shares": SHARES}
     tables = {name: arms_table(results, part) + others_table(results, part) for name, part in parts.items()}
     tables |= {c: real_table(results, c) + registered_table(results, c) for c in base_135m if "grid" not in c}
-    tables["135M grid"] = grid_table(results, [corpus for corpus in base_135m if "grid" in corpus])
+    if grid := [corpus for corpus in base_135m if "grid" in corpus]:
+        tables["135M grid"] = grid_table(results, grid)
     tables["wrong answers found"] = areas_table(results)
     tables["beyond the paper"] = beyond_table(results)
+    tables["overfitting"] = overfit_table(results)
     for name, lines in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if begin not in text:
@@ -233,6 +235,23 @@ def grid_table(results: Results, corpora: list[str]) -> list[str]:
         validation, best = note["validation"], min(note["early_stopping"]["validation losses"])
         cells = [f"{x:.4f}" for x in (validation["loss"], validation["loss_at_temperature"], best)]
         lines.append(f"| {REALS[corpus].lr:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def overfit_table(results: Results) -> list[str]:
+    """Whether an arm gains more on NTP after 10 epochs, where NTP overfits: the difference to its gain after 3."""
+    lines = ["| arm | 3 epochs: − NTP | 10 epochs: − NTP | difference of the two | p |", "|---|---|---|---|---|"]
+    gains = {}
+    for arm in results.arms(["demo 30"]):
+        if arm != "NTP" and arm in results.arms([LONG]):
+            losses = [[results.of([c], a, "loss") for a in (arm, "NTP")] for c in ("demo 30", LONG)]
+            seeds = sorted(set.intersection(*(set(values) for pair in losses for values in pair)))
+            gains[arm] = [[one[seed] - ntp[seed] for seed in seeds] for one, ntp in losses]
+    tests = {arm: difference(after_10, after_3) for arm, (after_3, after_10) in gains.items()}
+    corrected = dict(zip(tests, holm([d.p for d in tests.values()]), strict=True))
+    for arm, (after_3, after_10) in gains.items():
+        cells = [f"{statistics.mean(gain):+.4f}" for gain in (after_3, after_10)]
+        lines.append(f"| {arm} | {' | '.join(cells + signed(tests[arm], corrected[arm], '.4f', 1))} |")
     return lines
 
 
