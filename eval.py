@@ -501,7 +501,7 @@ def chat(args, device) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
     messages = list(system)
-    print0("An empty line begins anew, Ctrl-D ends.", sys.stderr)
+    print0("An empty line starts a new conversation, Ctrl-D ends.", sys.stderr)
     while True:
         try:
             line = input("> ")
@@ -513,7 +513,8 @@ def chat(args, device) -> None:
         messages.append({"role": "user", "content": require_text(line, "what you say")})
         prompt, _ = tokenizer.render_conversation(messages, template)
         if len(prompt) > model.config.max_length:
-            print0(f"that is longer than the model's {model.config.max_length} tokens; begun anew", sys.stderr)
+            limit = model.config.max_length
+            print0(f"that is longer than the model's {limit} tokens; a new conversation starts", sys.stderr)
             messages = list(system)
             continue
         new_tokens = decode_batch(model, [prompt], args.max_new_tokens, tokenizer.stop_ids(template), sampling)

@@ -79,75 +79,75 @@ _KIND_OF = [(word, kind) for kind, words in _KINDS.items() for word in words.spl
 _NEXT = [pair for cycle in (_DAYS, _MONTHS) for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
 
 
-class _Family(NamedTuple):
-    """A kind of task, about {k} of a table of facts, or what is at hand: words {x} {y} {z} and numbers {l} {m} {n}."""
+class _TaskKind(NamedTuple):
+    """A kind of task: about a fact {k} from a table, or about random words {x} {y} {z} and numbers {l} {m} {n}."""
 
-    note: str  # how the base's text puts it
-    asks: tuple[str, ...]  # how instructions put it
-    answer: list | Callable  # the table (k, answer), or a rule from what is at hand to the answer
+    note: str  # the task as the text for pretraining puts it
+    asks: tuple[str, ...]  # the task as instructions put it
+    answer: list | Callable  # a table of (k, answer), or a function of the words and numbers
 
 
-_FAMILIES = [  # from what is known to what must be worked out
-    _Family("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
-    _Family("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
-    _Family(
+_TASK_KINDS = [  # from facts to be known to answers to be computed
+    _TaskKind("kind of {k}", ("What kind of thing is a {k}?", "Say what a {k} is.", "Classify {k}."), _KIND_OF),
+    _TaskKind("colour of {k}", ("What colour is {k}?", "Name the colour of {k}.", "Which colour has {k}?"), _COLOURS),
+    _TaskKind(
         "capital of {k}",
         ("What is the capital of {k}?", "Name the capital of {k}.", "Which city governs {k}?"),
         _CAPITALS,
     ),
-    _Family(
+    _TaskKind(
         "continent of {k}",
         ("Which continent is {k} in?", "Name the continent of {k}.", "Where in the world is {k}?"),
         _CONTINENTS,
     ),
-    _Family(
+    _TaskKind(
         "opposite of {k}",
         ("What is the opposite of {k}?", "Give the opposite of {k}.", "What is not {k}?"),
         _OPPOSITES,
     ),
-    _Family(
+    _TaskKind(
         "young of {k}",
         ("What is a young {k} called?", "Name the young of a {k}.", "What is a baby {k}?"),
         _YOUNG,
     ),
-    _Family("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
-    _Family("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
-    _Family("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
-    _Family("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
-    _Family(
+    _TaskKind("sound of {k}", ("What does a {k} do when it calls?", "How does a {k} sound?", "Hear the {k}."), _SOUNDS),
+    _TaskKind("plural of {k}", ("What is the plural of {k}?", "Give the plural of {k}.", "Say many {k}."), _PLURALS),
+    _TaskKind("past of {k}", ("What is the past of {k}?", "Give the past of {k}.", "Say {k} as of yesterday."), _PASTS),
+    _TaskKind("next of {k}", ("What comes after {k}?", "Name what follows {k}.", "Which is next after {k}?"), _NEXT),
+    _TaskKind(
         "initial of {x}",
         ("Which letter begins {x}?", "Give the first letter of {x}.", "How does {x} start?"),
         lambda s: s["x"][0],
     ),
-    _Family(
+    _TaskKind(
         "one more than {l}",
         ("Which number is one more than {l}?", "Add one to {l}.", "Count on from {l}."),
         lambda s: s["l"] + 1,
     ),
-    _Family(
+    _TaskKind(
         "larger of {l}, {m}",
         ("Which is larger, {l} or {m}?", "Give the larger number: {l}, {m}."),
         lambda s: max(s["l"], s["m"]),
     ),
-    _Family(
+    _TaskKind(
         "first of {x}, {y}, {z}",
         ("Which is the first of {x}, {y} and {z}?", "Give the first word: {x}, {y}, {z}."),
         lambda s: s["x"],
     ),
-    _Family(
+    _TaskKind(
         "last of {x}, {y}, {z}",
         ("Which is the last of {x}, {y} and {z}?", "Give the last word: {x}, {y}, {z}."),
         lambda s: s["z"],
     ),
-    _Family("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
-    _Family(
+    _TaskKind("sum of {l}, {m}", ("Add {l} and {m}.", "How much is {l} plus {m}?"), lambda s: s["l"] + s["m"]),
+    _TaskKind(
         "sort of {l}, {m}, {n}",
         ("Sort {l}, {m}, {n}.", "Put {l}, {m} and {n} in order."),
         lambda s: ", ".join(map(str, sorted((s["l"], s["m"], s["n"])))),
     ),
 ]
 _ANSWER = "The answer is {}."
-# How the base's documents lay out a question and its answer: never as the template does that is then tuned on.
+# Formats of a question and its answer in the text for pretraining; none is the template of instruction tuning.
 _LAYOUTS = ("{} {}", "Q: {}\nA: {}", "### Question:\n{}\n\n### Answer:\n{}")
 
 
@@ -157,36 +157,36 @@ class _Task(NamedTuple):
     answer: str
 
 
-def _draw_task(family: _Family, rng: np.random.Generator) -> _Task:
+def _draw_task(kind: _TaskKind, rng: np.random.Generator) -> _Task:
     words = [_KIND_OF[i][0] for i in rng.choice(len(_KIND_OF), 3, replace=False)]
     numbers = [int(n) for n in rng.choice(20, 3, replace=False)]
-    ask = family.asks[rng.integers(len(family.asks))]
-    if callable(family.answer):
+    ask = kind.asks[rng.integers(len(kind.asks))]
+    if callable(kind.answer):
         about = dict(zip("xyzlmn", words + numbers, strict=True))
-        answer = str(family.answer(about))
+        answer = str(kind.answer(about))
     else:
-        key, answer = family.answer[rng.integers(len(family.answer))]
+        key, answer = kind.answer[rng.integers(len(kind.answer))]
         about = {"k": key}
-    return _Task(family.note.format(**about), ask.format(**about), answer)
+    return _Task(kind.note.format(**about), ask.format(**about), answer)
 
 
 class DemoCorpus(NamedTuple):
-    """The demo's data, as records that `load_examples` reads once written. All prompts of the last three differ."""
+    """The records of the demo. No prompt is in two of `train`, `eval` and `test`."""
 
-    base: list[dict]  # {"text"}: clean notes, and answered questions that are not in `eval` or `test`, to pretrain on
-    train: list[dict]  # Alpaca records, some of them wrong
-    eval: list[dict]  # clean, to choose settings by
-    test: list[dict]  # clean, to report
-    wrong: list[bool]  # which of `train` have a wrong answer: the truth that no training sees
+    base: list[dict]  # {"text"}, for pretraining: notes and questions with correct answers; none of `eval` and `test`
+    train: list[dict]  # Alpaca records, some with a wrong answer
+    eval: list[dict]  # correct answers, to choose settings on
+    test: list[dict]  # correct answers, to report results on
+    wrong: list[bool]  # which of `train` have a wrong answer; never used in training
 
 
 def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
-    """Make the demo corpus: a pure function of its arguments, with no file and no network."""
+    """Make the demo corpus, from its arguments alone."""
     rng = np.random.default_rng([seed, DEMO_STREAM])
-    tasks = {}  # by prompt, so that each stands there once
+    tasks = {}  # by prompt, so that prompts are unique
     for _ in range(150):
-        for family in _FAMILIES:
-            task = _draw_task(family, rng)
+        for kind in _TASK_KINDS:
+            task = _draw_task(kind, rng)
             tasks.setdefault(task.prompt, task)
     tasks = [list(tasks.values())[i] for i in rng.permutation(len(tasks))]
     cut = [len(tasks) * 7 // 10, len(tasks) * 8 // 10]
@@ -194,7 +194,7 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
 
     documents = []
     for number in range(num_documents):
-        drawn = [_draw_task(_FAMILIES[i], rng) for i in rng.choice(len(_FAMILIES), 8)]
+        drawn = [_draw_task(_TASK_KINDS[i], rng) for i in rng.choice(len(_TASK_KINDS), 8)]
         if number % 2:
             documents.append("\n".join(f"{task.note}: {task.answer}" for task in drawn))
         else:
@@ -204,7 +204,7 @@ def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000
 
     wrong = rng.random(len(train)) < wrong_share
     answers = [task.answer for task in train]
-    for i in np.flatnonzero(wrong):  # as when records get mixed up: somebody else's answer
+    for i in np.flatnonzero(wrong):  # with the answer of another record, as when records are mixed up
         while answers[i] == train[i].answer:
             answers[i] = train[rng.integers(len(train))].answer
 

@@ -220,4 +220,4 @@ def wrap_errors(file: Path):
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); remove it, and all is answered anew") from None
+        raise ValueError(f"{file}: damaged ({error}); remove it, and all records are answered again") from None

@@ -388,9 +388,9 @@ def test_demo_is_a_function_of_its_seed(corpus):
 
 
 def test_demo_has_ten_families_and_its_share_of_wrong_answers_in_training_alone(corpus):
-    from infra.demo import _FAMILIES
+    from infra.demo import _TASK_KINDS
 
-    assert len(_FAMILIES) >= 10
+    assert len(_TASK_KINDS) >= 10
     assert 0.2 < np.mean(corpus.wrong) < 0.3 and len(corpus.wrong) == len(corpus.train)
     clean = demo_corpus(seed=0, wrong_share=0.0, num_documents=1000)
     assert not any(clean.wrong) and (clean.eval, clean.test) == (corpus.eval, corpus.test)
