@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,33 +29,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from benchmarks import rivals
 from benchmarks.measures import fit_temperature, measure, supervised_states
 from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confidence
-from data import Dataset, load_examples, paired_order, sample_lambda
+from data import IGNORE_INDEX, Dataset, load_examples, paired_order, sample_lambda
 from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
 from infra.demo import demo_corpus
 from infra.distributed import DTYPES, fastest_dtype
 from infra.files import sha256_of
-from infra.hf import choose_template, load_model, load_tokenizer
+from infra.hf import choose_template, load_config, load_model, load_tokenizer
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"
 
-# --- What is not the paper's: a rival, and other uses of confidence ---------------------------------------------------
-
-
-def smoothed(epsilon: float):
-    """In place of `train.sftmix_loss`: NTP with the target (1−ε) e_y + ε/V."""
-
-    def loss(hidden, weight, targets, index_c, index_u, lam, *, num_supervised, log_p=None, **_):
-        log_probabilities = (hidden @ weight.T).float().log_softmax(-1)
-        gold = log_probabilities.gather(1, targets[:, None]).sum()
-        total = -((1 - epsilon) * gold + epsilon * log_probabilities.mean(1).sum()) / num_supervised
-        return total, (-gold / num_supervised).detach(), torch.zeros(())
-
-    return loss
+# --- Other uses of confidence -----------------------------------------------------------------------------------------
 
 
 def by_variance(scores: TrainingDynamics, config, epoch: int) -> np.ndarray:
@@ -91,12 +80,19 @@ class Arm(NamedTuple):
     checkpoints: tuple[int, ...] | None = None  # that its scores are the mean of, by number; None: all
     weaker: bool = False  # its scores are of the weaker model
     half: int | None = None  # train on the confident half (0) or the unconfident one (1) alone, as many tokens in all
+    loss: Callable | None = None  # (target tokens of the training data, vocabulary size) -> a loss of rivals.py
     parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
 
 def smoothing(epsilon: float) -> Arm:
     """NTP with label smoothing."""
-    return Arm("--stage reference", parts={"sftmix_loss": smoothed(epsilon)})
+    return Arm("--stage reference", loss=lambda targets, vocab_size: partial(rivals.smoothed_loss, epsilon=epsilon))
+
+
+def unigram_smoothing(targets, vocab_size: int):
+    """A loss with label smoothing towards the frequencies of the training targets."""
+    towards = rivals.unigram_frequencies(targets, vocab_size)
+    return partial(rivals.smoothed_loss, epsilon=0.04, towards=towards)
 
 
 # Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1) of the targets' weight to another token, where the two tokens
@@ -129,6 +125,10 @@ ARMS = {
     "NTP, unconfident half": Arm("--stage reference", half=1),
     "LoRA, NTP": Arm("--stage reference --lora_rank 8 --lr 5e-3"),
     "LoRA, SFTMix": Arm("--stage sftmix --lora_rank 8 --lr 5e-3"),
+    "IR-DRO": Arm("--stage reference", loss=lambda *_: rivals.ir_dro_loss),
+    "DFT": Arm("--stage reference", loss=lambda *_: rivals.dft_loss),
+    "NEFTune": Arm("--stage reference", parts={"load_trainable": rivals.with_embedding_noise()}),
+    "unigram smoothing, ε = 0.04": Arm("--stage reference", loss=unigram_smoothing),
     "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_variance}),
     "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_rank}),
     "beyond: surest with least sure": Arm(
@@ -139,7 +139,7 @@ ARMS = {
 NAMES = list(ARMS)
 MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
 BEYOND = [name for name in NAMES if name.startswith("beyond")]
-REST = NAMES[NAMES.index("Mixup alone") : NAMES.index(BEYOND[0])]
+REST = NAMES[NAMES.index("Mixup alone") : NAMES.index("IR-DRO")]
 COMPARED = [
     ("SFTMix", "random pairs"),
     ("SFTMix, by perplexity", "random pairs"),
@@ -175,6 +175,10 @@ BASE_135M = [  # what is registered in docs/study.md, the most important first
     "NTP in SFTMix's order, by perplexity",
     "SFTMix",
     "label smoothing, ε = 0.04",
+    "unigram smoothing, ε = 0.04",
+    "IR-DRO",
+    "NEFTune",
+    "DFT",
 ]
 LR_135M = 1e-4  # the best of the grid, see docs/study.md
 REALS = {
@@ -268,10 +272,6 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
         more = ["--confidence", str(scores_for(arm, cell, settings))]
     if arm.half is not None:
         flags |= {"data": write_half(cell, arm.half), "epochs": 2 * settings["epochs"]}
-    for part, replacement in arm.parts.items():
-        setattr(train, part, replacement)
-    run_train(flags, *arm.flags.split(), *more)
-
     tokenizer = load_tokenizer(cell / "base")
     template = choose_template(tokenizer, None, sys.stderr)
     encoded = {
@@ -279,6 +279,14 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
         for part in ("train", "validation", "held-out")
         if (cell / f"{part}.jsonl").stat().st_size
     }
+    parts = dict(arm.parts)
+    if arm.loss is not None:
+        targets = torch.cat([targets[targets != IGNORE_INDEX].long() for _, targets in encoded["train"]])
+        parts["compute_loss"] = rivals.with_loss(arm.loss(targets, load_config(cell / "base").vocab_size))
+    for part, replacement in parts.items():
+        setattr(train, part, replacement)
+    run_train(flags, *arm.flags.split(), *more)
+
     stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
     load = partial(load_model, compute_dtype=DTYPES[settings["dtype"]])
     model = load(output / folder)
