@@ -2,8 +2,8 @@
 
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
-The files that these documents take for granted are made of these; eight processes become two, and two nodes become two
-on this machine. The caller runs the commands that install, the tests and the demo. The study is left out, because it
+The files that these documents take for granted are made of these; eight processes become two or one, and two nodes
+become two on this machine. The caller runs the commands that install, the tests and the demo. The study is left out, because it
 takes hours. A command that fails ends the script.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/paper.md")
+DOCUMENTS = {"README.md": 2, "docs/paper.md": 1}  # how many processes stand for eight
 MODELS = ("stories3M-hf", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-14B", "gemma-2b")
 DATA = ("data.jsonl", "alpaca_train.jsonl", "alpaca_test.jsonl", "ultrachat.jsonl", "tulu3.jsonl")
 LISTS = ("alpaca.json", "medalpaca.json")
@@ -42,10 +42,10 @@ def commands(text: str) -> list[str]:
     return found
 
 
-def made_small(command: str, number: int) -> str:
+def made_small(command: str, number: int, processes: int) -> str:
     """The command with folders, files and numbers of processes that are at hand."""
     command = command.replace(" …", " --model DIR --data FILE --output DIR").replace("DIR…", "DIR")
-    command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    command = command.replace("--nproc_per_node 8", f"--nproc_per_node {processes}")
     command = re.sub(r"--output DIR\b", f"--output runs/readme-{number}", command)
     return re.sub(r"\bFILE\b", DATA[0], re.sub(r"\bDIR\b", MODELS[0], command))
 
@@ -99,12 +99,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, args.demo.resolve())
-        text = "\n".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
-        for line in commands(text):
-            if line.startswith(LEFT_OUT):
-                continue
+        lines = [
+            (line, processes)
+            for document, processes in DOCUMENTS.items()
+            for line in commands((ROOT / document).read_text(encoding="utf-8"))
+            if not line.startswith(LEFT_OUT)
+        ]
+        for line, processes in lines:
             began = time.perf_counter()
-            run(made_small(line, next(number)), folder)
+            run(made_small(line, next(number), processes), folder)
             print(f"{time.perf_counter() - began:5.0f} s  {line}", flush=True)
 
 
