@@ -3,8 +3,8 @@
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
 The files that these documents take for granted are made of these; eight processes become two or one, and two nodes
-become two on this machine. The caller runs the commands that install, the tests and the demo. The study is left out, because it
-takes hours. A command that fails ends the script.
+become two on this machine. The caller runs the commands that install, the tests and the demo. The study is left out,
+because it takes hours. A command that fails ends the script.
 """
 
 import argparse
