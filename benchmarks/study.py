@@ -180,7 +180,7 @@ BASE_135M = [  # what is registered in docs/study.md, the most important first
     "NEFTune",
     "DFT",
 ]
-LR_135M = 1e-4  # the best of the grid, see docs/study.md
+LR_135M = 1e-4  # until the grid is run; then its best, before the first run of another cell
 REALS = {
     "135M Alpaca": Real(BASE_135M, num_train=1000, epochs=3, lr=LR_135M),
     "135M MedQuAD": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
@@ -290,7 +290,8 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
     load = partial(load_model, compute_dtype=DTYPES[settings["dtype"]])
     model = load(output / folder)
-    measured = measure_on(model, encoded)
+    last = measure_on(model, encoded)
+    measured = dict(last)
     measured["confidence_spread"] = float(score_examples(model, encoded["train"])[0].std())
     measured["seconds"] = json.loads((output / "results.json").read_text())[stage]["seconds"]
     if encoded["validation"].num_supervised.max() <= MAX_MATCH_TOKENS:  # short answers: the demo's
@@ -298,7 +299,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
             examples = load_examples(cell / f"{part}.jsonl")
             measured[key] = exact_match(model, examples, tokenizer, template)["accuracy"]
     if name == "NTP":
-        measured["early_stopping"] = early_stopping(output, encoded, load)
+        measured["early_stopping"] = early_stopping(output, encoded, load, last)
         score(cell / "base", cell / "train.jsonl", output, settings)
         measured["roc_area"] = wrong_answers_found(cell, TrainingDynamics.load(output / "confidence.jsonl"))
     return measured
@@ -314,18 +315,22 @@ def measure_on(model: Transformer, encoded: dict[str, Dataset]) -> dict:
     return measured
 
 
-def early_stopping(output: Path, encoded: dict[str, Dataset], load) -> dict:
-    """The measures of the NTP run's checkpoint with the lowest validation loss; the last one is the run itself."""
+def early_stopping(output: Path, encoded: dict[str, Dataset], load, last: dict) -> dict:
+    """The measures of the NTP run's checkpoint with the lowest validation loss; those of its last one are `last`."""
     folders = sorted((output / "reference" / "checkpoints").iterdir(), key=lambda f: int(f.name.removeprefix("step-")))
     losses = [held_out_loss(load(folder), encoded["validation"])["loss"] for folder in folders]
     best = int(np.argmin(losses))
-    return {"validation losses": losses, "checkpoint": best + 1, **measure_on(load(folders[best]), encoded)}
+    measures = last if best == len(folders) - 1 else measure_on(load(folders[best]), encoded)
+    return {"validation losses": losses, "checkpoint": best + 1, **measures}
 
 
 def wrong_answers_found(cell: Path, dynamics: TrainingDynamics) -> dict | None:
     """The area under the ROC curve with which low confidence finds wrong answers, where it is known which are wrong."""
     if not (cell / "wrong.json").exists() or not any(wrong := json.loads((cell / "wrong.json").read_text())):
         return None
+    examples = load_examples(cell / "train.jsonl")
+    wrong_ids = [example.id for example, is_wrong in zip(examples, wrong, strict=True) if is_wrong]
+    wrong = np.isin(dynamics.ids, wrong_ids)  # examples too long to be trained on have no scores
     return {by: roc_auc(-dynamics.score(by), wrong) for by in ("probability", "perplexity")}
 
 
@@ -374,7 +379,8 @@ def draw_solutions(records: list[dict], rng: np.random.Generator, sizes: tuple[i
     right = {q: next((r for r in by_question[q] if r["correct"]), None) for q in questions}
     num_train, num_held_out, num_validation = sizes
     others = [q for q in questions if right[q]][: num_held_out + num_validation]
-    rest = [record for q in questions if q not in set(others) for record in by_question[q]]
+    taken = set(others)
+    rest = [record for q in questions if q not in taken for record in by_question[q]]
     train_records = [rest[i] for i in rng.permutation(len(rest))[:num_train]]
     if len(train_records) < num_train or len(others) < num_held_out + num_validation:
         sys.exit("too few answered questions for so many examples")

@@ -177,7 +177,7 @@ class DemoCorpus(NamedTuple):
     train: list[dict]  # Alpaca records, some with a wrong answer
     eval: list[dict]  # correct answers, to choose settings on
     test: list[dict]  # correct answers, to report results on
-    wrong: list[bool]  # which of `train` have a wrong answer; never used in training
+    wrong: list[bool]  # whether each of `train` has a wrong answer; never used in training
 
 
 def demo_corpus(seed: int, wrong_share: float = 0.25, num_documents: int = 12000) -> DemoCorpus:
