@@ -3,6 +3,7 @@
 Letters: S supervised positions of a packed row, B examples in it, V vocabulary size, D hidden size.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,16 @@ def dft_loss(log_p, targets, segment_ids):
     """Dynamic fine-tuning (Wu et al., arXiv 2508.05629): each token's −log p is weighted by p, without gradient."""
     gold = log_p.gather(1, targets[:, None])[:, 0]
     return -(gold.detach().exp() * gold).mean()
+
+
+def eaft_loss(log_p, targets, segment_ids, k: int = 20):
+    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): each −log p is weighted by H / ln k, no gradient.
+
+    H is the entropy of the k likeliest tokens, their probabilities scaled to sum to 1.
+    """
+    log_q = log_p.detach().topk(k).values.log_softmax(-1)
+    weights = -(log_q.exp() * log_q).sum(-1) / math.log(k)
+    return -(weights * log_p.gather(1, targets[:, None])[:, 0]).mean()
 
 
 def unigram_frequencies(targets, vocab_size: int):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +83,11 @@ class Arm(NamedTuple):
     loss: Callable | None = None  # (target tokens of the training data, vocabulary size) -> a loss of rivals.py
     parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it is split by the scores of NTP's checkpoints."""
+        return self.half is not None or ("sftmix" in self.flags and not {"online", "random"} & {*self.flags.split()})
+
 
 def smoothing(epsilon: float) -> Arm:
     """NTP with label smoothing."""
@@ -127,6 +132,7 @@ ARMS = {
     "LoRA, SFTMix": Arm("--stage sftmix --lora_rank 8 --lr 5e-3"),
     "IR-DRO": Arm("--stage reference", loss=lambda *_: rivals.ir_dro_loss),
     "DFT": Arm("--stage reference", loss=lambda *_: rivals.dft_loss),
+    "EAFT": Arm("--stage reference", loss=lambda *_: rivals.eaft_loss),
     "NEFTune": Arm("--stage reference", parts={"load_trainable": rivals.with_embedding_noise()}),
     "unigram smoothing, ε = 0.04": Arm("--stage reference", loss=unigram_smoothing),
     "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_variance}),
@@ -168,6 +174,7 @@ class Real(NamedTuple):
     max_question: int | None = None  # characters; longer ones are left out
 
 
+RIVALS = ["unigram smoothing, ε = 0.04", "IR-DRO", "NEFTune", "DFT", "EAFT"]
 BASE_135M = [  # what is registered in docs/study.md, the most important first
     "NTP",
     "SFTMix, by perplexity",
@@ -175,26 +182,26 @@ BASE_135M = [  # what is registered in docs/study.md, the most important first
     "NTP in SFTMix's order, by perplexity",
     "SFTMix",
     "label smoothing, ε = 0.04",
-    "unigram smoothing, ε = 0.04",
-    "IR-DRO",
-    "NEFTune",
-    "DFT",
+    *RIVALS,
 ]
 LR_135M = 1e-4  # until the grid is run; then its best, before the first run of another cell
 REALS = {
     "135M Alpaca": Real(BASE_135M, num_train=1000, epochs=3, lr=LR_135M),
     "135M MedQuAD": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
-    "135M GSM8K mistakes": Real(BASE_135M[:4], num_train=1000, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M GSM8K mistakes": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
     **{
         f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
         for lr in (3e-5, 1e-4, 3e-4)
     },
 }
-ARMS_3M = [*MAIN, "label smoothing, ε = 0.04", "SFTMix, by a weaker model"]
+DOSES = [  # of smoothing and of Mixup
+    *(f"label smoothing, ε = {epsilon}" for epsilon in (0.013, 0.04, 0.083, 0.25)),
+    *("SFTMix, μ = 0.1", "SFTMix", "SFTMix, μ = 0.5", "SFTMix, μ = 1"),
+]
 _SMALL = {"epochs": 5, "lr": 1e-3, "seeds": 5, "num_held_out": 200, "max_length": 256, "max_question": 200}
 REALS |= {
-    "alpaca": Real(ARMS_3M, num_train=300, **_SMALL),
-    "medquad": Real(ARMS_3M, num_train=200, **_SMALL),
+    "3M Alpaca": Real([*BASE_135M[:4], *DOSES, *RIVALS, "SFTMix, by a weaker model"], num_train=300, **_SMALL),
+    "3M MedQuAD": Real([*BASE_135M[:4], "label smoothing, ε = 0.04"], num_train=200, **_SMALL),
 }
 
 
@@ -249,7 +256,7 @@ def scores_for(arm: Arm, cell: Path, settings: dict) -> Path:
         scores = weaker / "confidence.jsonl"
     if arm.checkpoints is not None:
         dynamics, chosen = TrainingDynamics.load(scores), list(arm.checkpoints)
-        scores = cell / "of-some.jsonl"
+        scores = cell / f"of-{'-'.join(map(str, chosen))}.jsonl"
         TrainingDynamics(dynamics.ids, dynamics.probability[chosen], dynamics.perplexity[chosen]).save(scores)
     return scores
 
@@ -260,15 +267,15 @@ def write_half(cell: Path, half: int) -> Path:
     kept = {dynamics.ids[i] for i in split_by_confidence(dynamics.confidence)[half].tolist()}
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     chosen = [line for example, line in zip(load_examples(data), lines, strict=True) if example.id in kept]
-    (cell / "half.jsonl").write_text("".join(chosen), encoding="utf-8")
-    return cell / "half.jsonl"
+    (path := cell / f"half-{half}.jsonl").write_text("".join(chosen), encoding="utf-8")
+    return path
 
 
 def run_arm(name: str, cell: Path, settings: dict) -> dict:
     """Train an arm on a cell's base, data and scores, and measure the result on the cell's held-out examples."""
-    arm, output, more = ARMS[name], cell / "run", []
+    arm, output, more = ARMS[name], run_folder(cell, name), []
     flags = {"model": cell / "base", "data": cell / "train.jsonl", "output": output, "log_every": 100, **settings}
-    if "sftmix" in arm.flags and "online" not in arm.flags and "random" not in arm.flags:
+    if arm.needs_scores and arm.half is None:
         more = ["--confidence", str(scores_for(arm, cell, settings))]
     if arm.half is not None:
         flags |= {"data": write_half(cell, arm.half), "epochs": 2 * settings["epochs"]}
@@ -292,13 +299,13 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     model = load(output / folder)
     last = measure_on(model, encoded)
     measured = dict(last)
-    measured["confidence_spread"] = float(score_examples(model, encoded["train"])[0].std())
     measured["seconds"] = json.loads((output / "results.json").read_text())[stage]["seconds"]
     if encoded["validation"].num_supervised.max() <= MAX_MATCH_TOKENS:  # short answers: the demo's
+        measured["confidence_spread"] = float(score_examples(model, encoded["train"])[0].std())
         for part, key in (("held-out", "accuracy"), ("validation", "eval_accuracy")):
             examples = load_examples(cell / f"{part}.jsonl")
             measured[key] = exact_match(model, examples, tokenizer, template)["accuracy"]
-    if name == "NTP":
+    if name == "NTP" and "held-out" in encoded:  # without, a cell is only there to choose the learning rate
         measured["early_stopping"] = early_stopping(output, encoded, load, last)
         score(cell / "base", cell / "train.jsonl", output, settings)
         measured["roc_area"] = wrong_answers_found(cell, TrainingDynamics.load(output / "confidence.jsonl"))
@@ -318,7 +325,8 @@ def measure_on(model: Transformer, encoded: dict[str, Dataset]) -> dict:
 def early_stopping(output: Path, encoded: dict[str, Dataset], load, last: dict) -> dict:
     """The measures of the NTP run's checkpoint with the lowest validation loss; those of its last one are `last`."""
     folders = sorted((output / "reference" / "checkpoints").iterdir(), key=lambda f: int(f.name.removeprefix("step-")))
-    losses = [held_out_loss(load(folder), encoded["validation"])["loss"] for folder in folders]
+    losses = [held_out_loss(load(folder), encoded["validation"])["loss"] for folder in folders[:-1]]
+    losses.append(last["validation"]["loss"])
     best = int(np.argmin(losses))
     measures = last if best == len(folders) - 1 else measure_on(load(folders[best]), encoded)
     return {"validation losses": losses, "checkpoint": best + 1, **measures}
@@ -408,17 +416,18 @@ def read_results() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
-    """Run the arms that have not been run, NTP first, whose checkpoints give the others their scores."""
-    done = {(note["corpus"], note["seed"], note["arm"]) for note in read_results()}
-    waiting = [arm for arm in arms if (corpus, seed, arm) not in done]
-    if not waiting:
-        return
+def run_folder(cell: Path, arm: str) -> Path:
+    """Where an arm's run is kept until it is measured."""
+    return cell / f"run-{NAMES.index(arm)}"
+
+
+def make_cell(args, corpus: str, seed: int, dtype: str) -> tuple[Path, dict]:
+    """The folder of a cell's base and data, and the settings of its runs."""
     cell = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
     if corpus in REALS:
         real = REALS[corpus]
         make_real_cell(cell, seed, real, args)
-        settings = SETTINGS | {"lr": real.lr, "max_length": real.max_length, "dtype": args.dtype, "epochs": real.epochs}
+        settings = SETTINGS | {"lr": real.lr, "max_length": real.max_length, "dtype": dtype, "epochs": real.epochs}
     else:
         make_demo_cell(cell, seed, DEMOS[corpus])
         settings = DEMO_SETTINGS | {"epochs": DEMOS[corpus].epochs}
@@ -428,27 +437,55 @@ def run_cell(args, corpus: str, arms: Iterable[str], seed: int) -> None:
         (cell / "made-with.json").write_text(made_with)
     if (cell / "made-with.json").read_text() != made_with:
         sys.exit(f"{cell}: made with other settings, data or model; choose another --work")
-    if not (cell / "confidence.jsonl").exists() and "NTP" not in waiting:
-        waiting.insert(0, "NTP")
+    return cell, settings
+
+
+def run_seed(args, pool: Executor, corpus: str, arms: Iterable[str], seed: int) -> list[Future]:
+    """Submit the arms that have not been run. NTP comes first; those that need the scores it leaves wait for it."""
+    dtypes = {n["arm"]: n.get("dtype") for n in read_results() if (n["corpus"], n["seed"]) == (corpus, seed)}
+    waiting = [arm for arm in arms if arm not in dtypes]
+    if not waiting:
+        return []
+    dtype = next(filter(None, dtypes.values()), args.dtype)  # runs that are compared compute in one dtype
+    cell = after = pool.submit(make_cell, args, corpus, seed, dtype)
+    futures = []
+    if "NTP" in waiting or any(ARMS[arm].needs_scores for arm in waiting):
+        after = pool.submit(run_one, corpus, seed, "NTP", cell, cell, "NTP" in waiting)
+        futures.append(after)
     for arm in waiting:
-        shutil.rmtree(cell / "run", ignore_errors=True)
-        request = {"name": arm, "cell": str(cell), "settings": settings}
-        began = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, __file__, "one", json.dumps(request)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode:
-            sys.exit(f"{request}:\n{process.stdout[-2000:]}{process.stderr[-3000:]}")
-        if arm == "NTP":
-            shutil.copy(cell / "run" / "confidence.jsonl", cell / "confidence.jsonl")
-        if (corpus, seed, arm) not in done:
-            note = {"corpus": corpus, "seed": seed, "arm": arm, **json.loads(process.stdout.splitlines()[-1])}
-            with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(note, ensure_ascii=False) + "\n")
-        print(f"{corpus}, seed {seed}, {arm}: {time.perf_counter() - began:.0f} s", flush=True)
+        if arm != "NTP":
+            start = after if ARMS[arm].needs_scores else cell
+            futures.append(pool.submit(run_one, corpus, seed, arm, cell, start, True))
+    return futures
+
+
+def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, record: bool) -> None:
+    """Run an arm of a cell in a process of its own, once `after` is done, and record what it says."""
+    after.result()
+    folder, settings = cell.result()
+    output, scores = run_folder(folder, arm), folder / "confidence.jsonl"
+    if arm == "NTP" and not record and scores.exists():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    request = {"name": arm, "cell": str(folder), "settings": settings}
+    began = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, __file__, "one", json.dumps(request)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        sys.exit(f"{request}:\n{process.stdout[-2000:]}{process.stderr[-3000:]}")
+    if arm == "NTP" and (output / scores.name).exists():
+        shutil.copy(output / scores.name, scores)
+    shutil.rmtree(output)
+    if record:
+        note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"]}
+        note |= json.loads(process.stdout.splitlines()[-1])
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(note, ensure_ascii=False) + "\n")
+    print(f"{corpus}, seed {seed}, {arm}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def one(request: dict) -> None:
@@ -465,8 +502,13 @@ def run(args) -> None:
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:
-        with ThreadPoolExecutor(args.jobs) as pool:  # seeds have nothing in common
-            list(pool.map(partial(run_cell, args, corpus, arms), range(seeds)))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [future for seed in range(seeds) for future in run_seed(args, pool, corpus, arms, seed)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

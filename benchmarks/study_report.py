@@ -15,6 +15,7 @@ from benchmarks.study import (
     COMPARED,
     DEMOS,
     DOCUMENT,
+    DOSES,
     LONG,
     REALS,
     ROOT,
@@ -89,9 +90,9 @@ class Results:
     def __init__(self):
         self.notes = {(note["corpus"], note["arm"], note["seed"]): note for note in read_results()}
         for (corpus, _, seed), note in list(self.notes.items()):
-            if (
-                "early_stopping" in note
-            ):  # the NTP run's checkpoint that is best on validation: an arm that costs nothing
+            if "validation" in note:
+                note["validation_at_temperature"] = note["validation"]["loss_at_temperature"]
+            if "early_stopping" in note:  # the checkpoint of the NTP run that is best on validation
                 self.notes[corpus, EARLY_STOPPING, seed] = note["early_stopping"]
 
     def of(self, corpora: list[str], arm: str, measure: str) -> dict[int, float]:
@@ -112,19 +113,21 @@ class Results:
         return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
 
 
+PARTS = {demo: [demo] for demo in DEMOS} | {"all shares": SHARES}
 MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
 
 
 def report() -> None:
     """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
     results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
-    corpora = sorted({corpus for corpus, _, _ in results.notes})
-    base_135m = [corpus for corpus in corpora if corpus.startswith("135M")]
-    parts = {corpus: [corpus] for corpus in corpora if corpus not in base_135m} | {"all shares": SHARES}
-    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in parts.items()}
-    tables |= {c: real_table(results, c) + registered_table(results, c) for c in base_135m if "grid" not in c}
-    if grid := [corpus for corpus in base_135m if "grid" in corpus]:
+    corpora = {corpus for corpus, _, _ in results.notes}
+    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in PARTS.items()}
+    real = [corpus for corpus in REALS if corpus in corpora]
+    tables |= {c: real_table(results, c) + contrasts_table(results, c) for c in real if "grid" not in c}
+    if grid := [corpus for corpus in real if "grid" in corpus]:
         tables["135M grid"] = grid_table(results, grid)
+    if "3M Alpaca" in real:
+        tables["doses"] = doses_table(results, "3M Alpaca")
     tables["wrong answers found"] = areas_table(results)
     tables["beyond the paper"] = beyond_table(results)
     tables["overfitting"] = overfit_table(results)
@@ -166,7 +169,8 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
             row.append(f"{statistics.mean(values):{form}}" if values else "–")
             row += ["", ""] if arm == "NTP" else signed(*tests[measure][arm, "NTP"], form, factor)
         for measure in ("calibration_error", "confidence_spread"):
-            row.append(f"{statistics.mean(results.of(corpora, arm, measure).values()):.3f}")
+            values = results.of(corpora, arm, measure).values()
+            row.append(f"{statistics.mean(values):.3f}" if values else "–")
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -198,7 +202,7 @@ MARGIN = 0.01  # nats of loss at own temperature below which a difference is too
 
 
 def real_table(results: Results, corpus: str) -> list[str]:
-    """A row for each arm of a cell on the 135M base: means over its seeds, and in brackets differences to NTP."""
+    """A row for each arm of a cell of real data: means over its seeds, and in brackets differences to NTP."""
     lines = [f"| arm | seeds | {' | '.join(REAL_MEASURES)} |", "|---|---|" + "---|" * len(REAL_MEASURES)]
     for arm in ["NTP", EARLY_STOPPING, *REALS[corpus].arms[1:]]:
         row = [arm, str(len(results.of([corpus], arm, "loss")))]
@@ -211,8 +215,8 @@ def real_table(results: Results, corpus: str) -> list[str]:
     return lines
 
 
-def registered_table(results: Results, corpus: str) -> list[str]:
-    """The two registered contrasts: loss at own temperature, p-values corrected for two."""
+def contrasts_table(results: Results, corpus: str) -> list[str]:
+    """The two contrasts that are registered for the main cell: loss at own temperature, p-values corrected for two."""
     pairs = [("SFTMix, by perplexity", "NTP"), ("SFTMix, by perplexity", "random pairs")]
     lines = [
         "",
@@ -228,13 +232,23 @@ def registered_table(results: Results, corpus: str) -> list[str]:
 
 
 def grid_table(results: Results, corpora: list[str]) -> list[str]:
-    """NTP's validation loss after its last epoch and at its best checkpoint, by learning rate."""
-    lines = ["| learning rate | validation loss | at its own temperature | best checkpoint's |", "|---|---|---|---|"]
+    """NTP's validation loss by learning rate."""
+    lines = ["| learning rate | validation loss | at its own temperature |", "|---|---|---|"]
     for corpus in sorted(corpora, key=lambda corpus: REALS[corpus].lr):
         note = results.notes[corpus, "NTP", 0]
-        validation, best = note["validation"], min(note["early_stopping"]["validation losses"])
-        cells = [f"{x:.4f}" for x in (validation["loss"], validation["loss_at_temperature"], best)]
+        cells = [f"{note['validation'][key]:.4f}" for key in ("loss", "loss_at_temperature")]
         lines.append(f"| {REALS[corpus].lr:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def doses_table(results: Results, corpus: str) -> list[str]:
+    """Loss at own temperature over NTP's: on the examples to choose a dose by, and on those that are reported."""
+    lines = ["| arm | seeds | validation, − NTP | held out, − NTP |", "|---|---|---|---|"]
+    for arm in DOSES:
+        row = [arm, str(len(results.of([corpus], arm, "loss")))]
+        for measure in ("validation_at_temperature", "loss_at_temperature"):
+            row.append(signed(results.difference([corpus], arm, "NTP", measure), 1, ".4f", 1)[0])
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
@@ -256,16 +270,16 @@ def overfit_table(results: Results) -> list[str]:
 
 
 def areas_table(results: Results) -> list[str]:
-    """How well low confidence tells the wrong answers, by the share of them."""
-    lines = ["| wrong answers, % | by probability | by perplexity |", "|---|---|---|"]
-    for corpus in SHARES:
+    """How well low confidence tells the wrong answers, where it is known which are wrong."""
+    lines = ["| corpus | by probability | by perplexity |", "|---|---|---|"]
+    for corpus in (*SHARES, "135M GSM8K mistakes"):
         areas = [
             n["roc_area"] for (c, arm, _), n in results.notes.items() if (c, arm) == (corpus, "NTP") and "roc_area" in n
         ]
         if len(areas) > 2:
             columns = [[area[by] for area in areas] for by in ("probability", "perplexity")]
             cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
-            lines.append(f"| {corpus.split()[1]} | {' | '.join(cells)} |")
+            lines.append(f"| {corpus} | {' | '.join(cells)} |")
     return lines
 
 
@@ -284,44 +298,35 @@ def beyond_table(results: Results) -> list[str]:
 COLOURS = ("#2a6f97", "#d1495b")
 
 
-def over_ntp(results: Results, cells: list[tuple[str, str]]) -> tuple[list[float], list[float]]:
-    """By how many points of exact match each (corpus, arm) is over NTP, and half of each interval."""
-    found = [results.difference([corpus], arm, "NTP", "accuracy") for corpus, arm in cells]
-    return [100 * d.mean for d in found], [100 * d.half for d in found]
+def effects(results: Results, axes, cells: list[str], arms: list[str], measure: str, factor: float) -> None:
+    """For each cell a row, and in it each arm's difference to NTP with its 95 % interval."""
+    for arm, colour, shift in zip(arms, COLOURS, (-0.12, 0.12), strict=True):
+        found = [results.difference([cell], arm, "NTP", measure) for cell in cells]
+        means, halves = ([factor * value for value in values] for values in zip(*(d[:2] for d in found), strict=True))
+        places = [row + shift for row in range(len(cells))]
+        axes.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=arm)
+    axes.axvline(0, color="black", lw=1)
+    seeds = [len(results.of([cell], arms[0], measure)) for cell in cells]
+    axes.set_yticks(range(len(cells)), [f"{cell}\n{n} seeds" for cell, n in zip(cells, seeds, strict=True)])
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def picture(results: Results) -> None:
-    """Draw each arm's difference to NTP, and how that goes with the share of wrong answers."""
+    """Draw what SFTMix and random pairs change over NTP, on real data and on the demo's."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(3, 2))
-    whole = {corpus: results.arms([corpus]) for corpus in DEMOS}
-    left_out = ("NTP", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix")  # far away, and LoRA has its own NTP
-    arms = [arm for arm in ARMS if arm in (*whole["demo 30"], *whole[LONG]) and arm not in left_out]
-    for corpus, label, colour, shift in (
-        ("demo 30", "3 epochs", COLOURS[0], -0.12),
-        (LONG, "10 epochs", COLOURS[1], 0.12),
-    ):
-        places = [n for n, arm in enumerate(arms) if arm in whole[corpus]]
-        means, halves = over_ntp(results, [(corpus, arms[n]) for n in places])
-        places = [n + shift for n in places]
-        left.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
-    left.axvline(0, color="black", lw=1)
-    left.set_yticks(range(len(arms)), arms)
-    left.invert_yaxis()
-    left.set(xlabel="exact match over NTP, points", title="Demo corpus, 30 % wrong answers")
-    left.legend(frameon=False)
-    for arm, colour, shift in (("SFTMix", COLOURS[0], -0.3), ("random pairs", COLOURS[1], 0.3)):
-        corpora = [corpus for corpus in SHARES if arm in whole[corpus]]
-        means, halves = over_ntp(results, [(corpus, arm) for corpus in corpora])
-        places = [100 * DEMOS[corpus].noise + shift for corpus in corpora]
-        right.errorbar(places, means, yerr=halves, color=colour, capsize=2, label=arm)
-    right.axhline(0, color="black", lw=1)
-    right.set(xlabel="wrong answers in training, %", title="Exact match over NTP, points")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    arms, key = ["SFTMix, by perplexity", "random pairs"], "loss_at_temperature"
+    cells = [cell for cell in REALS if all(results.difference([cell], arm, "NTP", key) for arm in arms)]
+    if cells:
+        effects(results, left, cells, arms, key, 1)
+    left.axvspan(-MARGIN, MARGIN, color="black", alpha=0.08, lw=0)
+    left.set(xlabel="nats; grey: too small to matter", title="Real data: held-out loss at own temperature, over NTP")
+    effects(results, right, list(DEMOS), ["SFTMix", "random pairs"], "accuracy", 100)
+    right.set(xlabel="points", title="Demo, by % of wrong answers: exact match, over NTP")
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)

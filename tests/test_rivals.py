@@ -45,6 +45,16 @@ def test_dft_by_hand():
     assert log_p.grad[:, 0].tolist() == pytest.approx([-0.25, -0.125])
 
 
+def test_eaft_by_hand():
+    """k = 2: the likeliest are (1/2, 1/2) with entropy ln 2, weight 1; then (64/84, 20/84)."""
+    log_p = log_probs((0.4, 0.2, 0.4), (0.64, 0.16, 0.2)).requires_grad_()
+    loss = rivals.eaft_loss(log_p, torch.tensor([0, 1]), torch.tensor([0, 0]), k=2)
+    weight = -(0.64 / 0.84 * math.log(0.64 / 0.84) + 0.2 / 0.84 * math.log(0.2 / 0.84)) / math.log(2)
+    assert loss.item() == pytest.approx(-(math.log(0.4) + weight * math.log(0.16)) / 2)
+    loss.backward()
+    assert log_p.grad[:, :2].flatten().tolist() == pytest.approx([-0.5, 0, 0, -weight / 2])
+
+
 def test_unigram_frequencies_by_hand():
     assert rivals.unigram_frequencies(torch.tensor([2, 0, 2, 2]), 4).tolist() == [0.25, 0, 0.75, 0]
 

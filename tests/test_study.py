@@ -1,0 +1,93 @@
+"""The tables of docs/study.md, computed a second time from its runs, by scipy and none of the study's functions."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = {  # heading -> key in a run, decimals, factor
+    "held-out loss": ("loss", 4, 1),
+    "exact match, %": ("accuracy", 1, 100),
+    "loss at own temperature": ("loss_at_temperature", 4, 1),
+    "loss": ("loss", 4, 1),
+    "token accuracy, %": ("token_accuracy", 2, 100),
+    "calibration error": ("calibration_error", 3, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The runs by corpus, arm and seed."""
+    found = {}
+    for line in (ROOT / "docs" / "study.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        found[run["corpus"], run["arm"], run["seed"]] = run
+        if "early_stopping" in run:
+            found[run["corpus"], "NTP, early stopping", run["seed"]] = run["early_stopping"]
+    return found
+
+
+def tables():
+    """(section, header, rows) of each table between the marks of docs/study.md."""
+    document = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    for section, body in re.findall(r"<!-- ([^>]*) -->\n(.*?)<!-- end of \1 -->", document, flags=re.DOTALL):
+        for table in body.split("\n\n"):
+            rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.strip().splitlines()]
+            if rows and rows[0][0] in ("arm", "one − other", "contrast"):
+                yield section, rows[0], rows[2:]
+
+
+def values(runs, section, arm, key):
+    """[seeds]: the arm's values on a section's corpus, or their means over all shares of wrong answers."""
+    corpora = [f"demo {share}" for share in (0, 10, 20, 30, 40)] if section == "all shares" else [section]
+    rows = [[runs.get((corpus, arm, seed), {}).get(key) for corpus in corpora] for seed in range(10)]
+    return np.array(rows, dtype=float).mean(axis=1)  # without a run, NaN
+
+
+def paired(one, other, decimals):
+    """The difference with its interval, the p-value, and what could have been detected with 80 % power."""
+    stats = pytest.importorskip("scipy.stats")
+    both = ~np.isnan(one - other)
+    result, degrees = stats.ttest_rel(one[both], other[both]), both.sum() - 1
+    half = np.ptp(result.confidence_interval()) / 2
+    detectable = half * (1 + stats.t.ppf(0.8, degrees) / stats.t.ppf(0.975, degrees))
+    mean = np.mean(one[both] - other[both])
+    return f"{mean:+.{decimals}f} ± {half:.{decimals}f}", result.pvalue, f"{detectable:.{decimals}f}"
+
+
+def holm(p_values):
+    order, m = np.argsort(p_values), len(p_values)
+    corrected = np.empty(m)
+    corrected[order] = np.maximum.accumulate(np.minimum(np.sort(p_values) * (m - np.arange(m)), 1))
+    return [f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected]
+
+
+def test_tables_recomputed_with_scipy(runs):
+    pytest.importorskip("scipy")
+    compared = 0
+    for section, header, rows in tables():
+        for column, heading in enumerate(header):
+            if heading not in COLUMNS:
+                continue
+            key, decimals, factor = COLUMNS[heading]
+            value = {arm: factor * values(runs, section, arm, key) for _, arm, _ in runs}
+            tests = []  # what the table shows of a test, and the test
+            for row in rows:
+                one, other = (row[0], "NTP") if header[0] == "arm" else row[0].split(" − ")
+                shown = row[column:][:3]  # difference, p-value, detectable
+                if header[0] == "arm" and row[column] != "–":
+                    mean, _, bracket = row[column].partition(" (")
+                    assert mean == f"{np.nanmean(value[one]):.{decimals}f}", (section, heading, row)
+                    if bracket:
+                        assert bracket == paired(value[one], value[other], decimals)[0] + ")", (section, heading, row)
+                    compared += 1
+                    shown = row[column + 1 :][:2] if "− NTP" in header[column + 1 :][:1] else [""]
+                if "±" in shown[0]:
+                    tests.append((shown, paired(value[one], value[other], decimals)))
+            for (shown, test), p in zip(tests, holm([test[1] for _, test in tests]), strict=True):
+                assert shown == [test[0], p, test[2]][: len(shown)], (section, heading, shown)
+                compared += 1
+    assert compared > 100
