@@ -29,6 +29,7 @@ from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, cou
 from infra.cache import load_dataset
 from infra.cli import (
     ArgumentParser,
+    add_data_flag,
     add_data_flags,
     add_model_flags,
     check_output_folder,
@@ -342,7 +343,7 @@ def main(argv=None) -> None:
     """Score the examples of a file with the checkpoints of a run, or draw the data map of existing scores."""
     parser = ArgumentParser(description="How confidently a run's checkpoints predict each example of a file.")
     parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
-    parser.add_argument("--data", metavar="FILE", help="the examples, .jsonl or .json")
+    add_data_flag(parser, "the examples", required=False)
     parser.add_argument("--output", metavar="FILE", help="file for the scores, a JSON line for each example")
     parser.add_argument("--scores", metavar="FILE", help="existing scores to draw; replaces these three")
     parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
@@ -367,7 +368,9 @@ def main(argv=None) -> None:
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
             template = choose_template(tokenizer, args.template, sys.stderr)
-            dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+            dataset = load_dataset(
+                args.data, tokenizer, template, max_length, args.cache, args.skip_bad_records, file=sys.stderr
+            )
             settings = args.micro_batch_tokens, DTYPES[args.dtype or fastest_dtype(device)], device
             dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
             if rank() == 0:

@@ -12,18 +12,19 @@ import hashlib
 import heapq
 import json
 import math
+import re
 from array import array
-from collections import Counter, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from infra.records import is_conversation, read_records
 from mixup import IGNORE_INDEX, pair_positions, to_device
 from tokenizer import INPUT_HEADING, Tokenizer
 
@@ -32,22 +33,25 @@ from tokenizer import INPUT_HEADING, Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation: `messages` of {"role", "content"}, and an `id` computed from them, the same in every run."""
+    """A conversation: `messages` of {"role", "content"}, and an `id` computed from them, the same in every run.
+
+    An assistant message with "weight": 0 is not learned. `notes` say what of the record is left out.
+    """
 
     id: str
     messages: list[dict]
+    notes: tuple[str, ...] = ()
 
 
-def load_examples(path) -> list[Example]:
-    """Read a `.jsonl` file (a record a line) or a `.json` file (a list of records).
+def load_examples(data, skip_bad_records: bool = False) -> list[Example]:
+    """Read the examples of a data file, of a folder or a pattern of them, or of a list of these.
 
-    The keys of a record tell its format: `messages` (role, content), ShareGPT `conversations` (from, value), Alpaca
-    `instruction`, `input`, `output`, `prompt` and `completion`, or `text`. Other keys are ignored.
-    Raises FileNotFoundError, or ValueError with the file, the line (in a `.json` file the record) and what is wrong.
+    The keys of a record tell its format. Raises FileNotFoundError, or ValueError with the file, the line (or the number
+    of the record or row) and what is wrong.
     """
-    examples = read_records(path, to_example)
+    examples = read_records(data, to_example, skip_bad_records)
     ids = unique_ids((example.id for example in examples), Counter())
-    return [Example(example_id, example.messages) for example_id, example in zip(ids, examples, strict=True)]
+    return [replace(example, id=example_id) for example_id, example in zip(ids, examples, strict=True)]
 
 
 def unique_ids(ids: Iterable[str], counts: Counter) -> Iterator[str]:
@@ -57,137 +61,204 @@ def unique_ids(ids: Iterable[str], counts: Counter) -> Iterator[str]:
         yield content_id if counts[content_id] == 1 else f"{content_id}-{counts[content_id]}"
 
 
-class Chunk(NamedTuple):
-    """A part of a data file that is read at once."""
-
-    start: int  # in bytes, as end
-    end: int
-    line: int  # the number of the first line
-
-
-CHUNK_BYTES = 2**22
-
-
-def split_into_chunks(path: Path) -> list[Chunk]:
-    """Divide a `.jsonl` file at line ends into chunks of about CHUNK_BYTES; a `.json` file is one chunk."""
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: data files end in .jsonl (a record a line) or .json (a list of records)")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    if path.suffix == ".json":
-        return [Chunk(0, path.stat().st_size, 1)]
-    chunks, start, line = [], 0, 1
-    with open(path, "rb") as file:
-        while content := file.read(CHUNK_BYTES) + file.readline():
-            chunks.append(Chunk(start, start + len(content), line))
-            start, line = chunks[-1].end, line + content.count(b"\n")
-    return chunks
-
-
-def read_records(path, parse: Callable[[dict], object]) -> list:
-    """Apply `parse` to each record of a `.jsonl` or `.json` file. -> what it returned, in order
-
-    Raises FileNotFoundError, or ValueError as `load_examples` does; the ValueErrors of `parse` get the place in front.
-    """
-    path = Path(path)
-    records = [record for chunk in split_into_chunks(path) for record in read_chunk(path, chunk, parse)]
-    if not records:
-        raise ValueError(f"{path}: no records in it")
-    return records
-
-
-def read_chunk(path: Path, chunk: Chunk, parse: Callable[[dict], object]) -> Iterator:
-    """`read_records` for one chunk of a file."""
-    with open(path, "rb") as file:
-        file.seek(chunk.start)
-        content = file.read(chunk.end - chunk.start)
-    try:
-        text = content.decode("utf-8-sig" if chunk.start == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = chunk.line + content[: error.start].count(b"\n")
-        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file in that encoding") from None
-    for place, record in _json_lines(path, text, chunk.line) if path.suffix == ".jsonl" else _json_list(path, text):
-        try:
-            if not isinstance(record, dict):
-                raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
-            yield parse(record)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-
-
-def _json_lines(path: Path, text: str, first_line: int):
-    lines = text.split("\n")  # str.splitlines would also split at U+2028 inside a string
-    for number, line in enumerate(lines, start=first_line):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not a JSON record ({error}); one complete object a line") from None
-            yield f"{path}:{number}", record
-
-
-def _json_list(path: Path, text: str):
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error})") from None
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: a list of records is expected, not {type(records).__name__}")
-    for number, record in enumerate(records, start=1):
-        yield f"{path}: record {number}", record
-
-
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 
-# The keys of a list of turns, and a map from role names to user and assistant where a format has its own.
-_TurnKeys = namedtuple("_TurnKeys", "turns role content roles")
-_MESSAGES = _TurnKeys("messages", "role", "content", {})
-_CONVERSATIONS = _TurnKeys("conversations", "from", "value", {"human": "user", "gpt": "assistant"})
-_FORMATS = {  # required keys -> how to read the messages of a record; the first format whose keys are there is taken
-    ("messages",): lambda r: _parse_turns(r["messages"], _MESSAGES),
-    ("conversations",): lambda r: _parse_turns(r["conversations"], _CONVERSATIONS),
-    ("instruction", "output"): lambda r: _single_turn(_instruction(r), r["output"], "output"),
-    ("prompt", "completion"): lambda r: _single_turn(r["prompt"], r["completion"], "completion"),
-    ("text",): lambda r: [{"role": "text", "content": require_text(r["text"], "text")}],
+class Format(NamedTuple):
+    """The keys by which a record of a format is known and read."""
+
+    prompt: str
+    response: str | None = None  # without: the first key holds all turns
+
+
+FORMATS = (  # the first one whose keys a record has is taken
+    Format("messages"),  # OpenAI, UltraChat 200K, Tulu 3
+    Format("conversations"),  # ShareGPT; LIMA
+    Format("conversation"),  # Capybara
+    Format("instruction", "output"),  # Alpaca, MedAlpaca
+    Format("instruction", "response"),  # Dolly
+    Format("prompt", "completion"),  # TRL; texts, or lists of turns
+    Format("prompt", "response"),
+    Format("query", "response"),  # MetaMathQA
+    Format("question", "response"),  # OpenOrca
+    Format("question", "answer"),  # GSM8K
+    Format("problem", "solution"),
+    Format("data"),  # UltraChat
+    Format("text"),  # a document, all of it supervised
+)
+# Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
+# prompt that is a text may have `input` or `context`, which follows it under a heading.
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model"),
 }
-_PROMPT_FORMATS = {  # the same for records to be answered, with or without a response
-    ("turns",): lambda r: ([], _text_list(r["turns"], "turns")),
-    ("messages",): lambda r: _parse_prompt(r["messages"], _MESSAGES),
-    ("conversations",): lambda r: _parse_prompt(r["conversations"], _CONVERSATIONS),
-    ("instruction",): lambda r: ([], [_instruction(r)]),
-    ("prompt",): lambda r: ([], [require_text(r["prompt"], "prompt")]),
-}
+LOSS_KEYS = ("weight", "train", "loss_mask", "loss")  # of an assistant turn: 0 or false if it is not to be learned
+_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_NO_INPUT = ("", "nan", "<noinput>", "<no input>")  # what data sets write where there is no input
+_TEMPLATE_TOKENS = re.compile(
+    r"<\|(im_start|start_header_id|user|endoftext)\|>|<start_of_turn>|\[INST\]|</s>|^### (Human|Instruction):",
+    re.MULTILINE,
+)
 
 
-def to_example(record: dict) -> Example:
-    """Read a record of any format; ValueError names the key at fault. Equal records get equal ids."""
-    messages = _read_by_keys(record, _FORMATS)
-    return Example(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16], messages)
+def to_example(record) -> Example:
+    """Read a record of any format; ValueError names the key at fault. Equal records get equal ids.
+
+    >>> to_example({"question": "Who wrote it?", "answer": "R. Moll.", "topic": "books"}).notes
+    ('ignored key topic',)
+    """
+    record = _clean(record)
+    form, notes = _find_format(record, FORMATS), []
+    if form.prompt == "text":
+        messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
+        if _TEMPLATE_TOKENS.search(messages[0]["content"]):
+            notes.append("tokens of a chat template spelled out in a text, learned as plain text")
+    else:
+        messages = _conversation(record, form, notes)
+    notes += [f"ignored key {key}" for key, value in record.items() if value not in ("", [], {})]  # not yet read
+    content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    return Example(content_id, messages, tuple(dict.fromkeys(notes)))
 
 
-def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
+def to_prompt(record) -> tuple[list[dict], list[str]]:
     """Read what a record asks. -> (the messages before, the user turns to be answered one after the other)
 
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
-    return _read_by_keys(record, _PROMPT_FORMATS)
+    record = _clean(record)
+    prompts = [Format("turns"), *(Format(prompt) for prompt, _ in FORMATS if prompt != "text")]
+    form = _find_format(record, prompts)
+    if form.prompt == "turns":
+        if not isinstance(record["turns"], list) or not record["turns"]:
+            raise ValueError("turns must be a list of texts")
+        return [], [require_text(turn, f"turns[{number}]") for number, turn in enumerate(record["turns"])]
+    *before, last = _conversation(record, form, [], last="user")
+    return before, [last["content"]]
 
 
-def _read_by_keys(record: dict, formats: dict):
-    for keys, read in formats.items():
-        if all(key in record for key in keys):
-            return read(record)
-    known = sorted({key for keys in formats for key in keys})
+def _clean(record) -> dict:
+    """The keys of a record that have a value. Data sets that were merged have null in the columns of the others."""
+    if is_conversation(record):
+        record = {"messages": record}
+    if not isinstance(record, dict):
+        raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
+    return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
+
+
+def _find_format(record: dict, formats: Iterable[Format]) -> Format:
+    for form in formats:
+        if all(key is None or key in record for key in form):
+            return form
+    known = sorted({key for form in formats for key in form if key})
     near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
-    has = "; ".join(" and ".join(keys) for keys in formats)
+    has = "; ".join(" and ".join(filter(None, form)) for form in formats)
     found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
     raise ValueError(f"{found}; a record has one of: {has}")
 
 
+def _conversation(record: dict, form: Format, notes: list[str], last: str = "assistant") -> list[dict]:
+    """The messages of a record up to the last turn of the role `last`. Keys that are read are taken out of the record.
+
+    What is left out of the turns is added to `notes`.
+    """
+    turns, response = record.pop(form.prompt), record.pop(form.response, None)
+    if not isinstance(turns, list):
+        if form.response is None and form.prompt in ("messages", "conversations", "conversation", "data"):
+            raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
+        prompt, extra = require_text(turns, form.prompt), record.pop("input" if "input" in record else "context", "")
+        if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
+            prompt += INPUT_HEADING + require_text(extra, "input")
+        turns = [{"role": "user", "content": prompt}]
+        if form.response:
+            turns.append({"role": "assistant", "content": require_text(response, form.response)})
+    elif form.response:
+        turns = turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
+    messages = _read_turns(turns, form.prompt, notes, last)
+    for number, pair in reversed([*enumerate(record.pop("history", ()))]):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"history[{number}] must be a prompt and its response")
+        earlier = zip(("user", "assistant"), pair, strict=True)
+        messages[:0] = [{"role": r, "content": require_text(text, f"history[{number}]")} for r, text in earlier]
+    if system := record.pop("system", None) or record.pop("system_prompt", None):
+        if any(message["role"] == "system" for message in messages):
+            raise ValueError("system is given twice, as a key and as a turn")
+        messages.insert(0, {"role": "system", "content": require_text(system, "system")})
+    return messages
+
+
+def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dict]:
+    """Messages of a list of turns: an optional system turn, then user and assistant in turn, ending with `last`."""
+    if all(isinstance(turn, str) for turn in turns):
+        turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
+        pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in turns]
+        turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+    roles = [_role(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
+    start = roles.index("user") if "user" in roles else len(roles)
+    end = max((n + 1 for n, role in enumerate(roles) if role == last), default=0)
+    if end <= start:
+        raise ValueError(f"{name} has no {last}'s turn" + (" after a user's turn" if last == "assistant" else ""))
+    if "assistant" in roles[:start]:
+        notes.append("first turn left out, which is the assistant's")
+    if "user" in roles[end:]:
+        notes.append("last turn left out, which is the user's")
+    messages = []
+    for n in [*(n for n in range(start) if roles[n] == "system"), *range(start, end)]:
+        expected = ("user", "assistant")[sum(message["role"] != "system" for message in messages) % 2]
+        if roles[n] != expected and not (roles[n] == "system" and n == 0):
+            raise ValueError(f"{name}[{n}]: the role is {roles[n]} where the {expected}'s turn is due")
+        if roles[n] == "system" and not turns[n].get(_content_key(turns[n])):
+            notes.append("empty system turn left out")
+        else:
+            messages.append(_message(turns[n], roles[n], f"{name}[{n}]", notes))
+    return messages
+
+
+def _role(turn, place: str) -> str:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{place}: a turn must be an object with role and content, not {type(turn).__name__}")
+    name = turn.get("role", turn.get("from"))
+    if not isinstance(name, str) or name.lower() not in _ROLE_OF:
+        known = ", ".join(_ROLE_OF)
+        raise ValueError(f"{place}: the role {name!r} is not supported, as that of a tool; known are {known}")
+    return _ROLE_OF[name.lower()]
+
+
+def _content_key(turn: dict) -> str:
+    return "content" if "content" in turn else "value"
+
+
+def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
+    """The message of a turn, with "weight": 0 if it is marked as not to be learned."""
+    message = {"role": role, "content": require_text(turn.get(key := _content_key(turn)), f"{place}.{key}")}
+    list_name = place.partition("[")[0]
+    for key, value in turn.items():
+        if key in LOSS_KEYS and value is not None:
+            if value not in (0, 1):
+                raise ValueError(f"{place}.{key} is {value!r}; only 0 and 1 are supported")
+            if role == "assistant" and not value:
+                message["weight"] = 0
+            elif role != "assistant" and value:
+                notes.append(f"ignored key {list_name}[].{key} of a turn that is not the assistant's")
+        elif key not in ("role", "from", "content", "value") and value not in (None, "", [], {}):
+            notes.append(f"ignored key {list_name}[].{key}")
+    return message
+
+
 def require_text(value, key: str) -> str:
-    """Return `value` if it is a text with something in it; ValueError says what is wrong with it."""
+    """Return `value` as a text with something in it; ValueError says what is wrong with it.
+
+    A number becomes its digits, and a list of {"type": "text", "text"} is joined.
+    """
+    if isinstance(value, (int, float)):
+        return json.dumps(value)
+    if isinstance(value, list) and value:
+        if other := [part for part in value if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
+            kind = other[0].get("type") if isinstance(other[0], dict) else type(other[0]).__name__
+            raise ValueError(f"{key} has a part of type {kind!r}; only texts are supported")
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {type(value).__name__}")
     if not value.strip():
@@ -197,59 +268,6 @@ def require_text(value, key: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{key} holds half a character (a lone surrogate); write it whole or remove it") from None
     return value
-
-
-def _text_list(values, key: str) -> list[str]:
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{key} must be a list of texts")
-    return [require_text(value, f"{key}[{number}]") for number, value in enumerate(values)]
-
-
-def _instruction(record: dict) -> str:
-    """An Alpaca record's instruction, with its input under a heading if it has one."""
-    instruction = require_text(record["instruction"], "instruction")
-    extra = record.get("input")
-    if extra is None or (isinstance(extra, str) and not extra.strip()):
-        return instruction
-    return instruction + INPUT_HEADING + require_text(extra, "input")
-
-
-def _single_turn(prompt, response, response_key: str) -> list[dict]:
-    return [
-        {"role": "user", "content": require_text(prompt, "prompt")},
-        {"role": "assistant", "content": require_text(response, response_key)},
-    ]
-
-
-def _parse_turns(turns, keys: _TurnKeys, last: str = "assistant") -> list[dict]:
-    """Messages of a conversation: an optional system turn, then user and assistant in turn, ending with `last`."""
-    messages = []
-    for number, (turn, role) in enumerate(zip(turns, _roles(turns, keys), strict=True)):
-        expected = ["user", "assistant"][sum(m["role"] != "system" for m in messages) % 2]
-        if role != expected and not (role == "system" and number == 0):
-            found = f"{keys.turns}[{number}]: {keys.role} is {turn.get(keys.role)!r}"
-            raise ValueError(f"{found} where the {expected}'s turn is due")
-        content = require_text(turn.get(keys.content), f"{keys.turns}[{number}].{keys.content}")
-        messages.append({"role": role, "content": content})
-    if not messages or messages[-1]["role"] != last:
-        why = "which is what is learnt" if last == "assistant" else "which is to be answered"
-        raise ValueError(f"{keys.turns} must end with the {last}'s turn, {why}")
-    return messages
-
-
-def _parse_prompt(turns, keys: _TurnKeys) -> tuple[list[dict], list[str]]:
-    """A conversation up to the last user turn, without an answer to it. -> (the messages before, that turn)"""
-    is_answered = _roles(turns, keys)[-1:] == ["assistant"]
-    *before, last = _parse_turns(turns[:-1] if is_answered else turns, keys, last="user")
-    return before, [last["content"]]
-
-
-def _roles(turns, keys: _TurnKeys) -> list:
-    """The role of each turn; a role that is not known stays as it is."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{keys.turns} must be a list of objects with {keys.role!r} and {keys.content!r}")
-    names = [turn.get(keys.role) for turn in turns]
-    return [keys.roles.get(name, name) if isinstance(name, str) else name for name in names]
 
 
 # --- Encoding ---------------------------------------------------------------------------------------------------------
@@ -293,6 +311,7 @@ class Dataset(Sequence):
     example_ids: np.ndarray  # bytes [N]: `Example.id`
     num_truncated: int = 0  # examples cut to max_length
     num_dropped: int = 0  # examples left out, because no supervised token is within max_length
+    skipped: Sequence = ()  # of `infra.records.BadRecord`: records left out, because they cannot be read
 
     @classmethod
     def from_encoded(cls, encoded: Sequence[tuple], example_ids: Sequence[str] | None = None) -> "Dataset":

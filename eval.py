@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from confidence import mean_gold_probs
-from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, Example, count_tokens, load_examples, pack, require_text
+from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, require_text
 from infra.cache import load_dataset
-from infra.cli import ArgumentParser, add_data_flags, add_model_flags, check_output_path
+from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
 from infra.distributed import DTYPES, all_reduce_sum, fastest_dtype, init_distributed, print0, rank, world_size
 from infra.files import atomic_write
 from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, verify_weights
@@ -235,25 +235,37 @@ def compact(running):
 # --- Exact match ------------------------------------------------------------------------------------------------------
 
 
-def exact_match(model: Transformer, examples: list[Example], tokenizer: Tokenizer, template: str) -> dict:
-    """The share of examples whose last assistant turn is generated word for word: {"accuracy", "accuracy_interval"}.
+def exact_match(model: Transformer, dataset: Dataset, tokenizer: Tokenizer, template: str) -> dict:
+    """The share of examples whose last supervised turn is generated word for word: {"accuracy", "accuracy_interval"}.
 
-    Decoding is greedy, from the prompt ids of training, and the end token must be generated too. White space around the
-    answer does not count. Raises ValueError for a plain text, which has no prompt.
+    Decoding is greedy, from the prompt ids of training, and the end token must be generated too, so that a truncated
+    example never matches. White space around the answer does not count. Raises ValueError for a plain text.
     """
-    if any(example.messages[-1]["role"] != "assistant" for example in examples):
+    prompts, expected = zip(*(split_last_turn(*example) for example in dataset), strict=True)
+    if min(map(len, prompts)) == 1:
         raise ValueError("exact match asks for prompts with responses, and there are plain texts among the examples")
-    expected = [example.messages[-1]["content"].strip() for example in examples]
-    longest = max(len(tokenizer.encode(text)) for text in expected)
-    prompts = [tokenizer.render_conversation(example.messages[:-1], template)[0] for example in examples]
     stop_ids = tokenizer.stop_ids(template)
     # A few more tokens than the encoding has: the model may generate the same text in smaller pieces.
-    answers = generate_fitting(model, prompts, longest + 4, stop_ids)
-    num_correct = sum(
-        bool(ids) and ids[-1] in stop_ids and tokenizer.decode(ids).strip() == text
-        for ids, text in zip(answers, expected, strict=True)
-    )
-    return {"accuracy": num_correct / len(examples), "accuracy_interval": wilson_interval(num_correct, len(examples))}
+    answers = generate_fitting(model, list(prompts), max(map(len, expected)) + 4, stop_ids)
+
+    def text(ids: list[int]) -> str | None:
+        return tokenizer.decode(ids).strip() if ids and ids[-1] in stop_ids else None
+
+    num_correct = sum(text(ids) is not None and text(ids) == text(e) for ids, e in zip(answers, expected, strict=True))
+    return {"accuracy": num_correct / len(dataset), "accuracy_interval": wilson_interval(num_correct, len(dataset))}
+
+
+def split_last_turn(tokens, targets) -> tuple[list[int], list[int]]:
+    """The ids before the last supervised turn of an encoded example, and those of the turn with its end token.
+
+    >>> split_last_turn(torch.tensor([1, 5, 6, 2, 7, 8]), torch.tensor([-100, 6, 2, -100, 8, 2]))
+    ([1, 5, 6, 2, 7], [8, 2])
+    """
+    supervised = targets != IGNORE_INDEX
+    last = int(supervised.nonzero()[-1])
+    before = (~supervised[:last]).nonzero()  # what is not supervised before the last turn's end
+    start = int(before[-1]) + 1 if len(before) else 0
+    return tokens[: start + 1].tolist(), targets[start : last + 1].tolist()
 
 
 # --- Multiple choice --------------------------------------------------------------------------------------------------
@@ -396,21 +408,17 @@ MAX_MATCH_TOKENS = 32  # exact match is for short answers: at most this many sup
 def evaluate(
     model: Transformer,
     held_out: Dataset,
-    read_examples: Callable[[], list[Example]],
     tokenizer: Tokenizer,
     template: str,
     micro_batch_tokens: int,
 ) -> dict:
-    """Held-out loss, and exact match if all responses are complete and short (else None).
-
-    `read_examples` reads the texts of the held-out examples, which only exact match needs.
-    """
+    """Held-out loss, and exact match if all examples are complete, short and no plain texts (else None)."""
     result = held_out_loss(model, held_out, micro_batch_tokens)
-    if not (held_out.num_truncated or held_out.num_dropped or held_out.num_supervised.max() > MAX_MATCH_TOKENS):
-        examples = read_examples()
-        if all(example.messages[-1]["role"] == "assistant" for example in examples):
-            return result | exact_match(model, examples, tokenizer, template)
-    return result | {"accuracy": None, "accuracy_interval": None}
+    is_text = held_out.num_supervised == held_out.lengths
+    too_long = held_out.num_truncated or held_out.num_dropped or held_out.num_supervised.max() > MAX_MATCH_TOKENS
+    if too_long or is_text.any():
+        return result | {"accuracy": None, "accuracy_interval": None}
+    return result | exact_match(model, held_out, tokenizer, template)
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -437,16 +445,15 @@ def perplexity_or_match(args, device) -> None:
     """Print the held-out loss and perplexity, or the exact match, of the examples in a data file."""
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
-    dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+    dataset = load_dataset(
+        args.data, tokenizer, template, max_length, args.cache, args.skip_bad_records, file=sys.stderr
+    )
     model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
         result["perplexity"] = math.exp(result["loss"])
     else:
-        ids = set(dataset.ids)  # without the dropped examples
-        examples = [example for example in load_examples(args.data) if example.id in ids]
-        result = exact_match(model, examples, tokenizer, template)
-        result["examples"] = len(dataset)
+        result = exact_match(model, dataset, tokenizer, template) | {"examples": len(dataset)}
     print0(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
 
 
@@ -549,7 +556,7 @@ def main(argv=None) -> None:
         command.set_defaults(run=run)
         command.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
         if data:
-            command.add_argument("--data", required=True, metavar="FILE", help=data)
+            add_data_flag(command, data, required=True)
         add_model_flags(command, templates)
         return command
 
@@ -561,13 +568,13 @@ def main(argv=None) -> None:
         command.add_argument("--seed", type=parser.number(0, 2**63 - 1, int), default=0)
 
     for name, help in (("perplexity", "held-out loss and perplexity"), ("match", "exact match by greedy generation")):
-        add_data_flags(add_command(name, perplexity_or_match, help, "the examples, .jsonl or .json"))
+        add_data_flags(add_command(name, perplexity_or_match, help, "the examples"))
     help, data = "multiple choice by log-likelihood", "questions with choices"
     command = add_command("choice", multiple_choice, help, data, (*TEMPLATES, PLAIN))
     command.add_argument("--by", choices=("letter", "text"), default="letter", help="what is scored (default letter)")
     command.add_argument("--output", metavar="FILE", help="where a line for each question goes")
     command.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS)
-    help, data = "answer the records of a file", "the records, .jsonl or .json"
+    help, data = "answer the records of a file", "the records"
     command = add_command("generate", generate_answers, help, data)
     add_answer_flags(command)
     add_sampling_flags(command, None, "(default 0; for mt_bench by category, as FastChat has it)")

@@ -39,14 +39,13 @@ from data import (
     MicroBatch,
     build_batch,
     epoch_order,
-    load_examples,
     paired_order,
     sample_lambda,
     steps_per_epoch,
 )
 from eval import evaluate
 from infra.cache import load_dataset
-from infra.cli import ArgumentParser, add_flags, check_values, flag
+from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
 from infra.distributed import (
     DTYPES,
@@ -85,11 +84,12 @@ from infra.output import (
     reference_checkpoints,
     save_checkpoint,
     save_result,
+    save_skipped,
     stage_log,
     stage_savepoints,
 )
 from infra.plan import print_example, print_plan
-from infra.savepoints import Savepoints, check_resume_config, input_checksums
+from infra.savepoints import Savepoints, check_model_unchanged, check_resume_config, input_checksums
 from mixup import has_compiler, sftmix_loss
 from model import ModelConfig, Transformer
 from tokenizer import TEMPLATES, Tokenizer
@@ -114,8 +114,9 @@ class TrainConfig:
     )
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs")
-    data: str | None = flag(None, "training examples, .jsonl or .json")
-    eval_data: str | None = flag(None, "held-out examples to evaluate every model on")
+    data: str | tuple[str, ...] | None = flag(None, f"training examples: {DATA_HELP}")
+    eval_data: str | tuple[str, ...] | None = flag(None, "held-out examples to evaluate every model on, likewise")
+    skip_bad_records: bool = flag(False, "leave out records that cannot be read, and list them in skipped.jsonl")
     output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)")
     stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES))
     confidence: str | None = flag(
@@ -198,6 +199,7 @@ def parse_config(argv=None) -> TrainConfig:
     parser = ArgumentParser(description=__doc__)
     add_flags(parser, TrainConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given |= {name: tuple(value) if value[1:] else value[0] for name, value in given.items() if isinstance(value, list)}
     try:
         # DEMO_FLAGS sets what a model folder would decide otherwise, such as max_length and dtype.
         return TrainConfig(**({} if "model" in given else DEMO_FLAGS) | given)
@@ -397,6 +399,7 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     train: Dataset
     held_out: Dataset | None  # None without --eval_data: no model is evaluated
+    scores: TrainingDynamics | None = None  # to split by, unless the run computes them itself
 
 
 def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
@@ -418,11 +421,12 @@ def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]
 
 def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, so that all errors in it are found before training."""
-    dataset = load_dataset(config.data, tokenizer, config.template, config.max_length, config.cache)
+    settings = tokenizer, config.template, config.max_length, config.cache, config.skip_bad_records
+    dataset = load_dataset(config.data, *settings)
     if config.eval_data is None:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
-    held_out = load_dataset(config.eval_data, tokenizer, config.template, config.max_length, config.cache)
+    held_out = load_dataset(config.eval_data, *settings)
     example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
     if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
         print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
@@ -448,8 +452,7 @@ def evaluate_model(model: Transformer | None, inputs: Inputs, config: TrainConfi
     """Evaluate a model on the held-out examples. Without any, each entry is None."""
     if inputs.held_out is None:
         return dict.fromkeys(("loss", "loss_interval", "accuracy", "accuracy_interval", "examples", "tokens"))
-    read_examples = partial(load_examples, config.eval_data)
-    return evaluate(model, inputs.held_out, read_examples, inputs.tokenizer, config.template, config.micro_batch_tokens)
+    return evaluate(model, inputs.held_out, inputs.tokenizer, config.template, config.micro_batch_tokens)
 
 
 # --- The stages -------------------------------------------------------------------------------------------------------
@@ -534,13 +537,15 @@ def paired_epoch_order(scores: TrainingDynamics, config: TrainConfig, epoch: int
     return paired_order(confident, unconfident, config.seed, epoch)
 
 
-def sftmix_sampler(config: TrainConfig, dataset: Dataset, device) -> Sampler:
+def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
     """The pairs of the SFTMix run: across the halves, at random, or across the halves that the run itself finds."""
+    dataset = inputs.train
     random_order = partial(epoch_order, len(dataset), config.seed)
     if config.pairing == "random":
         return Sampler(random_order, is_mixed=lambda epoch: True)  # neighbours in a random order are random pairs
     if not config.online:
-        return Sampler(partial(paired_epoch_order, load_scores(config, dataset), config), is_mixed=lambda epoch: True)
+        scores = inputs.scores or load_scores(config, dataset)
+        return Sampler(partial(paired_epoch_order, scores, config), is_mixed=lambda epoch: True)
     scores = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
     def online_order(epoch: int) -> np.ndarray:
@@ -554,7 +559,8 @@ def sftmix_sampler(config: TrainConfig, dataset: Dataset, device) -> Sampler:
 
 def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
     """Train the base again, with Mixup. -> entries of results.json by stage: sftmix, and online also confidence"""
-    sampler = sftmix_sampler(config, inputs.train, device)
+    check_model_unchanged(config)
+    sampler = sftmix_sampler(config, inputs, device)
     model = load_trainable(config, device)
     log, savepoints = stage_log(config, "sftmix"), stage_savepoints(config, "sftmix")
     train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
@@ -630,12 +636,13 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "confidence" in stages and "reference" not in stages:  # raises now, and not hours later
         reference_checkpoints(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
-        load_scores(config, inputs.train)
+        inputs = inputs._replace(scores=load_scores(config, inputs.train))
     if rank() == 0:
         content = input_checksums(config)
         if config.resume:
             check_resume_config(config, content)
         write_json(output / "config.json", asdict(config) | {"content": content})
+        save_skipped(output, inputs.train, inputs.held_out)
 
     if "base" in stages:
         model = None

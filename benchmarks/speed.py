@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from confidence import score_examples
 from data import Dataset, epoch_order, load_examples, pack
-from infra.cache import encode_file, load_dataset
+from infra.cache import encode_files, load_dataset
 from infra.distributed import DTYPES
 from infra.hf import load_model, load_tokenizer, save_model
 from mixup import sftmix_loss, sftmix_loss_literal
@@ -228,7 +228,7 @@ def data(args, folder: Path) -> None:
                 file.write(json.dumps(record | {"instruction": f"{record['instruction']} ({i})"}) + "\n")
     for number in range(1, args.rounds + 1):
         began = time.perf_counter()
-        encode_file(files[100_000], tokenizer, "alpaca", 1024, folder / f"cold-{number}")
+        encode_files(files[100_000], tokenizer, "alpaca", 1024, folder / f"cold-{number}")
         note("encoding", round=number, examples_per_minute=6e6 / (time.perf_counter() - began))
     with contextlib.redirect_stdout(io.StringIO()):
         datasets = {s: load_dataset(files[s], tokenizer, "alpaca", 1024, folder / "cache") for s in files}

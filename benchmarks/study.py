@@ -303,8 +303,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     if encoded["validation"].num_supervised.max() <= MAX_MATCH_TOKENS:  # short answers: the demo's
         measured["confidence_spread"] = float(score_examples(model, encoded["train"])[0].std())
         for part, key in (("held-out", "accuracy"), ("validation", "eval_accuracy")):
-            examples = load_examples(cell / f"{part}.jsonl")
-            measured[key] = exact_match(model, examples, tokenizer, template)["accuracy"]
+            measured[key] = exact_match(model, encoded[part], tokenizer, template)["accuracy"]
     if name == "NTP" and "held-out" in encoded:  # without, a cell is only there to choose the learning rate
         measured["early_stopping"] = early_stopping(output, encoded, load, last)
         score(cell / "base", cell / "train.jsonl", output, settings)

@@ -8,60 +8,58 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from data import ARRAY_DTYPES, Chunk, Dataset, encode_examples, read_chunk, split_into_chunks, to_example, unique_ids
+from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
 from infra.distributed import barrier, print0, rank
+from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_file
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
-def cache_path(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
-    """The folder for an encoded data file, named by a hash of everything that its ids depend on.
+def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
+    """The folder for encoded data files, named by a hash of everything that their ids depend on.
 
-    `cache` is the folder of all these folders, by default `sftmix` in the user's cache. Raises FileNotFoundError.
+    `cache` is the folder of all these folders, by default `sftmix` in the user's cache. Raises what `find_files` does.
     """
-    path, digest = Path(path), hashlib.sha256()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    code = [(ROOT / name).read_bytes() for name in ("data.py", "tokenizer.py", "infra/cache.py")]
-    settings = repr((path.suffix, template, max_length)).encode()
-    for content in (*code, tokenizer.fingerprint, settings):
+    digest = hashlib.sha256()
+    code = [(ROOT / name).read_bytes() for name in ("data.py", "tokenizer.py", "infra/cache.py", "infra/records.py")]
+    settings = repr((template, max_length)).encode()
+    contents = repr(([file.suffix for file in find_files(data)], data_checksums(data))).encode()
+    for content in (*code, tokenizer.fingerprint, settings, contents):
         digest.update(hashlib.sha256(content).digest())
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftmix"
     return Path(cache) / digest.hexdigest()[:32]
 
 
-def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
-    """Encode a data file into `folder`, chunk by chunk, with one process for each core.
+def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
+    """Encode data files into `folder`, part by part, with one process for each core.
 
-    A `.jsonl` file is never in memory as a whole. The folder is renamed to its name when it is complete.
-    Raises ValueError where `load_examples` does, and where no example is left.
+    Only a JSON list is ever in memory as a whole. The folder is renamed to its name when it is complete. Bad records
+    are kept beside the encoded examples. Raises FileNotFoundError, or ValueError for a file that cannot be read.
     """
-    path = Path(path)
-    chunks = split_into_chunks(path)
-    encode = partial(_encode_chunk, path, tokenizer, template, max_length)
+    chunks = (chunk for file in find_files(data) for chunk in split_file(file))
+    encode = partial(_encode_chunk, tokenizer, template, max_length)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     tmp.chmod(folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
-    counts, id_counts = Counter(), Counter()
+    counts, id_counts, reading = Counter(), Counter(), Reading()
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
-            for dataset in parallel_map(encode, chunks, stack):
+            for dataset, found in parallel_map(encode, chunks, stack):
+                reading.add(found)
                 counts += Counter(
                     examples=len(dataset),
                     tokens=len(dataset.loss_mask),
@@ -72,36 +70,57 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
                 dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
                     getattr(dataset, name).tofile(file)
-        if counts["examples"] + counts["dropped"] == 0:
-            raise ValueError(f"{path}: no records in it")
-        if counts["examples"] == 0:
-            raise ValueError(f"{path}: no response starts within --max_length {max_length}")
+        found = {"num_records": reading.num_records, "bad": reading.bad, "notes": reading.notes}
+        (tmp / "reading.json").write_text(json.dumps(found, default=str))
         (tmp / "counts.json").write_text(json.dumps(counts))
         try:
             tmp.rename(folder)
         except OSError:
-            if not folder.exists():  # else another run has encoded the same file meanwhile
+            if not folder.exists():  # else another run has encoded the same files meanwhile
                 raise
     except BrokenProcessPool:
-        raise OSError(f"{path}: a process that was encoding it has been killed; is memory short?") from None
+        raise OSError(f"{describe(data)}: a process that was encoding it has been killed; is memory short?") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _encode_chunk(path: Path, tokenizer: Tokenizer, template: str, max_length: int, chunk: Chunk) -> Dataset:
-    return encode_examples(read_chunk(path, chunk, to_example), tokenizer, template, max_length)
+def _encode_chunk(tokenizer: Tokenizer, template: str, max_length: int, chunk: Chunk) -> tuple[Dataset, Reading]:
+    reading = Reading()
+
+    def examples():
+        for example in reading.parse(chunk, to_example):
+            reading.notes.update(example.notes)
+            yield example
+
+    return encode_examples(examples(), tokenizer, template, max_length), reading
 
 
-def parallel_map(function: Callable, items: list, stack: ExitStack) -> Iterator:
-    """`map(function, items)` with one process for each core, or in this process if there is one core or one item."""
+def parallel_map(function: Callable, items: Iterable, stack: ExitStack) -> Iterator:
+    """`map(function, items)` with one process for each core, or in this process if there is one core or one item.
+
+    Items are taken as there are processes for them, and not all at once.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(items))
-    if workers <= 1:
+    items = iter(items)
+    first = list(islice(items, cores))
+    items = chain(first, items)
+    if len(first) <= 1:
         return map(function, items)
     can_fork = "fork" in multiprocessing.get_all_start_methods()  # saves importing everything again
     context = multiprocessing.get_context("fork" if can_fork else None)
-    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _init_worker, (function,)))
-    return pool.map(_call, items)
+    return _map_in_pool(
+        stack.enter_context(ProcessPoolExecutor(len(first), context, _init_worker, (function,))), items, 2 * len(first)
+    )
+
+
+def _map_in_pool(pool: ProcessPoolExecutor, items: Iterable, max_pending: int) -> Iterator:
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(_call, item))
+        if len(pending) == max_pending:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _init_worker(function: Callable) -> None:
@@ -120,27 +139,34 @@ def _call(item):
     return _call.function(item)
 
 
-def load_cache(folder: Path) -> Dataset:
-    """Memory-map what `encode_file` wrote. ValueError if it is not complete."""
+def load_cache(folder: Path) -> tuple[Dataset, Reading]:
+    """Memory-map what `encode_files` wrote. ValueError if it is not complete."""
     try:
-        counts = json.loads((folder / "counts.json").read_text())
-        arrays = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAY_DTYPES.items()}
+        counts = Counter(json.loads((folder / "counts.json").read_text()))
+        reading = json.loads((folder / "reading.json").read_text())
+        bad = [BadRecord(*record) for record in reading["bad"]]
+        reading = Reading(reading["num_records"], bad, Counter(reading["notes"]))
+        open_array = partial(np.memmap, mode="r") if counts["examples"] else np.fromfile  # an empty file has no map
+        arrays = {name: open_array(folder / name, dtype) for name, dtype in ARRAY_DTYPES.items()}
         complete = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
     except (ValueError, KeyError, TypeError, OSError):
         complete = False
     if not complete:
         raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again")
-    return Dataset(*arrays.values(), counts.get("truncated", 0), counts.get("dropped", 0))
+    return Dataset(*arrays.values(), counts["truncated"], counts["dropped"]), reading
 
 
-def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None, file=None) -> Dataset:
-    """Open a data file in its encoded form, and print to `file` what is in it. Rank 0 encodes it if it is not cached.
+def load_dataset(
+    data, tokenizer: Tokenizer, template: str, max_length: int, cache=None, skip_bad_records: bool = False, file=None
+) -> Dataset:
+    """Open data files in their encoded form, and print to `file` what is in them. Rank 0 encodes them if need be.
 
-    Raises FileNotFoundError or ValueError, with what is wrong with the file.
+    Raises FileNotFoundError or ValueError, with what is wrong with the files. `skip_bad_records` leaves them out
+    instead, unless they are more than half.
     """
-    folder = cache_path(path, tokenizer, template, max_length, cache)
+    folder, name = cache_path(data, tokenizer, template, max_length, cache), describe(data)
     if rank() == 0 and not folder.exists():
-        encode_file(path, tokenizer, template, max_length, folder)
+        encode_files(data, tokenizer, template, max_length, folder)
     barrier()
     for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():
@@ -148,11 +174,16 @@ def load_dataset(path, tokenizer: Tokenizer, template: str, max_length: int, cac
         time.sleep(0.1)
     else:
         raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
-    dataset = load_cache(folder)
+    dataset, reading = load_cache(folder)
+    reading.check(name, skip_bad_records)
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: no response starts within --max_length {max_length}")
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
-    print0(f"{path}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
+    print0(f"{name}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.num_truncated or dataset.num_dropped:
         print0(
-            f"{path}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped", file
+            f"{name}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped", file
         )
-    return dataset
+    for line in reading.summary():
+        print0(f"{name}: {line}", file)
+    return replace(dataset, skipped=reading.bad)

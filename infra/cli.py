@@ -58,8 +58,17 @@ def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
 
 
+DATA_HELP = "files (.jsonl, .json, .parquet, each also as .gz), folders or patterns of them"
+
+
+def add_data_flag(parser: ArgumentParser, what: str, required: bool) -> None:
+    """Add --data, for a script that reads `what` from data files."""
+    parser.add_argument("--data", nargs="+", required=required, metavar="FILE", help=f"{what}: {DATA_HELP}")
+
+
 def add_data_flags(parser: ArgumentParser) -> None:
     """Add the flags of each script that reads examples, with the defaults of training."""
+    parser.add_argument("--skip_bad_records", action="store_true", help="leave out records that cannot be read")
     parser.add_argument("--max_length", type=parser.positive)
     parser.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS)
     parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
@@ -81,6 +90,7 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
     """Add a flag for each field of a configuration class. A flag that is not given parses to None."""
     for field_ in fields(config_class):
         kind = {int: int, int | None: int, float: float}.get(field_.type, str)
+        nargs = "+" if field_.type == str | tuple[str, ...] | None else None
         choices = field_.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else field_.name.upper()
         text = field_.metadata["help"] + ("" if field_.default is None else f" (default {field_.default})")
@@ -89,7 +99,7 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
         elif field_.name == "dry_run":
             parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
         else:
-            parser.add_argument(f"--{field_.name}", type=kind, metavar=metavar, help=text)
+            parser.add_argument(f"--{field_.name}", type=kind, nargs=nargs, metavar=metavar, help=text)
 
 
 def check_values(config) -> None:
@@ -98,7 +108,7 @@ def check_values(config) -> None:
         name, value, choices = field_.name, getattr(config, field_.name), field_.metadata["choices"]
         if choices and value not in (*choices, field_.default):
             raise ValueError(f"--{name} {value}: must be one of {', '.join(choices)}")
-        if value == "":
+        if value in ("", ()) or (isinstance(value, tuple) and "" in value):
             raise ValueError(f"--{name}: must not be empty")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} {value}: must be a finite number")

@@ -14,10 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from data import read_records, to_prompt
+from data import to_prompt
 from infra.cli import ArgumentParser, check_output_path
 from infra.distributed import barrier, rank, world_size
 from infra.files import atomic_write, file_lock, sha256_of
+from infra.records import data_checksums, describe, read_records
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ def load_prompt_records(args) -> list[PromptRecord]:
         counts = Counter(str(record.record["question_id"]) for record in records)
         repeated = [question_id for question_id, count in counts.items() if count > 1]
         if repeated:
-            raise ValueError(f"{args.data}: question_id {repeated[0]} stands there more than once")
+            raise ValueError(f"{describe(args.data)}: question_id {repeated[0]} stands there more than once")
     return records
 
 
@@ -157,7 +158,7 @@ def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
             stack.enter_context(file_lock(file, message))
             settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
             settings |= {"template": template, "dtype": dtype, "turns": [len(record.turns) for record in records]}
-            settings |= {"data": sha256_of(args.data), "model": sha256_of(args.model)}
+            settings |= {"data": data_checksums(args.data), "model": sha256_of(args.model)}
             start_or_resume(file, settings)
         barrier()  # the other processes wait until the file is there
         yield file

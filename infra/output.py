@@ -4,14 +4,16 @@ Below, `config` is a `train.TrainConfig`.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from data import Dataset
 from infra.distributed import DTYPES, barrier, rank
-from infra.files import file_lock, read_json, write_json
+from infra.files import atomic_write, file_lock, read_json, write_json
 from infra.hf import check_models, save_adapter, save_model
 from infra.metrics import log_step
 from infra.savepoints import Savepoints, check_finite
@@ -52,6 +54,14 @@ def lock_output(folder: Path):
             if is_new:
                 with contextlib.suppress(OSError):  # not empty: the run has made something
                     folder.rmdir()
+
+
+def save_skipped(output: Path, *datasets: Dataset | None) -> None:
+    """List the records that were left out, if there are any, with place and reason, in `skipped.jsonl`."""
+    if skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.skipped]:
+        with atomic_write(output / "skipped.jsonl") as tmp:
+            lines = "".join(json.dumps(record) + "\n" for record in skipped)
+            tmp.write_text(lines)
 
 
 def check_not_started(output: Path, stages: list[str]) -> None:

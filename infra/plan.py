@@ -141,7 +141,7 @@ def print_example(dataset: Dataset, tokenizer: Tokenizer) -> None:
     ids, in_loss = [*tokens.tolist(), int(targets[-1])], [False, *(targets != IGNORE_INDEX).tolist()]
     spans = groupby(zip(ids, in_loss, strict=True), key=lambda token: token[1])
     texts = [(" ".join(tokenizer.id_to_token(i) for i, _ in span), supervised) for supervised, span in spans]
-    print0(f"\nThe first example, {len(tokens):,} tokens; what is learnt stands in «»:")
+    print0(f"\nThe first example, {len(tokens):,} tokens; what is learned stands in «»:")
     print0(" ".join(f"« {text} »" if supervised else text for text, supervised in texts))
 
 

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from data import read_records, require_text
+from data import require_text
+from infra.records import read_records
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
 
@@ -47,5 +48,5 @@ def to_question(record: dict) -> Question:
 
 
 def load_questions(path) -> list[Question]:
-    """Read the questions of a `.jsonl` or `.json` file. FileNotFoundError or ValueError as of `data.read_records`."""
+    """Read the questions of data files. Raises what `read_records` does."""
     return read_records(path, to_question)

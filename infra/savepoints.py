@@ -26,6 +26,7 @@ from infra.files import (
     write_json,
 )
 from infra.metrics import StepMetrics
+from infra.records import data_checksums
 from model import Transformer
 
 # --- Savepoints -------------------------------------------------------------------------------------------------------
@@ -203,7 +204,19 @@ def check_resume_config(config, checksums_now: dict | None = None):
     return config
 
 
+def check_model_unchanged(config) -> None:
+    """ValueError if the base is not what it was when the run began: two models that are compared start from one."""
+    if rank() == 0:
+        checksums = read_json(Path(config.output) / "config.json")["content"]
+        if sha256_of(config.model) != checksums["model"]:
+            raise ValueError(
+                f"{config.model}: is not what it was when the run began; bring its content back, and --resume"
+            )
+
+
 def input_checksums(config) -> dict:
     """Checksums of the files that a run reads."""
-    names = ("model", "data", "eval_data", *(() if config.online else ("confidence",)))
-    return {name: sha256_of(getattr(config, name)) for name in names if getattr(config, name) is not None}
+    checksums = {"model": sha256_of, "data": data_checksums, "eval_data": data_checksums}
+    if not config.online:
+        checksums["confidence"] = sha256_of
+    return {name: of(getattr(config, name)) for name, of in checksums.items() if getattr(config, name) is not None}

@@ -9,6 +9,7 @@ Each group of cases runs in a process of its own, so that a crash or a hang is a
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -26,8 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pyarrow
 import torch
 from conftest import tiny_model
+from pyarrow import parquet
 
 import confidence
 import eval as eval_tool
@@ -44,6 +47,13 @@ RECORDS = [
     {"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]},
     {"conversations": [{"from": "human", "value": "over"}, {"from": "gpt", "value": "a lazy dog"}]},
     {"text": "the quick brown fox"},
+    {"instruction": "a fox", "context": "lazy", "response": "the dog", "system": "over", "weight": 1},
+    {"prompt": [{"role": "user", "content": "fox"}], "completion": [{"role": "assistant", "content": "dog"}]},
+    {"query": "brown", "response": "fox", "history": [["over", "dog"]]},
+    {"conversations": ["quick", "brown"]},
+    {"conversation": [{"input": "a fox", "output": "jumps"}]},
+    [{"from": "system", "value": ""}, {"from": "human", "value": 3}, {"from": "bard", "value": "dog", "weight": 0}],
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "model", "content": "b"}]},
 ]
 QUESTIONS = [
     {"question": "a fox?", "options": {"A": "the dog", "B": "lazy"}, "answer_idx": "B", "meta_info": "x"},
@@ -63,6 +73,8 @@ def make_inputs(folder: Path) -> None:
     lines = [json.dumps(record) + "\n" for record in RECORDS]
     (folder / "d.jsonl").write_text("".join(lines))
     (folder / "d.json").write_text(json.dumps(RECORDS))
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS[:4] * 5), folder / "d.parquet")
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
     data, output = str(folder / "d.jsonl"), folder / "o"
@@ -183,6 +195,16 @@ def data_lines(folder, rng):
     return perplexity(folder, "one")
 
 
+def data_folder(folder, rng):
+    """Several files of several kinds, bad records skipped."""
+    (folder / "data").mkdir()
+    files = [shutil.copy(folder / name, folder / "data") for name in ("d.jsonl", "d.json", "d.jsonl.gz", "d.parquet")]
+    for file in rng.sample(files, 2):
+        mutate(Path(file), rng)
+    flags = ["--model", str(folder / "one"), "--data", str(folder / "data"), "--skip_bad_records"]
+    return lambda: eval_tool.main(["perplexity", *flags])
+
+
 def data_list(folder, rng):
     mutate(folder / "d.json", rng)
     return perplexity(folder, "one", "d.json")
@@ -267,8 +289,8 @@ def prompts(folder, rng):
 
 
 KINDS = [
-    data_lines, data_list, model_config, weights, shards, sentencepiece_model, tokenizer_files, scores, savepoint,
-    command_line, questions, prompts,
+    data_lines, data_list, data_folder, model_config, weights, shards, sentencepiece_model, tokenizer_files, scores,
+    savepoint, command_line, questions, prompts,
 ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import data as data_module
 import infra.cache
+import infra.records
 from data import (
     IGNORE_INDEX,
     Dataset,
@@ -25,8 +25,9 @@ from data import (
     pack,
     paired_order,
     sample_lambda,
+    to_example,
 )
-from infra.cache import _init_worker, cache_path, encode_file, load_cache
+from infra.cache import _init_worker, cache_path, encode_files, load_cache, load_dataset
 from infra.demo import demo_corpus
 from infra.distributed import prefetch
 from tokenizer import Tokenizer
@@ -35,9 +36,31 @@ TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "S
 FORMATS = {
     "alpaca": {"instruction": "Why?", "input": "", "output": "So."},
     "alpaca without input": {"instruction": "Why?", "output": "So.", "text": "ignored"},
+    "alpaca merged with others": {
+        "messages": None,
+        "instruction": "Why?",
+        "input": None,
+        "output": "So.",
+        "text": None,
+    },
+    "dolly": {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"},
     "prompt": {"prompt": "Why?", "completion": "So."},
+    "trl": {"prompt": TURN[:1], "completion": TURN[1:]},
+    "prompt and response": {"prompt": "Why?", "response": "So."},
+    "query": {"query": "Why?", "response": "So.", "history": []},
+    "question": {"question": "Why?", "answer": "So."},
     "messages": {"messages": TURN, "prompt": "ignored", "prompt_id": 3},
+    "messages of from and value": {"messages": [{"from": "human", "value": "Why?"}, {"from": "bard", "value": "So."}]},
+    "nanochat": TURN,
+    "parts": {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURN]},
     "sharegpt": {"id": "x", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "conversations of roles": {"conversations": TURN},
+    "conversation": {"conversation": TURN},
+    "lima": {"conversations": ["Why?", "So."], "source": "x"},
+    "ultrachat": {"id": "0", "data": ["Why?", "So."]},
+    "first turn the assistant's": {"messages": [{"role": "assistant", "content": "Hi."}, *TURN]},
+    "last turn the user's": {"messages": [*TURN, {"role": "user", "content": "Thanks."}]},
+    "system empty": {"messages": [{"role": "system", "content": ""}, *TURN]},
 }
 
 
@@ -65,13 +88,6 @@ def test_text_and_input(tmp_path):
     assert with_input.messages[0]["content"] == "Sum.\n\n### Input:\nIt."
 
 
-def test_a_blank_input_is_none(tmp_path):
-    (example,) = load_examples(
-        write_lines(tmp_path / "d.jsonl", {"instruction": "Why?", "input": " ", "output": "So."})
-    )
-    assert example.messages == TURN
-
-
 def test_multi_turn_with_system(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, *TURN, *TURN]
     (example,) = load_examples(write_lines(tmp_path / "d.jsonl", {"messages": messages}))
@@ -91,63 +107,112 @@ def test_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):
     assert [e.messages[0]["content"] for e in load_examples(tmp_path / "d.jsonl")] == ["one\u2028two"] * 2
 
 
+@pytest.mark.parametrize("extra", ["nan", "<noinput>", " ", None, float("nan")])
+def test_what_stands_for_no_input_is_none(tmp_path, extra):
+    (example,) = load_examples(
+        write_lines(tmp_path / "d.jsonl", {"instruction": "Why?", "input": extra, "output": "So."})
+    )
+    assert example.messages == TURN and example.notes == ()
+
+
+def test_system_and_history_of_any_format_come_first():
+    system = {"role": "system", "content": "Be brief."}
+    earlier = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    for name in ("alpaca", "sharegpt", "query", "lima"):
+        record = FORMATS[name] | {"system": "Be brief.", "history": [["a", "b"], ["c", "d"]]}
+        assert to_example(record).messages == [system, *earlier, *TURN]
+    assert to_example({"messages": [{"role": "developer", "content": "Be brief."}, *TURN]}).messages == [system, *TURN]
+    with pytest.raises(ValueError, match="system is given twice"):
+        to_example({"system": "x", "messages": [system, *TURN]})
+
+
+def test_numbers_are_texts():
+    messages = to_example({"instruction": 2, "input": 0.5, "output": True}).messages
+    assert [message["content"] for message in messages] == ["2\n\n### Input:\n0.5", "true"]
+
+
+@pytest.mark.parametrize("key, marks", [("weight", (0, 1)), ("train", (False, True)), ("loss_mask", (0.0, None))])
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_turn_marked_as_not_to_be_learned_is_context_only(tokenizer, name, key, marks):
+    turns = [TURN[0], TURN[1] | {key: marks[0]}, TURN[0], TURN[1] | {key: marks[1]}]
+    example = to_example({name: turns})
+    ids, mask = tokenizer.render_conversation(example.messages, "alpaca")
+    all_ids, all_mask = tokenizer.render_conversation([*TURN, *TURN], "alpaca")
+    assert ids == all_ids and sum(mask) == sum(all_mask) / 2 and mask[-2:] == all_mask[-2:]
+    assert example.id != to_example({name: [*TURN, *TURN]}).id
+
+
+@pytest.mark.parametrize(
+    "name, notes",
+    [
+        ("dolly", ("ignored key category",)),
+        ("messages", ("ignored key prompt", "ignored key prompt_id")),
+        ("first turn the assistant's", ("first turn left out, which is the assistant's",)),
+        ("last turn the user's", ("last turn left out, which is the user's",)),
+        ("system empty", ("empty system turn left out",)),
+        ("alpaca", ()),
+    ],
+)
+def test_what_is_left_out_is_noted(name, notes):
+    assert to_example(FORMATS[name]).notes == notes
+
+
+def test_ignored_keys_of_turns_and_template_tokens_in_texts_are_noted():
+    turns = [TURN[0] | {"weight": 1}, TURN[1] | {"reasoning_content": "hm", "tool_calls": []}]
+    assert to_example({"messages": turns, "tools": [], "images": ["x"]}).notes == (
+        "ignored key messages[].weight of a turn that is not the assistant's",
+        "ignored key messages[].reasoning_content",
+        "ignored key images",
+    )
+    assert to_example({"text": "<s>[INST] Why? [/INST] So."}).notes == (
+        "tokens of a chat template spelled out in a text, learned as plain text",
+    )
+
+
 GOOD = FORMATS["alpaca"]
 
 
 @pytest.mark.parametrize(
     "record, message",
     [
-        ('{"instruction": "x", \n', "not a JSON record"),
+        ('{"instruction": "x", \n', "not valid JSON"),
         ("[1, 2]\n", "an object with keys is expected, not list"),
         ({"instrution": "x", "output": "y"}, "unknown key 'instrution'.*did you mean 'instruction'"),
         ({"foo": 1}, r"keys \['foo'\] are no known format"),
         ({"instruction": "x", "output": "  "}, "output is empty"),
         ({"instruction": "", "output": "y"}, "instruction is empty"),
-        ({"instruction": "x", "output": None}, "output must be a text, not NoneType"),
-        ({"instruction": "x", "input": 3, "output": "y"}, "input must be a text, not int"),
+        ({"instruction": "x", "output": None}, r"keys \['instruction'\] are no known format"),
+        ({"instruction": "x", "input": {}, "output": "y"}, "input must be a text, not dict"),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"text": "a\ud800"}, "text holds half a character"),
-        ("[" * 100_000 + "\n", "not a JSON record"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: role is \['user'\]"),
-        ({"text": ["x"]}, "text must be a text, not list"),
-        ({"messages": "x"}, "messages must be a list"),
-        ({"messages": []}, "messages must end with the assistant's turn"),
-        ({"messages": TURN[:1]}, "messages must end with the assistant's turn"),
-        ({"messages": TURN[1:]}, r"messages\[0\]: role is 'assistant' where the user's turn is due"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: role is 'tool'"),
+        ("[" * 100_000 + "\n", "not valid JSON"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: the role \['user'\] is not supported"),
+        ({"messages": [7, TURN]}, r"messages\[0\]: a turn must be an object with role and content, not int"),
+        ({"text": ["x"]}, "text has a part of type 'str'; only texts"),
+        (
+            {"messages": [TURN[0], TURN[1] | {"content": [{"type": "image_url"}]}]},
+            ".* of type 'image_url'; only te",
+        ),
+        ({"messages": "x"}, "messages must be a list of turns, not str"),
+        ({"messages": []}, "messages has no assistant's turn"),
+        ({"messages": TURN[:1]}, "messages has no assistant's turn after a user's turn"),
+        ({"messages": TURN[1:]}, "messages has no assistant's turn after a user's turn"),
+        ({"messages": [*TURN, *TURN[1:]]}, r"messages\[2\]: the role is assistant where the user's turn is due"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: the role 'tool' is not supported"),
         ({"messages": [TURN[0], {"role": "assistant", "content": ""}]}, r"messages\[1\].content is empty"),
-        ({"messages": [*TURN, {"role": "system", "content": "x"}]}, r"messages\[2\]: role is 'system'"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, r"conversations\[0\]: from is 'bot'"),
+        ({"messages": [*TURN, {"role": "system", "content": "x"}, *TURN]}, r"messages\[2\]: the role is system where"),
+        (
+            {"messages": [TURN[0], TURN[1] | {"weight": 0.5}]},
+            r"messages\[1\].weight is 0.5; only 0 and 1",
+        ),
+        ({"query": "x", "response": "y", "history": ["x"]}, r"history\[0\] must be a prompt and its response"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, r"conversations\[0\]: the role 'bot' is not supported"),
     ],
 )
 def test_whatever_is_wrong_is_named_with_file_and_line(tmp_path, record, message):
     path = write_lines(tmp_path / "d.jsonl", *[GOOD] * 6, record, GOOD)
     with pytest.raises(ValueError, match=rf"d.jsonl:7: {message}"):
         load_examples(path)
-
-
-def test_files_that_are_no_data(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.jsonl: not found"):
-        load_examples(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"d.csv: data files end in"):
-        load_examples(tmp_path / "d.csv")
-    with pytest.raises(ValueError, match=r"empty.jsonl: no records"):
-        load_examples(write_lines(tmp_path / "empty.jsonl", "\n"))
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"bytes.jsonl:2: not UTF-8"):
-        load_examples(tmp_path / "bytes.jsonl")
-    (tmp_path / "d.json").write_text('[{"text": "a"},\n {"text": "b"\n')
-    with pytest.raises(ValueError, match=r"d.json:3: not valid JSON"):
-        load_examples(tmp_path / "d.json")
-    (tmp_path / "d.json").write_text('[{"text": "a"}, {"text": ""}]')
-    with pytest.raises(ValueError, match=r"d.json: record 2: text is empty"):
-        load_examples(tmp_path / "d.json")
-    (tmp_path / "d.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"d.json:1: not valid JSON"):
-        load_examples(tmp_path / "d.json")
-    (tmp_path / "d.json").write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match=r"d.json: a list of records is expected, not dict"):
-        load_examples(tmp_path / "d.json")
 
 
 # --- Encoding ---------------------------------------------------------------------------------------------------------
@@ -187,9 +252,9 @@ def data_file(tmp_path):
 @pytest.mark.parametrize("part_bytes", [300, 10**6])
 def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_file, tokenizer, tmp_path, part_bytes):
     """In several processes, a few records each, and in one; from the disk as from memory."""
-    monkeypatch.setattr(data_module, "CHUNK_BYTES", part_bytes)
-    encode_file(data_file, tokenizer, "alpaca", 150, tmp_path / "encoded")
-    dataset, examples = load_cache(tmp_path / "encoded"), load_examples(data_file)
+    monkeypatch.setattr(infra.records, "CHUNK_BYTES", part_bytes)
+    encode_files(data_file, tokenizer, "alpaca", 150, tmp_path / "encoded")
+    (dataset, _), examples = load_cache(tmp_path / "encoded"), load_examples(data_file)
     expected = {example.id: encode_example(example, tokenizer, "alpaca", 150) for example in examples}
     expected = {i: pair for i, pair in expected.items() if set(pair[1]) != {IGNORE_INDEX}}
     assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.num_dropped == 1
@@ -219,13 +284,19 @@ def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp
     assert len({key(), key(copy), key(tokenizer=other), key(template="mistral"), key(max_length=91)}) == 5
 
 
-def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, data_file, tokenizer, tmp_path):
-    monkeypatch.setattr(data_module, "CHUNK_BYTES", 300)
+def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data_file, tokenizer, tmp_path, capsys):
+    """Each record is bad at the same place as in one process; the good ones get the same ids as without the bad."""
+    monkeypatch.setattr(infra.records, "CHUNK_BYTES", 300)
     lines = data_file.read_text().splitlines()
-    data_file.write_text("\n".join([*lines[:45], "{broken", *lines[45:]]))
-    with pytest.raises(ValueError, match=r"data\.jsonl:46: not a JSON record"):
-        encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    expected = load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+    data_file.write_text("\n".join([*lines[:45], "{broken", *lines[45:], '{"text": " "}']))
+    with pytest.raises(ValueError, match=r"2 of 63 records are bad\n.*data\.jsonl:46: not valid.*\n.*:63: text is"):
+        load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+    dataset = load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache", skip_bad_records=True)
+    assert dataset.ids == expected.ids and np.array_equal(dataset.token_ids, expected.token_ids)
+    assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["46", "63"]
+    assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == {"text": " "}
+    assert "1 of 63 records skipped: text is empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -235,15 +306,14 @@ def test_a_file_with_a_fault_leaves_nothing_and_its_line_is_told(monkeypatch, da
 def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content, message):
     (tmp_path / "d.jsonl").write_text(content)
     with pytest.raises(ValueError, match=rf"d\.jsonl: {message}"):
-        encode_file(tmp_path / "d.jsonl", tokenizer, "alpaca", 3, tmp_path / "encoded")
-    assert not (tmp_path / "encoded").exists()
+        load_dataset(tmp_path / "d.jsonl", tokenizer, "alpaca", 3, tmp_path / "cache")
 
 
 def test_a_process_that_is_killed_while_it_encodes_is_told(monkeypatch, data_file, tokenizer, tmp_path):
-    monkeypatch.setattr(data_module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(infra.records, "CHUNK_BYTES", 300)
     monkeypatch.setattr(infra.cache, "_encode_chunk", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(OSError, match=r"data\.jsonl: a process that was encoding it has been killed"):
-        encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
+        encode_files(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
@@ -267,7 +337,7 @@ def test_processes_that_encode_go_with_the_one_that_needs_them():
 
 
 def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):
-    encode_file(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
+    encode_files(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     (tmp_path / "encoded" / "loss_mask").write_bytes(b"123")
     with pytest.raises(ValueError, match="encoded: damaged; remove that folder"):
         load_cache(tmp_path / "encoded")

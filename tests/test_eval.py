@@ -144,7 +144,7 @@ def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatc
         return answers
 
     monkeypatch.setattr("eval.generate", generate)
-    result = exact_match(tiny_model(), [example] * 5, tokenizer, "alpaca")
+    result = exact_match(tiny_model(), encode_examples([example] * 5, tokenizer, "alpaca", 1000), tokenizer, "alpaca")
     assert result == {"accuracy": 0.4, "accuracy_interval": wilson_interval(2, 5)}
     ((prompts, max_new_tokens, stop_ids),) = asked
     trained_on, _ = encode_example(example, tokenizer, "alpaca", 1000)
@@ -154,7 +154,8 @@ def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatc
 
 def test_exact_match_of_plain_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match="plain texts among the examples"):
-        exact_match(tiny_model(), [Example("x", [{"role": "text", "content": "a"}])], tokenizer, "alpaca")
+        text = encode_examples([Example("x", [{"role": "text", "content": "a"}])], tokenizer, "alpaca", 1000)
+        exact_match(tiny_model(), text, tokenizer, "alpaca")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         max_length += len(encode_example(examples[0], tokenizer, "alpaca", 1000)[0])
     held_out = encode_examples(examples, tokenizer, "alpaca", max_length)
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
-    result = evaluate(model, held_out, lambda: examples, tokenizer, "alpaca", 1000)
+    result = evaluate(model, held_out, tokenizer, "alpaca", 1000)
     assert (result["accuracy"] is not None) == applies and result["loss"] > 0
 
 

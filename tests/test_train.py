@@ -485,7 +485,7 @@ def test_data_is_encoded_once(folder, tmp_path, monkeypatch):
     arguments = flags(folder, tmp_path / "o", "--stage", "base", "--cache", tmp_path / "cache")
     main(arguments)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # training and held-out examples
-    monkeypatch.setattr("infra.cache.encode_file", None)
+    monkeypatch.setattr("infra.cache.encode_files", None)
     main([*arguments[: arguments.index("--output")], "--output", str(tmp_path / "p"), *arguments[8:]])
 
 
@@ -641,7 +641,7 @@ def test_two_processes_end_where_one_does(finished, folder):
     "changes, message",
     [
         (["--data", "none.jsonl"], "none.jsonl: not found"),
-        (["--data", "broken.jsonl"], "broken.jsonl:7: not a JSON record"),
+        (["--data", "broken.jsonl"], "broken.jsonl:7: not valid JSON"),
         (["--data", "unknown.jsonl"], "unknown.jsonl:1: unknown key 'instrution' (did you mean 'instruction'?)"),
         (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
         (["--model", "bare"], "model.safetensors: not found"),

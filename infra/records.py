@@ -1,0 +1,322 @@
+"""Records of data files: .jsonl, .json, .parquet and .gz, one file or many, told apart by what they hold.
+
+What the keys of a record mean is in data.py. Here is where records are, how a file is read in parts, and which records
+are bad.
+"""
+
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from infra.files import sha256_of
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz")
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+def find_files(data) -> list[Path]:
+    """The files of `data`: a file, a folder (its files by name), a pattern such as `part-*.jsonl`, or a list of these.
+
+    Raises FileNotFoundError or ValueError with what is wrong.
+    """
+    if isinstance(data, (list, tuple)):
+        return [file for part in data for file in find_files(part)]
+    path = Path(data)
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise ValueError(f"{path}: a pipe or a device; data is read more than once, so write it to a file first")
+    if files := sorted(Path(name) for name in glob.glob(str(data), recursive=True) if Path(name).is_file()):
+        return files
+    raise FileNotFoundError(f"{path}: " + ("no file matches" if glob.has_magic(str(data)) else "not found"))
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """The data files of a folder. Those of several splits are refused: to train on a test set is never meant."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name not in METADATA_FILES]
+    if not files:
+        below = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
+        hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
+        raise FileNotFoundError(f"{folder}: no file in it ends in {', '.join(SUFFIXES)}{hint}")
+    splits = sorted({m[0] for f in files if (m := re.match(r"train|test|valid|eval|dev", f.name.lower()))})
+    if len(splits) > 1:
+        raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/{splits[-1]}*'")
+    return files
+
+
+def data_checksums(data) -> list[str]:
+    """The SHA-256 of each file of `data`."""
+    return [checksum for file in find_files(data) for checksum in sha256_of(file)]
+
+
+def describe(data) -> str:
+    """A name for `data` in messages: its path, or how many files there are."""
+    if not isinstance(data, (list, tuple)):
+        return str(data)
+    return str(data[0]) if len(data) == 1 else f"{data[0]} and {len(data) - 1} more"
+
+
+# --- Parts of a file --------------------------------------------------------------------------------------------------
+
+CHUNK_BYTES, CHUNK_ROWS = 2**22, 4096
+
+
+class Unreadable(NamedTuple):
+    """What stands where a record should be."""
+
+    text: str
+    reason: str
+
+
+class Lines(NamedTuple):
+    """Whole lines of a file, each of which holds a record."""
+
+    path: Path
+    first: int  # the number of the first line
+    content: bytes
+
+    def records(self) -> Iterator[tuple]:
+        """(place, record) of each line that is not empty; a line that is no JSON is an `Unreadable`."""
+        for number, line in enumerate(self.content.split(b"\n"), start=self.first):
+            if line.strip():
+                try:
+                    record = parse_json(line)
+                except ValueError as error:
+                    record = Unreadable(line.decode(errors="replace"), f"{error}; one complete object a line")
+                yield f"{self.path}:{number}", record
+
+
+class Document(NamedTuple):
+    """A file that is one JSON value: a list of records, or an object that holds one."""
+
+    path: Path
+
+    def records(self) -> Iterator[tuple]:
+        """(place, record) of each record. ValueError if the file is not JSON or there is no list in it."""
+        with _open(self.path) as file:
+            content = file.read()
+        try:
+            value = parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        if isinstance(value, dict):
+            value = _wrapped(value) or [value]
+        if not isinstance(value, list):
+            raise ValueError(f"{self.path}: a list of records is expected, not {type(value).__name__}")
+        for number, record in enumerate(value, start=1):
+            yield f"{self.path}: record {number}", record
+
+
+class Rows(NamedTuple):
+    """Rows of a row group of a parquet file."""
+
+    path: Path
+    row_group: int
+    start: int  # in the row group
+    first: int  # the number of the first row in the file
+
+    def records(self) -> Iterator[tuple]:
+        """(place, record) of each row."""
+        with _parquet(self.path) as file:
+            table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, CHUNK_ROWS)
+        for number, record in enumerate(table.to_pylist(), start=self.first):
+            yield f"{self.path}: row {number}", record
+
+
+Chunk = Lines | Document | Rows
+
+
+def split_file(path: Path) -> Iterator[Chunk]:
+    """Divide a data file into parts that can be read alone. ValueError says what a file is that holds no records."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] == b"PAR1":
+        yield from _split_parquet(path)
+        return
+    for signature, what in _NO_TEXT.items():
+        if start.startswith(signature):
+            raise ValueError(f"{path}: {what}")
+    try:
+        with _open(path) as file:
+            content, first = file.read(CHUNK_BYTES) + file.readline(), 1
+            if content.startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path}: a pointer of git-lfs, not the data itself; run: git lfs pull")
+            content = content.removeprefix(b"\xef\xbb\xbf")
+            if _is_document(path, content, is_whole=not (rest := file.read(64)).strip()):
+                yield Document(path)
+                return
+            while content:
+                yield Lines(path, first, content)
+                first += content.count(b"\n")
+                content = rest + file.read(CHUNK_BYTES) + file.readline()
+                rest = b""
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: the compressed file is damaged ({error})") from None
+
+
+_NO_TEXT = {  # how files begin that hold no text in UTF-8
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed with xz; unpack it first",
+    b"ARROW1": "an Arrow file; save it as .parquet or .jsonl",
+}
+
+
+def _open(path: Path):
+    """Open a file that may be compressed with gzip, whatever it is called."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return (gzip.open if is_gzip else open)(path, "rb")
+
+
+def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
+    """Whether a file is one JSON value over its lines, and not one a line."""
+    first, _, rest = content.lstrip().partition(b"\n")
+    try:
+        value = parse_json(first)
+    except ValueError:  # no value on its own: the first line of a longer one, or a bad record
+        return first[:1] == b"[" or first.strip() == b"{" or (first[:1] == b"{" and path.suffix.lower() == ".json")
+    if not is_whole or rest.strip():
+        return False
+    if isinstance(value, dict):
+        return _wrapped(value) is not None
+    return _is_list_of(list, value) or (_is_list_of(dict, value) and not is_conversation(value))
+
+
+def _wrapped(value: dict) -> list | None:
+    """The records of an object that holds them under one of the usual keys."""
+    lists = [value.get(key) for key in ("data", "train", "records", "examples", "rows")]
+    return next((items for items in lists if items and _is_list_of(dict, items)), None)
+
+
+def is_conversation(value) -> bool:
+    """Whether a value is a list of messages, which is a record, and not a list of records."""
+    return bool(value) and _is_list_of(dict, value) and all("content" in turn or "value" in turn for turn in value)
+
+
+def _is_list_of(kind: type, value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _parquet(path: Path):
+    try:
+        from pyarrow.lib import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path}: a parquet file needs pyarrow: pip install pyarrow") from None
+    try:
+        return ParquetFile(path)
+    except ArrowException as error:
+        raise ValueError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _split_parquet(path: Path) -> Iterator[Rows]:
+    first = 1
+    with _parquet(path) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+    for row_group, size in enumerate(sizes):
+        for start in range(0, size, CHUNK_ROWS):
+            yield Rows(path, row_group, start, first + start)
+        first += size
+
+
+def parse_json(content: bytes):
+    """The JSON value of a text. ValueError says why it is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text; save the file in that encoding") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be read."""
+
+    place: str
+    reason: str
+    record: object  # the text of a line that is no JSON
+
+
+@dataclass
+class Reading:
+    """What was found on the way through some records, beside what they say."""
+
+    num_records: int = 0
+    bad: list[BadRecord] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)  # what was left out of how many records
+
+    def add(self, other: "Reading") -> None:
+        """Add what was found in a later part."""
+        self.num_records += other.num_records
+        self.bad += other.bad
+        self.notes += other.notes
+
+    def parse(self, chunk: Chunk, parse: Callable) -> Iterator:
+        """Yield `parse(record)` of the good records of a part; a ValueError of `parse` makes a record bad."""
+        for place, record in chunk.records():
+            self.num_records += 1
+            if isinstance(record, Unreadable):
+                self.bad.append(BadRecord(place, record.reason, record.text))
+                continue
+            try:
+                yield parse(record)
+            except ValueError as error:
+                self.bad.append(BadRecord(place, str(error), record))
+
+    def summary(self) -> list[str]:
+        """Lines that say what was left out, of how many records."""
+        ignored = {note: n for note, n in self.notes.items() if note.startswith("ignored key ")}
+        reasons = Counter(re.sub(r"\d+", "N", bad.reason) for bad in self.bad)
+        lines = [f"{n:,} of {self.num_records:,} records skipped: {reason}" for reason, n in reasons.most_common()]
+        lines += [
+            f"{note} (in {n:,} of {self.num_records:,} records)" for note, n in (self.notes - Counter(ignored)).items()
+        ]
+        if ignored:
+            keys = [f"{note.removeprefix('ignored key ')} (in {n:,})" for note, n in ignored.items()]
+            lines.append(f"ignored keys: {', '.join(keys)} of {self.num_records:,} records")
+        return lines
+
+    def check(self, name: str, skip_bad: bool) -> None:
+        """ValueError if there are no records, or bad ones that may not be left out: their number and the first five."""
+        num_bad = len(self.bad)
+        if self.num_records == 0:
+            raise ValueError(f"{name}: no records in it")
+        if num_bad == 0 or (skip_bad and num_bad <= self.num_records / 2):
+            return
+        first, *more = [f"{bad.place}: {bad.reason}" for bad in self.bad[:5]]
+        if not more:
+            raise ValueError(first)
+        advice = "more than half, so that none is skipped" if skip_bad else "--skip_bad_records leaves them out"
+        named = "".join(f"\n  {line}" for line in (first, *more))
+        raise ValueError(f"{name}: {num_bad:,} of {self.num_records:,} records are bad ({advice}), such as{named}")
+
+
+def read_records(data, parse: Callable, skip_bad: bool = False) -> list:
+    """Apply `parse` to each record of the files of `data`. -> what it returned, in order
+
+    Raises FileNotFoundError, or ValueError for what is wrong with a file or its records.
+    """
+    reading, parsed = Reading(), []
+    for file in find_files(data):
+        for chunk in split_file(file):
+            parsed += reading.parse(chunk, parse)
+    reading.check(describe(data), skip_bad)
+    return parsed

@@ -1,0 +1,152 @@
+"""Data files of every kind, told apart by what they hold; several of them; bad records."""
+
+import gzip
+import json
+
+import pytest
+
+import infra.records
+from data import load_examples, to_example
+from infra.records import CHUNK_ROWS, Reading, find_files, read_records, split_file
+
+RECORDS = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(5)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+INDENTED = json.dumps(RECORDS, indent=1).encode()
+ONE = json.dumps(RECORDS[:1]).encode()
+
+
+@pytest.mark.parametrize(
+    "name, content, count",
+    [
+        ("d.jsonl", LINES, 5),
+        ("d.JSONL", LINES, 5),
+        ("d.ndjson", LINES, 5),
+        ("d.txt", LINES, 5),
+        ("d.json", LINES, 5),  # a file is what it holds
+        ("d.json", INDENTED, 5),
+        ("d.jsonl", INDENTED, 5),
+        ("d.json", json.dumps({"version": 1, "data": RECORDS}).encode(), 5),
+        ("d.json", json.dumps({"version": 1, "data": RECORDS}, indent=2).encode(), 5),
+        ("d.json", ONE, 1),
+        ("d.jsonl", ONE + b"\n\n", 1),
+        ("d.json", json.dumps(RECORDS[0], indent=1).encode(), 1),
+        ("d.jsonl", json.dumps({"data": ["Why?", "So."]}).encode(), 1),
+        ("d.jsonl.gz", gzip.compress(LINES), 5),
+        ("d.jsonl", gzip.compress(LINES), 5),
+        ("d.json.gz", gzip.compress(b"\xef\xbb\xbf" + INDENTED), 5),
+        ("d.jsonl", gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]), 5),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [20, 2**22])
+def test_a_file_is_read_as_what_it_holds(monkeypatch, tmp_path, name, content, count, chunk_bytes):
+    monkeypatch.setattr(infra.records, "CHUNK_BYTES", chunk_bytes)
+    (tmp_path / name).write_bytes(content)
+    assert len(load_examples(tmp_path / name)) == count
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs.*git lfs pull"),
+        ('{"text": "a"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (b"PK\x03\x04....", "a zip archive"),
+        (b"\x28\xb5\x2f\xfd....", "compressed with zstd"),
+        (gzip.compress(LINES)[:-10], "the compressed file is damaged"),
+        (b"", "no records in it"),
+        (b"[]", "no records in it"),
+        (b'[{"text": "a"},\n', "not valid JSON"),
+    ],
+)
+def test_a_file_that_holds_no_records_is_named_by_what_it_is(tmp_path, content, message):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"d.jsonl: {message}"):
+        load_examples(tmp_path / "d.jsonl")
+
+
+def test_parquet_is_read_in_parts(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    number = range(2 * CHUNK_ROWS)
+    columns = {"prompt": [f"Say {n}." for n in number], "messages": [None for _ in number]}
+    columns["completion"] = [f"It is {n}." if n != 5000 else "" for n in number]
+    file = tmp_path / "train-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=CHUNK_ROWS + 5)
+    assert [(part.row_group, part.start, part.first) for part in split_file(file)] == [
+        (0, 0, 1),
+        (0, CHUNK_ROWS, CHUNK_ROWS + 1),
+        (1, 0, CHUNK_ROWS + 6),
+    ]
+    with pytest.raises(ValueError, match=r"parquet: row 5001: completion is empty"):
+        load_examples(file)
+    examples = load_examples(file, skip_bad_records=True)
+    texts = [example.messages[0]["content"] for example in examples]
+    assert texts == [text for n, text in enumerate(columns["prompt"]) if n != 5000]
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="parquet: the parquet file is damaged"):
+        load_examples(file)
+
+
+def test_a_folder_a_pattern_and_several_files_are_read_in_order(tmp_path):
+    for n, name in enumerate(["b.jsonl", "a.jsonl", "c.json", "notes.md", "dataset_info.json"]):
+        (tmp_path / name).write_text(json.dumps(RECORDS[n]))
+    names = lambda data: [file.name for file in find_files(data)]  # noqa: E731
+    assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c.json"]
+    assert names(str(tmp_path / "*.jsonl")) == ["a.jsonl", "b.jsonl"]
+    assert names([tmp_path / "c.json", tmp_path / "*.jsonl"]) == ["c.json", "a.jsonl", "b.jsonl"]
+    said = [example.messages[0]["content"] for example in load_examples(tmp_path)]
+    assert said == ["Say 1.", "Say 0.", "Say 2."]
+
+
+def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl: not found"):
+        find_files(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"\*.jsonl: no file matches"):
+        find_files(tmp_path / "*.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000.parquet").touch()
+    with pytest.raises(FileNotFoundError, match=r"no file in it ends in .*; there are some in .*data"):
+        find_files(tmp_path)
+    (tmp_path / "data" / "test-00000.parquet").touch()
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/train\*'"):
+        find_files(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"a pipe or a device; .* write it to a file first"):
+        find_files("/dev/null")
+
+
+def test_all_bad_records_are_counted_and_the_first_five_named(tmp_path):
+    lines = LINES.decode().splitlines() * 10
+    lines[10:20] = ['{"instruction": "x", "output": ""}'] * 9 + ["{"]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"d.jsonl: 10 of 50 records are bad") as error:
+        load_examples(tmp_path / "d.jsonl")
+    named = str(error.value).splitlines()[1:]
+    assert [line.split(":")[1] for line in named[:5]] == ["11", "12", "13", "14", "15"]
+    assert len(named) == 5 and "(--skip_bad_records leaves them out)" in str(error.value)
+    assert len(load_examples(tmp_path / "d.jsonl", skip_bad_records=True)) == 40
+
+
+def test_a_file_that_is_bad_for_the_most_part_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"a": 1}\n{"b": 2}\n')
+    with pytest.raises(ValueError, match=r"2 of 3 records are bad \(more than half, so that none is skipped\)"):
+        load_examples(tmp_path / "d.jsonl", skip_bad_records=True)
+
+
+def test_the_summary_says_what_was_left_out_of_how_many():
+    reading = Reading()
+    records = [RECORDS[0] | {"tools": "[]", "id": n} for n in range(3)] + [{"text": ""}, {"text": " "}]
+    records += [{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": n}]} for n in range(2)]
+    chunk = type("Part", (), {"records": lambda self: ((f"d:{n}", record) for n, record in enumerate(records))})()
+    for example in reading.parse(chunk, to_example):
+        reading.notes.update(example.notes)
+    assert reading.summary() == [
+        "2 of 7 records skipped: text is empty; fill it in or remove the record",
+        "2 of 7 records skipped: messages[N]: the role 'tool' is not supported, as that of a tool; known are "
+        "system, developer, user, human, assistant, gpt, chatgpt, bing, bard, model",
+        "ignored keys: tools (in 3), id (in 3) of 7 records",
+    ]
+
+
+def test_records_of_any_kind_can_be_read(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(LINES)
+    assert read_records(tmp_path / "d.jsonl", lambda record: record["output"])[-1] == "It is 4."
