@@ -37,10 +37,8 @@ class Tokenizer:
         self.files, self._model_config = files, model_config or {}
         tokenizer_json, self._config = self._parse("tokenizer.json"), self._merge_configs()
         added = _added_tokens(self._config, tokenizer_json, self._parse("added_tokens.json"))
-        if "tokenizer.model" in files:
-            self._model = _SentencePieceModel(files["tokenizer.model"], added)
-        else:
-            self._model = _JsonModel(tokenizer_json)
+        proto = files.get("tokenizer.model")
+        self._model = _JsonModel(tokenizer_json) if proto is None else _SentencePieceModel(proto, added)
         rules = _prefix_rules(self._config, tokenizer_json, self._model_config.get("model_type"))
         self._prefix_rules = rules._replace(adds_any=rules.adds_any and self._model.adds_dummy_prefix)
         self.vocab_size: int = self._model.vocab_size
@@ -57,23 +55,18 @@ class Tokenizer:
         config, special_tokens = self._parse("tokenizer_config.json"), self._parse("special_tokens_map.json")
         # In `transformers`, special_tokens_map.json counts only if tokenizer_config.json does not list all tokens.
         config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
-        is_gemma = self._model_config.get("model_type") == "gemma"
-        default_class = "GemmaTokenizer" if is_gemma else "PreTrainedTokenizerFast"
-        return config | {"tokenizer_class": config.get("tokenizer_class") or default_class}
+        default = "GemmaTokenizer" if self._model_config.get("model_type") == "gemma" else "PreTrainedTokenizerFast"
+        return config | {"tokenizer_class": config.get("tokenizer_class") or default}
 
     def _special_token_id(self, key: str, default: int | None) -> int | None:
-        """The id of the token that the configuration gives for `key`; if it does not have the key, `default`.
-
-        If `default` is None too, it is the id in config.json or generation_config.json, the first of several.
-        """
+        """The id of a token: the configuration's, else `default`, else the one in config.json or generation_config.json."""
         if key in self._config:
             token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
             if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
                 raise ValueError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
             return self.token_to_id(token)
-        # Qwen's models name a bos_token_id that their tokenizers never insert.
-        has_none = key == "bos_token" and str(self._model_config.get("model_type")).startswith("qwen")
-        if default is not None or has_none:
+        # Qwen's models have a bos_token_id that their tokenizers never insert.
+        if default is not None or (key == "bos_token" and "qwen" in str(self._model_config.get("model_type"))):
             return default
         ids = [values.get(f"{key}_id") for values in (self._model_config, self._parse("generation_config.json"))]
         ids = [token_id for entry in ids for token_id in (entry if isinstance(entry, list) else [entry])]
@@ -205,12 +198,12 @@ class Tokenizer:
         """
         jinja = self.hf_chat_templates.get("default")
         if name is None and jinja:
-            equal = [known for known in TEMPLATES if jinja == self.chat_template(known)]
-            similar = [known for known, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
-            usable = [n for n in similar if None not in map(self.token_to_id, TEMPLATES[n].special_tokens)]
-            if not equal + similar:
+            known = [name for name in TEMPLATES if jinja == self.chat_template(name)]
+            known += [name for name, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
+            known.sort(key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
+            if not known:
                 raise ValueError(f"the model's chat_template is not known; choose --template: {', '.join(TEMPLATES)}")
-            name = (equal + usable + similar)[0]
+            name = known[0]
         self._check_template(name or "alpaca")
         return name or "alpaca"
 
@@ -239,11 +232,9 @@ class Tokenizer:
         config = self._parse("tokenizer_config.json") | {"tokenizer_class": self._config["tokenizer_class"]}
         for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             config.setdefault(key, None if token_id is None else self.id_to_token(token_id))
-        config["add_bos_token"] = self.bos_id is not None
         if "tokenizer.model" in self.files:
             config.setdefault("legacy", self._prefix_rules.after_special)
-        config["chat_template"] = self.chat_template(template)
-
+        config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
         generation = self._parse("generation_config.json")
         stop = generation.get("eos_token_id")
         stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
@@ -419,11 +410,7 @@ class Template(NamedTuple):
     special_tokens: tuple[str, ...] = ()
 
     def split(self, text: str) -> list[tuple[str, bool]]:
-        """Cut a text at its special tokens. -> (part, whether it is a special token), without empty parts
-
-        >>> TEMPLATES["chatml"].split("<|im_start|>user")
-        [('<|im_start|>', True), ('user', False)]
-        """
+        """Cut a text at its special tokens. -> (part, whether it is a special token), without empty parts"""
         tokens = ("{bos}", "{eos}", *self.special_tokens)
         parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
         return [(part, part in tokens) for part in parts if part]
@@ -434,7 +421,7 @@ INPUT_HEADING = "\n\n### Input:\n"  # stands between the instruction and the inp
 _ALPACA_PREAMBLE = (
     "{{bos}}Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 )
-_ALPACA_PREAMBLE_WITH_INPUT = _ALPACA_PREAMBLE.format(", paired with an input that provides further context")
+_ALPACA_WITH_INPUT = ", paired with an input that provides further context"
 _ALPACA_USER = "\n\n### Instruction:\n{user}"
 _ZEPHYR_USER = "<|user|>\n{user}{eos}\n"
 _CHATML_USER = "<|im_start|>user\n{user}<|im_end|>\n"
@@ -443,7 +430,7 @@ _LLAMA3_USER = _LLAMA3_TURN.format("user", "user")
 
 
 def _mistral_template(user: str, assistant: str, special_tokens: tuple[str, ...] = ()) -> Template:
-    """A template of Mistral's. From v0.3 on, theirs has the system turn in the last user turn, not in the first."""
+    """A template of Mistral's. From v0.3 on, theirs puts the system turn into the last user turn, not the first."""
     user, with_system = user.format("{user}"), user.format("{system}\n\n{user}")
     return Template("{bos}" + user, "{bos}" + with_system, user, "", assistant, special_tokens=special_tokens)
 
@@ -455,7 +442,7 @@ TEMPLATES = {
         user=_ALPACA_USER,
         generation_prompt="\n\n### Response:\n",
         assistant="{assistant}{eos}",
-        first_user_with_input=_ALPACA_PREAMBLE_WITH_INPUT + _ALPACA_USER,
+        first_user_with_input=_ALPACA_PREAMBLE.format(_ALPACA_WITH_INPUT) + _ALPACA_USER,
     ),
     "llama2": Template(
         first_user="{bos}[INST] {user} [/INST]",
@@ -531,10 +518,7 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
         contents = {**contents, message["role"]: content}
         if message["role"] == "assistant":
             if template.last_generation_prompt and message is messages[-1] and content.startswith("<think>"):
-                raise ValueError(
-                    "an answer begins with <think>, as the prompt of the template does already; "
-                    "choose --template chatml"
-                )
+                raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
             yield template.assistant, contents, True
         elif message["role"] == "user":
             if "system" in contents and number == 1:
@@ -600,10 +584,9 @@ def _to_jinja(template: Template, space_after_bos: bool) -> str:
         ("true", template.user),
     ]
     branches = [f"if {condition} %}}{output(text)}" for condition, text in branches if text is not None]
-    prompt = output(template.generation_prompt)
-    if template.last_generation_prompt:
-        last_prompt = output(template.last_generation_prompt)
-        prompt = f"{{% if loop.revindex > 2 %}}{prompt}{{% else %}}{last_prompt}{{% endif %}}"
+    prompt, last_prompt = output(template.generation_prompt), template.last_generation_prompt
+    if last_prompt:
+        prompt = f"{{% if loop.revindex > 2 %}}{prompt}{{% else %}}{output(last_prompt)}{{% endif %}}"
     return (
         "{% set system = none %}{% set turns = messages %}"
         "{% if messages[0]['role'] == 'system' %}"

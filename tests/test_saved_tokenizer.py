@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model, write_files
 from test_tokenizer import assistant, user
 
+import train
 from data import encode_examples, load_examples
 from infra.hf import choose_template, save_model
 from infra.output import check_saved_tokenizer, fixed_conversations
@@ -170,9 +170,8 @@ def test_an_example_or_a_conversation_that_would_change_ends_the_run(tokenizer, 
     save_model(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer.files_for("alpaca"))
     records = [{"instruction": "the dog", "output": f"{n} foxes"} for n in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    config = SimpleNamespace(
-        model=tmp_path / "model", data=tmp_path / "data.jsonl", template="alpaca", max_length=100
-    )  # of `train.TrainConfig`, what the check reads
+    paths = {name: str(tmp_path / file) for name, file in (("model", "model"), ("data", "data.jsonl"), ("output", "o"))}
+    config = train.TrainConfig(**paths, template="alpaca", max_length=100)
     dataset = encode_examples(load_examples(config.data), tokenizer, "alpaca", 100)
     check_saved_tokenizer(tokenizer, dataset, config)
 
@@ -200,6 +199,8 @@ def test_an_example_or_a_conversation_that_would_change_ends_the_run(tokenizer, 
     change(legacy=True)
     with pytest.raises(ValueError, match="other ids to a conversation of user, assistant, user; give"):
         check_saved_tokenizer(tokenizer, dataset, config)
+    with pytest.raises(ValueError, match="other ids to a conversation"):
+        train.load_inputs(config, tokenizer)
     change(chat_template=tokenizer.chat_template("mistral"))
     with pytest.raises(ValueError, match="chat_template would be taken for mistral; give"):
         check_saved_tokenizer(tokenizer, dataset, config)
