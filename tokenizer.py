@@ -20,48 +20,29 @@ import sentencepiece
 from infra.files import parse_json_object
 
 # The files of a tokenizer, and generation_config.json. They are copied from the model folder to every saved model.
-FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+FILES = tuple(
+    """tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja generation_config.json""".split()
 )
-# The tokenizer_config.json for a SentencePiece model that has none.
-_LLAMA_CONFIG = {
-    "tokenizer_class": "LlamaTokenizer",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "legacy": False,
-}
 
 
 class Tokenizer:
     """The tokenizer of a model folder. Its ids equal those of `transformers`.
 
-    `files` maps file names to contents; `model_type` is that of the folder's config.json.
+    `files` maps file names to contents; `model_config` is the folder's config.json.
     `vocab_size` is the largest id plus one. `bos_id` and `eos_id` are None if the tokenizer has no such token.
     """
 
-    def __init__(self, files: dict[str, bytes], model_type: str | None = None):
-        self.files = files
-        special_tokens_map, tokenizer_json = self._parse("special_tokens_map.json"), self._parse("tokenizer.json")
-        self._config = special_tokens_map | self._parse("tokenizer_config.json")
+    def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
+        self.files, self._model_config = files, model_config or {}
+        tokenizer_json, self._config = self._parse("tokenizer.json"), self._merge_configs()
         added = _added_tokens(self._config, tokenizer_json, self._parse("added_tokens.json"))
-        if "tokenizer.model" in files:
-            self._model = _SentencePieceModel(files["tokenizer.model"], added)
-        else:
-            self._model = _JsonModel(tokenizer_json)
-        self._prefix_after_special, self._prefix_before_space = _prefix_rules(self._config, tokenizer_json, model_type)
+        proto = files.get("tokenizer.model")
+        self._model = _JsonModel(tokenizer_json) if proto is None else _SentencePieceModel(proto, added)
+        rules = _prefix_rules(self._config, tokenizer_json, self._model_config.get("model_type"))
+        self._prefix_rules = rules._replace(adds_any=rules.adds_any and self._model.adds_dummy_prefix)
         self.vocab_size: int = self._model.vocab_size
-        self._special_tokens = {token for token, (_, is_special) in added.items() if is_special}
+        self._special_tokens = _TEMPLATE_TOKENS | {token for token, (_, is_special) in added.items() if is_special}
         self.bos_id = self._special_token_id("bos_token", self._model.bos_id)
         self.eos_id = self._special_token_id("eos_token", self._model.eos_id)
 
@@ -69,14 +50,27 @@ class Tokenizer:
         """The object in one of the JSON files; empty if there is no such file."""
         return parse_json_object(self.files.get(name, b"{}"), name)
 
+    def _merge_configs(self) -> dict:
+        """tokenizer_config.json and special_tokens_map.json in one, with the class that `transformers` would choose."""
+        config, special_tokens = self._parse("tokenizer_config.json"), self._parse("special_tokens_map.json")
+        # In `transformers`, special_tokens_map.json counts only if tokenizer_config.json does not list all tokens.
+        config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
+        default = "GemmaTokenizer" if self._model_config.get("model_type") == "gemma" else "PreTrainedTokenizerFast"
+        return config | {"tokenizer_class": config.get("tokenizer_class") or default}
+
     def _special_token_id(self, key: str, default: int | None) -> int | None:
-        """The id of the token that tokenizer_config.json gives for `key`, or `default` if it has no such key."""
-        if key not in self._config:
+        """The id of a token: the configuration's, else `default`, else the one in config.json or generation_config.json."""
+        if key in self._config:
+            token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
+            if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
+                raise ValueError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+            return self.token_to_id(token)
+        # Qwen's models have a bos_token_id that their tokenizers never insert.
+        if default is not None or (key == "bos_token" and "qwen" in str(self._model_config.get("model_type"))):
             return default
-        token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
-        if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
-            raise ValueError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
-        return self.token_to_id(token)
+        ids = [values.get(f"{key}_id") for values in (self._model_config, self._parse("generation_config.json"))]
+        ids = [token_id for entry in ids for token_id in (entry if isinstance(entry, list) else [entry])]
+        return next((i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size), None)
 
     @classmethod
     def from_pretrained(cls, path) -> "Tokenizer":
@@ -94,15 +88,15 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: not found there: tokenizer.model or tokenizer.json")
         try:
             content = (path / "config.json").read_bytes() if (path / "config.json").is_file() else b"{}"
-            model_type = parse_json_object(content, "config.json").get("model_type")
+            model_config = parse_json_object(content, "config.json")
             try:
-                tokenizer = cls(files, model_type)
+                tokenizer = cls(files, model_config)
             except _NotSentencePieceError:  # in some folders, tokenizer.model has another format
                 if "tokenizer.json" not in files:
                     raise
                 files = {name: content for name, content in files.items() if name != "tokenizer.model"}
-                tokenizer = cls(files, model_type)
-            _ = tokenizer.hf_chat_template  # raises if it cannot be read
+                tokenizer = cls(files, model_config)
+            _ = tokenizer.hf_chat_templates  # raises if it cannot be read
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except (TypeError, KeyError, AttributeError) as error:
@@ -126,12 +120,13 @@ class Tokenizer:
             num_threads=1,  # the same tokenizer on every machine
             minloglevel=2,
         )
-        return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": _to_json(_LLAMA_CONFIG)})
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": _to_json(config)})
 
     @property
     def fingerprint(self) -> bytes:
-        """Bytes that are equal for two tokenizers only if both give every text the same ids."""
-        return repr((self._prefix_after_special, self._prefix_before_space, sorted(self.files.items()))).encode()
+        """Bytes that are equal for two tokenizers only if both give every conversation the same ids."""
+        return repr((self._prefix_rules, self.bos_id, self.eos_id, sorted(self.files.items()))).encode()
 
     def token_to_id(self, token: str | None) -> int | None:
         """The id of a token, or None if the vocabulary does not have it."""
@@ -143,8 +138,8 @@ class Tokenizer:
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """The ids of a text, without special tokens; `continues` says that the text directly follows other text."""
-        dummy_prefix = not continues and (self._prefix_before_space or not text.startswith((" ", "▁")))
-        return self._model.encode(text, dummy_prefix)
+        may_add_prefix = self._prefix_rules.before_space or not text.startswith((" ", "▁"))
+        return self._model.encode(text, self._prefix_rules.adds_any and may_add_prefix and not continues)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens are skipped, and so are the ids of embedding rows beyond the vocabulary."""
@@ -159,12 +154,12 @@ class Tokenizer:
         Raises ValueError if the tokenizer lacks a special token of the template.
         """
         ids, loss_mask, continues = [], [], False
-        for segment in _segments(_render_turns(messages, template)):
+        for segment in _segments(messages, TEMPLATES[template]):
             if segment.is_special:
                 new_ids = self._template_token_ids(segment.text, template)
             else:
-                may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_after_special
-                new_ids = self._model.encode(segment.text, dummy_prefix=may_add_prefix and not continues)
+                may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_rules.after_special
+                new_ids = self.encode(segment.text, continues or not may_add_prefix)
             continues = not segment.is_special
             ids += new_ids
             loss_mask += [segment.in_loss] * len(new_ids)
@@ -184,60 +179,69 @@ class Tokenizer:
 
     def stop_ids(self, template: str) -> list[int]:
         """The ids that end an assistant turn and at which generation stops."""
-        tokens = _SPECIAL_TOKEN.findall(TEMPLATES[template].assistant)
-        return [token_id for token in tokens for token_id in self._template_token_ids(token, template)]
+        parts = TEMPLATES[template].split(TEMPLATES[template].assistant)
+        return [i for part, is_special in parts if is_special for i in self._template_token_ids(part, template)]
 
     @property
-    def hf_chat_template(self) -> str | None:
-        """The `chat_template` in the tokenizer's files, in Jinja; None if there is none."""
-        jinja = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
-        jinja = jinja or self._config.get("chat_template")
-        if isinstance(jinja, list):  # several templates with names
-            jinja = next((entry["template"] for entry in jinja if entry.get("name") == "default"), None)
-        return jinja
+    def hf_chat_templates(self) -> dict[str, str]:
+        """The chat templates in the tokenizer's files, in Jinja, by name. A single one is called "default"."""
+        file = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+        jinja = file or self._config.get("chat_template")
+        if isinstance(jinja, list):
+            return {entry["name"]: entry["template"] for entry in jinja}
+        return {"default": jinja} if jinja else {}
 
     def choose_template(self, name: str | None) -> str:
-        """Return `name` or, if that is None, the template that `hf_chat_template` resembles (`alpaca` without one).
+        """Return `name` or, if that is None, what the folder's default chat template resembles (`alpaca` without one).
 
         Raises ValueError if it resembles none of `TEMPLATES`, or if the tokenizer cannot be used with the template.
         """
-        jinja = self.hf_chat_template
+        jinja = self.hf_chat_templates.get("default")
         if name is None and jinja:
-            equal = [known for known in TEMPLATES if jinja == self.chat_template(known)]
-            similar = [known for known, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
-            if not equal + similar:
+            known = [name for name in TEMPLATES if jinja == self.chat_template(name)]
+            known += [name for name, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
+            known.sort(key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
+            if not known:
                 raise ValueError(f"the model's chat_template is not known; choose --template: {', '.join(TEMPLATES)}")
-            name = (equal + similar)[0]
-        name = name or "alpaca"
-        self._check_template(name)
-        return name
+            name = known[0]
+        self._check_template(name or "alpaca")
+        return name or "alpaca"
 
     def _check_template(self, name: str) -> None:
         """Raise ValueError if the tokenizer lacks a special token of the template, or has one for a text in it."""
         self.render_conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
-        text = _SPECIAL_TOKEN.sub("", " ".join(filter(None, TEMPLATES[name])))
-        # [INST] is text in the templates, but newer Mistral tokenizers have a token for it.
-        tokens = [t for t in sorted({"[INST]", *self._special_tokens}) if t in text and self.token_to_id(t)]
-        if tokens:
-            raise ValueError(f"template {name} spells {tokens[0]} out, and the tokenizer has a token for it")
+        parts = TEMPLATES[name].split(" ".join(text for text in TEMPLATES[name] if isinstance(text, str)))
+        text = "".join(part for part, is_special in parts if not is_special)
+        for token in sorted(self._special_tokens, reverse=True):
+            if token in text and self.token_to_id(token) is not None:
+                raise ValueError(
+                    f"template {name} spells {token} out, and the tokenizer has a token for it; try another --template"
+                )
 
     def chat_template(self, template: str) -> str:
         """The template in Jinja, with which `transformers` gives the ids of `render_conversation`."""
         # We add a dummy prefix after bos. `transformers` may add none after a special token, so Jinja writes the space.
-        space_after_bos = self._model.adds_dummy_prefix and not self._prefix_after_special
+        space_after_bos = self._prefix_rules.adds_any and not self._prefix_rules.after_special
         return _to_jinja(TEMPLATES[template], space_after_bos)
 
     def files_for(self, template: str) -> dict[str, bytes]:
-        """The files to save with a model trained on `template`, including its chat template and its stop ids."""
-        default = _LLAMA_CONFIG if "tokenizer.model" in self.files else {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config = self._parse("tokenizer_config.json") or default
+        """The files to save with a model trained on `template`, including its chat template and its stop ids.
+
+        tokenizer_config.json says what has been used, also where that was a default or came from another file.
+        """
+        config = self._parse("tokenizer_config.json") | {"tokenizer_class": self._config["tokenizer_class"]}
+        for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            config.setdefault(key, None if token_id is None else self.id_to_token(token_id))
+        if "tokenizer.model" in self.files:
+            config.setdefault("legacy", self._prefix_rules.after_special)
+        config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
         generation = self._parse("generation_config.json")
         stop = generation.get("eos_token_id")
         stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
         stop += [token_id for token_id in self.stop_ids(template) if token_id not in stop]
         generation |= {"eos_token_id": stop or None, "bos_token_id": self.bos_id}
         files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}
-        files["tokenizer_config.json"] = _to_json(config | {"chat_template": self.chat_template(template)})
+        files["tokenizer_config.json"] = _to_json(config)
         files["generation_config.json"] = _to_json(generation)
         return files
 
@@ -367,26 +371,30 @@ def _without_prefix(component):
     return component | {"prepend_scheme": "never"} if component.get("type") == "Metaspace" else component
 
 
-def _prefix_rules(config: dict, tokenizer_json: dict, model_type: str | None) -> tuple[bool, bool]:
-    """Whether a dummy prefix is added (1) after every special token, (2) to a text that itself starts with a space.
+class _PrefixRules(NamedTuple):
+    adds_any: bool  # whether a dummy prefix is added at the start of a conversation and after bos
+    after_special: bool  # after every special token too
+    before_space: bool  # also to a text that itself starts with a space
 
-    A tokenizer that has a dummy prefix always adds it at the start of a conversation and after bos. Beyond that, there
-    are several conventions. These rules are the ones that `transformers` 5 applies to the same files.
-    """
-    if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral":
-        return bool(config.get("legacy")), False
+
+def _prefix_rules(config: dict, tokenizer_json: dict, model_type: str | None) -> _PrefixRules:
+    """The rules that `transformers` 5 applies to the same files. There are several conventions."""
+    if config["tokenizer_class"] in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral":
+        return _PrefixRules(config.get("add_prefix_space") is not False, bool(config.get("legacy")), False)
     if "Prepend" in json.dumps(tokenizer_json.get("normalizer")):
-        return True, True
+        return _PrefixRules(True, True, True)
     if tokenizer_json:
-        return '"prepend_scheme": "first"' not in json.dumps(tokenizer_json.get("pre_tokenizer")), False
-    return False, True  # what SentencePiece itself does
+        first_only = '"prepend_scheme": "first"' in json.dumps(tokenizer_json.get("pre_tokenizer"))
+        return _PrefixRules(True, not first_only, False)
+    legacy = bool(config.get("legacy", True))
+    return _PrefixRules(True, legacy, legacy)
 
 
 # --- Chat templates ---------------------------------------------------------------------------------------------------
 
 
 class Template(NamedTuple):
-    """The text of each kind of turn, with special tokens written in it; {bos} and {eos} are those of the tokenizer.
+    """The text of each kind of turn. {bos}, {eos} and `special_tokens` in it are inserted as ids.
 
     {system}, {user} and {assistant} stand for the contents of messages, stripped of surrounding white space.
     `transformers` encodes a whole conversation at once, and could merge a heading's new line with one in the content.
@@ -398,6 +406,14 @@ class Template(NamedTuple):
     generation_prompt: str  # what follows a user turn, before the assistant turn
     assistant: str  # an assistant turn; all of it is in the loss
     first_user_with_input: str | None = None  # `first_user` for an Alpaca record that has an input
+    last_generation_prompt: str | None = None  # `generation_prompt` after the last user turn
+    special_tokens: tuple[str, ...] = ()
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """Cut a text at its special tokens. -> (part, whether it is a special token), without empty parts"""
+        tokens = ("{bos}", "{eos}", *self.special_tokens)
+        parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+        return [(part, part in tokens) for part in parts if part]
 
 
 # The prompt of Stanford Alpaca (Taori et al. 2023), with a new line after its last heading.
@@ -405,11 +421,19 @@ INPUT_HEADING = "\n\n### Input:\n"  # stands between the instruction and the inp
 _ALPACA_PREAMBLE = (
     "{{bos}}Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 )
-_ALPACA_PREAMBLE_WITH_INPUT = _ALPACA_PREAMBLE.format(", paired with an input that provides further context")
+_ALPACA_WITH_INPUT = ", paired with an input that provides further context"
 _ALPACA_USER = "\n\n### Instruction:\n{user}"
+_ZEPHYR_USER = "<|user|>\n{user}{eos}\n"
 _CHATML_USER = "<|im_start|>user\n{user}<|im_end|>\n"
 _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n{{{}}}<|eot_id|>"
 _LLAMA3_USER = _LLAMA3_TURN.format("user", "user")
+
+
+def _mistral_template(user: str, assistant: str, special_tokens: tuple[str, ...] = ()) -> Template:
+    """A template of Mistral's. From v0.3 on, theirs puts the system turn into the last user turn, not the first."""
+    user, with_system = user.format("{user}"), user.format("{system}\n\n{user}")
+    return Template("{bos}" + user, "{bos}" + with_system, user, "", assistant, special_tokens=special_tokens)
+
 
 TEMPLATES = {
     "alpaca": Template(
@@ -418,7 +442,7 @@ TEMPLATES = {
         user=_ALPACA_USER,
         generation_prompt="\n\n### Response:\n",
         assistant="{assistant}{eos}",
-        first_user_with_input=_ALPACA_PREAMBLE_WITH_INPUT + _ALPACA_USER,
+        first_user_with_input=_ALPACA_PREAMBLE.format(_ALPACA_WITH_INPUT) + _ALPACA_USER,
     ),
     "llama2": Template(
         first_user="{bos}[INST] {user} [/INST]",
@@ -427,12 +451,15 @@ TEMPLATES = {
         generation_prompt="",
         assistant=" {assistant} {eos}",
     ),
-    "mistral": Template(
-        first_user="{bos}[INST] {user} [/INST]",
-        first_user_with_system="{bos}[INST] {system}\n\n{user} [/INST]",
-        user="[INST] {user} [/INST]",
-        generation_prompt="",
-        assistant=" {assistant}{eos}",
+    "mistral": _mistral_template("[INST] {} [/INST]", " {assistant}{eos}"),  # Mistral 7B v0.1 and v0.2
+    "mistral-v3": _mistral_template("[INST] {}[/INST]", " {assistant}{eos}", ("[INST]", "[/INST]")),  # v0.3
+    "mistral-v3-tekken": _mistral_template("[INST]{}[/INST]", "{assistant}{eos}", ("[INST]", "[/INST]")),  # Nemo
+    "zephyr": Template(  # Zephyr 7B and TinyLlama-Chat; its marks are text, and it has no bos
+        first_user=_ZEPHYR_USER,
+        first_user_with_system="<|system|>\n{system}{eos}\n" + _ZEPHYR_USER,
+        user="\n" + _ZEPHYR_USER,
+        generation_prompt="<|assistant|>\n",
+        assistant="{assistant}{eos}",
     ),
     "llama3": Template(
         first_user="{bos}" + _LLAMA3_USER,
@@ -440,6 +467,7 @@ TEMPLATES = {
         user=_LLAMA3_USER,
         generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
         assistant="{assistant}<|eot_id|>",
+        special_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     "chatml": Template(
         first_user=_CHATML_USER,
@@ -447,6 +475,7 @@ TEMPLATES = {
         user="\n" + _CHATML_USER,
         generation_prompt="<|im_start|>assistant\n",
         assistant="{assistant}<|im_end|>",
+        special_tokens=("<|im_start|>", "<|im_end|>"),
     ),
     "gemma": Template(
         first_user="{bos}<start_of_turn>user\n{user}<end_of_turn>\n",
@@ -454,35 +483,42 @@ TEMPLATES = {
         user="\n<start_of_turn>user\n{user}<end_of_turn>\n",
         generation_prompt="<start_of_turn>model\n",
         assistant="{assistant}<end_of_turn>",
+        special_tokens=("<start_of_turn>", "<end_of_turn>"),
     ),
 }
+# Qwen3 without thinking: an empty thought stands before the last answer. It is part of the prompt, outside the loss.
+_QWEN3_PROMPT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+TEMPLATES["qwen3"] = TEMPLATES["chatml"]._replace(last_generation_prompt=_QWEN3_PROMPT)
+_TEMPLATE_TOKENS = {token for template in TEMPLATES.values() for token in template.special_tokens}
 
-# A model's chat_template resembles the first of these templates whose marker it contains.
+# A model's chat_template resembles the first of these templates whose marker it contains and whose tokens there are.
 TEMPLATE_MARKERS = {
     "llama3": "<|start_header_id|>",
+    "qwen3": r"<think>\n\n</think>\n\n",
     "chatml": "<|im_start|>",
     "gemma": "<start_of_turn>",
+    "zephyr": "<|user|>",
     "llama2": "<<SYS>>",
+    "mistral-v3": "[INST] ",
+    "mistral-v3-tekken": "[INST]",
     "mistral": "[INST]",
     "alpaca": "### Response:",
 }
 
-_SPECIAL_TOKEN = re.compile(r"(\{bos\}|\{eos\}|<\|\w+\|>|<(?:start|end)_of_turn>)")
-_CONTENT = re.compile(r"(\{system\}|\{user\}|\{assistant\})")
-_TEMPLATE_TOKENS = {token for t in TEMPLATES.values() for text in t if text for token in _SPECIAL_TOKEN.findall(text)}
 
-
-def _render_turns(messages: list[dict], name: str) -> Iterable[tuple[str, dict[str, str], bool]]:
+def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], bool]]:
     """For each turn, yield the template's text, the contents that belong in it, and whether it is in the loss."""
     if messages[0]["role"] == "text":  # a plain document
         yield "{bos}", {}, False
         yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, True
         return
-    template, contents = TEMPLATES[name], {}
+    contents = {}
     for number, message in enumerate(messages):
         content = message["content"].strip()
         contents = {**contents, message["role"]: content}
         if message["role"] == "assistant":
+            if template.last_generation_prompt and message is messages[-1] and content.startswith("<think>"):
+                raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
             yield template.assistant, contents, True
         elif message["role"] == "user":
             if "system" in contents and number == 1:
@@ -494,7 +530,8 @@ def _render_turns(messages: list[dict], name: str) -> Iterable[tuple[str, dict[s
             else:
                 text = template.first_user
             yield text, contents, False
-            yield template.generation_prompt, contents, False
+            is_last = number >= len(messages) - 2  # at most an answer follows
+            yield (is_last and template.last_generation_prompt) or template.generation_prompt, contents, False
 
 
 class _Segment(NamedTuple):
@@ -503,19 +540,18 @@ class _Segment(NamedTuple):
     in_loss: bool
 
 
-def _segments(turns: Iterable[tuple[str, dict[str, str], bool]]) -> Iterable[_Segment]:
-    """Cut turns into segments, at every special token and wherever the loss mask changes.
+def _segments(messages: list[dict], template: Template) -> Iterable[_Segment]:
+    """Cut a conversation into segments, at every special token and wherever the loss mask changes.
 
     Contents are filled in after the cut, so that nothing in them is taken for a special token.
 
     >>> messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
-    >>> [(segment.text, segment.in_loss) for segment in _segments(_render_turns(messages, "mistral"))]
+    >>> [(segment.text, segment.in_loss) for segment in _segments(messages, TEMPLATES["mistral"])]
     [('{bos}', False), ('[INST] Hi! [/INST]', False), (' Hello.', True), ('{eos}', True)]
     """
     text, text_in_loss = "", False
-    for turn, contents, in_loss in turns:
-        for part in _SPECIAL_TOKEN.split(turn):
-            is_special = _SPECIAL_TOKEN.fullmatch(part) is not None
+    for turn, contents, in_loss in _render_turns(messages, template):
+        for part, is_special in template.split(turn):
             if text and (is_special or in_loss != text_in_loss):
                 yield _Segment(text, False, text_in_loss)
                 text = ""
@@ -532,10 +568,11 @@ def _to_jinja(template: Template, space_after_bos: bool) -> str:
     expressions = {"{bos}": "bos_token", "{eos}": "eos_token", "{system}": "system"}
     expressions |= dict.fromkeys(("{user}", "{assistant}"), "message['content'] | trim")
 
-    def output(text: str | None) -> str:
-        parts = [part for part in re.split(rf"{_SPECIAL_TOKEN.pattern}|{_CONTENT.pattern}", text or "") if part]
-        terms = [f"({expressions[part]})" if part in expressions else json.dumps(part) for part in parts]
-        if parts[:1] == ["{bos}"] and space_after_bos:
+    def output(text: str) -> str:
+        parts = template.split(text)
+        texts = [part for whole, _ in parts for part in re.split(r"(\{\w+\})", whole) if part]
+        terms = [f"({expressions[part]})" if part in expressions else json.dumps(part) for part in texts]
+        if space_after_bos and parts[:1] == [("{bos}", True)] and not parts[1][1]:
             terms.insert(1, '" "')
         return "{{ " + " ~ ".join(terms) + " }}" if terms else ""
 
@@ -547,6 +584,9 @@ def _to_jinja(template: Template, space_after_bos: bool) -> str:
         ("true", template.user),
     ]
     branches = [f"if {condition} %}}{output(text)}" for condition, text in branches if text is not None]
+    prompt, last_prompt = output(template.generation_prompt), template.last_generation_prompt
+    if last_prompt:
+        prompt = f"{{% if loop.revindex > 2 %}}{prompt}{{% else %}}{output(last_prompt)}{{% endif %}}"
     return (
         "{% set system = none %}{% set turns = messages %}"
         "{% if messages[0]['role'] == 'system' %}"
@@ -554,6 +594,6 @@ def _to_jinja(template: Template, space_after_bos: bool) -> str:
         "{% for message in turns %}{% "
         + "{% el".join(branches)
         + "{% endif %}{% if message['role'] == 'user' and (not loop.last or add_generation_prompt) %}"
-        + output(template.generation_prompt)
+        + prompt
         + "{% endif %}{% endfor %}"
     )

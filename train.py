@@ -77,6 +77,7 @@ from infra.metrics import StepMetrics
 from infra.output import (
     STAGES,
     check_not_started,
+    check_saved_tokenizer,
     load_results,
     lock_output,
     print_report,
@@ -414,7 +415,6 @@ def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]
     max_length = resolve_max_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
-    tokenizer.files_for(template)  # raises if the files to be saved later cannot be made
     resolved = {"max_length": max_length, "template": template, "dtype": config.dtype or fastest_dtype(device)}
     return replace(config, **resolved), tokenizer
 
@@ -423,6 +423,7 @@ def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, so that all errors in it are found before training."""
     settings = tokenizer, config.template, config.max_length, config.cache, config.skip_bad_records
     dataset = load_dataset(config.data, *settings)
+    check_saved_tokenizer(tokenizer, dataset, config)
     if config.eval_data is None:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)

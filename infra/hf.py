@@ -344,9 +344,16 @@ def load_tokenizer(path) -> Tokenizer:
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
-    """Choose as `Tokenizer.choose_template` does, and print to `file` if the folder's template only resembles that."""
-    template = tokenizer.choose_template(name)
-    if name is None and tokenizer.hf_chat_template not in (None, tokenizer.chat_template(template)):
+    """Choose as `Tokenizer.choose_template` does, and print to `file` how the folder's own template may differ."""
+    template, own = tokenizer.choose_template(name), tokenizer.hf_chat_templates
+    if name is None and own and "default" not in own:
+        names = ", ".join(own)
+        print0(
+            f"template {template}: the model has chat templates named {names}, and none named default; "
+            "--template chooses another",
+            file,
+        )
+    elif name is None and own and own["default"] != tokenizer.chat_template(template):
         print0(f"template {template}: the model's chat_template is like it, but may differ in details", file)
     return template
 

@@ -8,14 +8,18 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data import Dataset
+import torch
+
+from data import Dataset, encode_examples, to_example
 from infra.distributed import DTYPES, barrier, rank
 from infra.files import atomic_write, file_lock, read_json, write_json
-from infra.hf import check_models, save_adapter, save_model
+from infra.hf import check_models, load_config, save_adapter, save_model
 from infra.metrics import log_step
+from infra.records import Reading, describe, find_files, split_file
 from infra.savepoints import Savepoints, check_finite
 from model import Transformer
 from tokenizer import Tokenizer
@@ -138,6 +142,43 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
+
+CHECKED_EXAMPLES = 300
+
+
+def check_saved_tokenizer(tokenizer: Tokenizer, dataset: Dataset, config) -> None:
+    """Open the tokenizer files that will be saved, and encode the first examples and fixed conversations with them.
+
+    Raises ValueError if ids or loss masks differ from those trained on: a model that is opened from its folder would
+    then see other prompts than in training.
+    """
+    if rank() != 0:
+        return
+    model_config = load_config(config.model).to_dict()
+    saved = Tokenizer(tokenizer.files_for(config.template), model_config)
+    advice = f"; give {config.model} a tokenizer_config.json that names its tokenizer_class, bos_token and eos_token"
+    if saved.choose_template(None) != config.template:
+        raise ValueError(f"a saved model's chat_template would be taken for {saved.choose_template(None)}{advice}")
+    has_eos = tokenizer.eos_id is not None  # without it, there are no plain texts
+    for messages in fixed_conversations() if has_eos else fixed_conversations()[:-1]:
+        expected, found = (t.render_conversation(messages, config.template) for t in (tokenizer, saved))
+        if found != expected:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"a saved model's tokenizer would give other ids to a conversation of {roles}{advice}")
+    chunks = (chunk for file in find_files(config.data) for chunk in split_file(file))
+    examples = (example for chunk in chunks for example in Reading().parse(chunk, to_example))
+    again = encode_examples(islice(examples, CHECKED_EXAMPLES), saved, config.template, config.max_length)
+    for number, (found, expected) in enumerate(zip(again, dataset, strict=False), start=1):
+        if not all(map(torch.equal, found, expected)):
+            raise ValueError(f"{describe(config.data)}: a saved model's tokenizer would give example {number} other ids{advice}")
+
+
+def fixed_conversations() -> list[list[dict]]:
+    """Conversations of one to six turns, each with and without a system turn, and a plain text."""
+    contents = ["What is it?", " It's a dog,\n\n  1 2 3.\n", "\nÜber 漢字\t🎉", "No", "  (a)", "b  c"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    systems = ([], [{"role": "system", "content": "Be brief. "}])
+    return [system + turns[:n] for system in systems for n in range(1, 7)] + [[{"role": "text", "content": " a\n b"}]]
 
 
 def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:

@@ -1,5 +1,6 @@
 """Every kind of tokenizer against `transformers`: the same ids for texts, and for chats by the templates we save."""
 
+import inspect
 import io
 import json
 import random
@@ -10,7 +11,7 @@ import sentencepiece
 from conftest import write_files
 from test_tokenizer import assistant, user
 
-from tokenizer import INPUT_HEADING, TEMPLATES, Tokenizer
+from tokenizer import INPUT_HEADING, Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="reads tokenizer.json files, for which it is not installed")
@@ -74,6 +75,23 @@ def prepending_files(folder) -> dict[str, bytes]:
     return {name: content for name, content in mistral_files(folder).items() if name != "tokenizer.model"}
 
 
+def metaspace_files(folder, **options) -> dict[str, bytes]:
+    """Llama 2's, and the tokenizer.json that `transformers` 5 makes of them: a prefix at the start alone."""
+    files = llama2_files() | {"tokenizer.model": sentencepiece_model(**options)}
+    theirs = transformers.AutoTokenizer.from_pretrained(write_files(folder, files))
+    return files | {"tokenizer.json": theirs.backend_tokenizer.to_str().encode()}
+
+
+def mistral_v3_files(folder) -> dict[str, bytes]:
+    """As Mistral-7B-v0.3's: [INST] and [/INST] are control pieces of the model."""
+    files = metaspace_files(folder, control_symbols=["[INST]", "[/INST]"])
+    spec = json.loads(files["tokenizer.json"])
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    names = {name: spec["model"]["vocab"][name] for name in ("[INST]", "[/INST]")}
+    spec["added_tokens"] += [{"id": token_id, "content": name, **token} for name, token_id in names.items()]
+    return files | {"tokenizer.json": json.dumps(spec).encode()}
+
+
 def legacy_files() -> dict[str, bytes]:
     """As Llama 2's first tokenizer: a text after a special token gets a dummy prefix too."""
     files = llama2_files()
@@ -125,14 +143,32 @@ def qwen_files() -> dict[str, bytes]:
     return byte_level_files(QWEN_SPLIT, special, config, tokenizers.normalizers.NFC())
 
 
+def tekken_files() -> dict[str, bytes]:
+    """As Mistral Nemo's: [INST] and [/INST] are tokens, and texts are cut as Llama 3 cuts them."""
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[1], "eos_token": special[2]}
+    return byte_level_files(LLAMA3_SPLIT, special, config)
+
+
+def qwen3_files() -> dict[str, bytes]:
+    """As Qwen 2's, with tokens for <think> and </think> that are not special."""
+    files = qwen_files()
+    tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    tokenizer.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in ("<think>", "</think>")])
+    return files | {"tokenizer.json": tokenizer.to_str().encode()}
+
+
 KINDS = {  # -> its files, the templates it has tokens for
-    "llama2": ("llama", llama2_files, ("alpaca", "llama2", "mistral")),
-    "mistral": ("mistral", mistral_files, ("alpaca", "llama2", "mistral")),
+    "llama2": ("llama", llama2_files, ("alpaca", "llama2", "mistral", "zephyr")),
+    "mistral": ("mistral", mistral_files, ("alpaca", "llama2", "mistral", "zephyr")),
     "prepending": ("mistral", prepending_files, ("alpaca", "llama2", "mistral")),
+    "mistral-v3": ("mistral", mistral_v3_files, ("alpaca", "mistral-v3")),
     "legacy": ("llama", legacy_files, ("alpaca", "llama2")),
     "gemma": ("gemma", gemma_files, ("alpaca", "gemma", "mistral")),
-    "llama3": ("llama", llama3_files, ("alpaca", "llama3", "mistral")),
+    "llama3": ("llama", llama3_files, ("alpaca", "llama3", "mistral", "zephyr")),
+    "tekken": ("mistral", tekken_files, ("alpaca", "mistral-v3-tekken")),
     "qwen": ("qwen2", qwen_files, ("alpaca", "chatml")),
+    "qwen3": ("qwen3", qwen3_files, ("alpaca", "chatml", "qwen3")),
 }
 
 
@@ -141,7 +177,7 @@ def folders(tmp_path_factory):
     folders = {}
     for kind, (model_type, make, _) in KINDS.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
-        files = make(tmp_path_factory.mktemp("seed")) if make in (mistral_files, prepending_files) else make()
+        files = make(tmp_path_factory.mktemp("seed")) if inspect.signature(make).parameters else make()
         write_files(folders[kind], {**files, "config.json": json.dumps({"model_type": model_type}).encode()})
     return folders
 
@@ -197,7 +233,7 @@ def test_apply_chat_template_gives_the_ids_that_are_trained_on(folders, tmp_path
         assert ids[-1] in ours.stop_ids(template)
         assert sum(i in ours.stop_ids(template) for i in in_loss) == len(answers)
         assert letters(ours.decode(in_loss)) == letters("".join(answers))
-        assert ids.count(ours.bos_id) == (0 if ours.bos_id is None else TEMPLATE_BEGINNINGS.get(template, 1)(messages))
+        assert ids.count(ours.bos_id) == (0 if ours.bos_id is None else beginnings(template, messages))
 
 
 def letters(text: str) -> str:
@@ -205,8 +241,6 @@ def letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", text).replace("▁", "").split())
 
 
-def count_users(messages):
-    return sum(message["role"] == "user" for message in messages)
-
-
-TEMPLATE_BEGINNINGS = {name: (count_users if name == "llama2" else lambda messages: 1) for name in TEMPLATES}
+def beginnings(template, messages) -> int:
+    """How many bos tokens a template writes: in Llama 2's, one for each user turn."""
+    return {"zephyr": 0, "llama2": sum(message["role"] == "user" for message in messages)}.get(template, 1)
