@@ -59,7 +59,7 @@ class Tokenizer:
         return config | {"tokenizer_class": config.get("tokenizer_class") or default}
 
     def _special_token_id(self, key: str, default: int | None) -> int | None:
-        """The id of a token: the configuration's, else `default`, else the one in config.json or generation_config.json."""
+        """The id of a token: the configuration's, else `default`, else that of config.json or generation_config.json."""
         if key in self._config:
             token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
             if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
@@ -149,8 +149,8 @@ class Tokenizer:
         """The ids of a conversation and its loss mask: True for assistant turns and the special tokens that end them.
 
         `messages` are {"role", "content"} with the roles system (first only), user and assistant. If the last one is a
-        user turn, the ids are the prompt for generation. A single message of role `text` is a plain document, and the
-        mask is True for all of it but the bos token.
+        user turn, the ids are the prompt for generation. An assistant message with "weight": 0 has a mask of False. A
+        single message of role `text` is a plain document, and the mask is True for all of it but the bos token.
         Raises ValueError if the tokenizer lacks a special token of the template.
         """
         ids, loss_mask, continues = [], [], False
@@ -162,7 +162,7 @@ class Tokenizer:
                 new_ids = self.encode(segment.text, continues or not may_add_prefix)
             continues = not segment.is_special
             ids += new_ids
-            loss_mask += [segment.in_loss] * len(new_ids)
+            loss_mask += [bool(segment.in_loss)] * len(new_ids)
         return ids, loss_mask
 
     def _template_token_ids(self, token: str, template: str) -> list[int]:
@@ -506,8 +506,11 @@ TEMPLATE_MARKERS = {
 }
 
 
-def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], bool]]:
-    """For each turn, yield the template's text, the contents that belong in it, and whether it is in the loss."""
+def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], bool | None]]:
+    """For each turn, yield the template's text, the contents that belong in it, and whether it is in the loss.
+
+    None stands for an assistant turn that is not: it is cut off from the others as if it were, and gets the same ids.
+    """
     if messages[0]["role"] == "text":  # a plain document
         yield "{bos}", {}, False
         yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, True
@@ -519,7 +522,7 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
         if message["role"] == "assistant":
             if template.last_generation_prompt and message is messages[-1] and content.startswith("<think>"):
                 raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
-            yield template.assistant, contents, True
+            yield template.assistant, contents, message.get("weight", 1) != 0 or None
         elif message["role"] == "user":
             if "system" in contents and number == 1:
                 text = template.first_user_with_system
@@ -537,7 +540,7 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
 class _Segment(NamedTuple):
     text: str  # ordinary text, or the name of a special token
     is_special: bool
-    in_loss: bool
+    in_loss: bool | None
 
 
 def _segments(messages: list[dict], template: Template) -> Iterable[_Segment]:

@@ -170,7 +170,8 @@ def check_saved_tokenizer(tokenizer: Tokenizer, dataset: Dataset, config) -> Non
     again = encode_examples(islice(examples, CHECKED_EXAMPLES), saved, config.template, config.max_length)
     for number, (found, expected) in enumerate(zip(again, dataset, strict=False), start=1):
         if not all(map(torch.equal, found, expected)):
-            raise ValueError(f"{describe(config.data)}: a saved model's tokenizer would give example {number} other ids{advice}")
+            name = f"example {number} of {describe(config.data)}"
+            raise ValueError(f"a saved model's tokenizer would give other ids to {name}{advice}")
 
 
 def fixed_conversations() -> list[list[dict]]:
