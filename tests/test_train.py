@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import random_encoded, run_script, tiny_model, write_model_and_rec
 from safetensors.torch import load_file
 
 import model as model_module
+import train as train_module
 from benchmarks.scaling import peak_of
 from confidence import ScoreAccumulator, TrainingDynamics, mean_gold_probs, split_by_confidence
 from confidence import main as confidence_main
@@ -19,6 +21,7 @@ from data import Dataset, build_batch, epoch_order, load_examples, paired_order,
 from infra.cache import load_dataset
 from infra.demo import DEMO_FLAGS
 from infra.distributed import DTYPES
+from infra.files import sha256_of
 from infra.hf import load_model, meta_model, save_model
 from infra.plan import estimate_memory, largest_micro_batch
 from mixup import sftmix_loss_literal
@@ -487,6 +490,45 @@ def test_data_is_encoded_once(folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2  # training and held-out examples
     monkeypatch.setattr("infra.cache.encode_files", None)
     main([*arguments[: arguments.index("--output")], "--output", str(tmp_path / "p"), *arguments[8:]])
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """The model and the data, which may be changed."""
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (shutil.copytree if name == "model" else shutil.copy)(folder / name, tmp_path / name)
+    return tmp_path
+
+
+def before_stage(monkeypatch, stage, change):
+    """Call `change` before a stage of a run."""
+    real = getattr(train_module, f"{stage}_stage")
+    monkeypatch.setattr(train_module, f"{stage}_stage", lambda *arguments: (change(), real(*arguments))[1])
+
+
+def test_data_that_is_removed_while_a_run_goes_on_changes_nothing(finished, copied, monkeypatch):
+    before_stage(monkeypatch, "reference", lambda: [(copied / f"{name}.jsonl").unlink() for name in ("train", "eval")])
+    main(flags(copied, copied / "o"))
+    results = [json.loads((output / "results.json").read_text()) for output in (finished, copied / "o")]
+    for stage in ("ntp", "sftmix"):
+        one, other = ({k: v for k, v in r[stage].items() if k not in ("seconds", "peak_memory_bytes")} for r in results)
+        assert one == other and one["accuracy"] is not None
+
+
+def test_scores_are_read_once(finished, copied, monkeypatch):
+    scores = copied / "scores.jsonl"
+    shutil.copy(finished / "confidence.jsonl", scores)
+    before_stage(monkeypatch, "sftmix", scores.unlink)
+    main(flags(copied, copied / "o", "--stage", "sftmix", "--confidence", scores))
+    assert sha256_of(copied / "o" / "sftmix") == sha256_of(finished / "sftmix")
+
+
+def test_a_base_that_changes_while_a_run_goes_on_is_told(copied, monkeypatch, capsys):
+    other = copied / "o" / "reference" / "model.safetensors"
+    before_stage(monkeypatch, "sftmix", lambda: shutil.copy(other, copied / "model"))
+    with pytest.raises(SystemExit):
+        main(flags(copied, copied / "o"))
+    assert "model: is not what it was when the run began" in capsys.readouterr().err
 
 
 def test_without_held_out_data_the_figures_are_null(folder, tmp_path):
