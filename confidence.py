@@ -26,7 +26,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, count_tokens, make_micro_batches
-from infra.cache import load_dataset
+from infra.cache import choose_cache, load_dataset
 from infra.cli import (
     ArgumentParser,
     add_data_flags,
@@ -44,9 +44,10 @@ from infra.distributed import (
     prefetch,
     print0,
     rank,
+    set_up_process,
     world_size,
 )
-from infra.files import atomic_write
+from infra.files import atomic_write, check_file
 from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
 from model import Transformer
 
@@ -240,8 +241,9 @@ class TrainingDynamics:
     def load(cls, path) -> "TrainingDynamics":
         """Read what `save` wrote. FileNotFoundError or ValueError name the file, the line and what is wrong."""
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: not found; --stage confidence makes it")
+        check_file(path)
         ids, probability, perplexity = [], [], []
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -363,11 +365,12 @@ def main(argv=None) -> None:
         if args.scores:
             dynamics = TrainingDynamics.load(args.scores)
         else:
+            cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
             check_models(args.checkpoints)
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
             template = choose_template(tokenizer, args.template, sys.stderr)
-            dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+            dataset = load_dataset(args.data, tokenizer, template, max_length, cache, sys.stderr)
             settings = args.micro_batch_tokens, DTYPES[args.dtype or fastest_dtype(device)], device
             dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
             if rank() == 0:
@@ -377,4 +380,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    set_up_process()
     main()

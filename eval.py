@@ -19,9 +19,19 @@ import torch
 
 from confidence import mean_gold_probs
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, Example, count_tokens, load_examples, pack, require_text
-from infra.cache import load_dataset
+from infra.cache import choose_cache, load_dataset
 from infra.cli import ArgumentParser, add_data_flags, add_model_flags, check_output_path
-from infra.distributed import DTYPES, all_reduce_sum, fastest_dtype, init_distributed, print0, rank, world_size
+from infra.distributed import (
+    DTYPES,
+    all_reduce_sum,
+    fastest_dtype,
+    init_distributed,
+    print0,
+    print_result,
+    rank,
+    set_up_process,
+    world_size,
+)
 from infra.files import atomic_write
 from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, verify_weights
 from infra.judges import (
@@ -435,9 +445,10 @@ def load_setup(args, device) -> ModelSetup:
 
 def perplexity_or_match(args, device) -> None:
     """Print the held-out loss and perplexity, or the exact match, of the examples in a data file."""
+    cache = choose_cache(args.cache, file=sys.stderr)
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
-    dataset = load_dataset(args.data, tokenizer, template, max_length, args.cache, sys.stderr)
+    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, sys.stderr)
     model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
@@ -447,7 +458,7 @@ def perplexity_or_match(args, device) -> None:
         examples = [example for example in load_examples(args.data) if example.id in ids]
         result = exact_match(model, examples, tokenizer, template)
         result["examples"] = len(dataset)
-    print0(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
+    print_result(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
 
 
 def multiple_choice(args, device) -> None:
@@ -460,7 +471,6 @@ def multiple_choice(args, device) -> None:
     scores, num_cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
     chosen = [int(score.argmax()) for score in scores]
     report = choice_report(questions, chosen)
-    print0(json.dumps({"by": args.by, "template": template, **report, "prompts_cut": num_cut}))
     if args.output and rank() == 0:
         lines = [
             {"choice": LETTERS[i], "answer": LETTERS[question.answer], "scores": score.tolist()}
@@ -468,6 +478,7 @@ def multiple_choice(args, device) -> None:
         ]
         with atomic_write(Path(args.output)) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_cut": num_cut}))
 
 
 def generate_answers(args, device) -> None:
@@ -505,7 +516,7 @@ def chat(args, device) -> None:
     while True:
         try:
             line = input("> ")
-        except (EOFError, RuntimeError):  # the input has ended, or there is none
+        except (EOFError, RuntimeError, BrokenPipeError):  # the input or the output has ended, or there is none
             return
         if not line.strip():
             messages = list(system)
@@ -529,10 +540,10 @@ def print_text(new_tokens: Iterator[torch.Tensor], tokenizer: Tokenizer, stop_id
         ids += [token for token in new_ids.tolist() if token not in stop_ids]
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # the rest of this character is still to come
-            print(text[len(printed) :], end="", flush=True)
+            print_result(text[len(printed) :], end="")
             printed = text
     text = tokenizer.decode(ids)
-    print(text[len(printed) :])
+    print_result(text[len(printed) :])
     return text
 
 
@@ -576,8 +587,11 @@ def main(argv=None) -> None:
     add_sampling_flags(command, 0.7, "(default 0.7)")
     args = parser.parse_args(argv)
     with init_distributed() as device:
+        if sys.stdout is None:
+            raise OSError("stdout: closed, and results are printed there")
         args.run(args, device)
 
 
 if __name__ == "__main__":
+    set_up_process()
     main()

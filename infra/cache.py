@@ -1,5 +1,6 @@
 """The cache of encoded data: each data file is encoded once, in parallel, and then memory-mapped."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -20,20 +21,55 @@ from pathlib import Path
 import numpy as np
 
 from data import ARRAY_DTYPES, Chunk, Dataset, encode_examples, read_chunk, split_into_chunks, to_example, unique_ids
-from infra.distributed import barrier, print0, rank
+from infra.distributed import barrier, broadcast_object, print0, rank
+from infra.files import check_file, set_mode
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
+def choose_cache(cache=None, output=None, file=None) -> str:
+    """Choose the folder for encoded data, the same on all processes: --cache, else `sftmix` in the user's cache.
+
+    If neither --cache nor XDG_CACHE_HOME is given, and the home folder is missing or cannot be written to, it is a
+    folder in `output`, which all machines of a run see, or without `output` in the system's folder for temporary files;
+    a line in `file` says so.
+    Raises OSError if a folder that is given cannot be written to.
+    """
+    given = cache or (os.environ.get("XDG_CACHE_HOME") and Path(os.environ["XDG_CACHE_HOME"]) / "sftmix")
+    if rank() == 0 and given:
+        try_to_write(Path(given))
+    elif rank() == 0:
+        try:
+            home = Path.home()
+            if not home.is_dir():  # not made here
+                raise NotADirectoryError(errno.ENOTDIR, "no such folder")
+            given = home / ".cache" / "sftmix"
+            try_to_write(given)
+        except (RuntimeError, OSError) as error:  # RuntimeError: no HOME, and the user is not in passwd
+            given = Path(output or tempfile.gettempdir()) / ("cache" if output else f"sftmix-{os.getuid()}")
+            reason = getattr(error, "strerror", "no HOME is set")
+            print0(f"the home folder cannot hold the data cache ({reason}); it is in {given}", file)
+    return broadcast_object(str(given))
+
+
+def try_to_write(folder: Path) -> None:
+    """Create a folder, and a file in it that is removed at once. OSError names the folder and why that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot keep encoded data there ({error.strerror})", str(folder)) from None
+
+
 def cache_path(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
     """The folder for an encoded data file, named by a hash of everything that its ids depend on.
 
-    `cache` is the folder of all these folders, by default `sftmix` in the user's cache. Raises FileNotFoundError.
+    `cache` is the folder of all these folders (None: what `choose_cache` returns). Raises FileNotFoundError, or
+    ValueError if `path` is not a regular file.
     """
     path, digest = Path(path), hashlib.sha256()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
+    check_file(path)
     code = [(ROOT / name).read_bytes() for name in ("data.py", "tokenizer.py", "infra/cache.py")]
     settings = repr((path.suffix, template, max_length)).encode()
     for content in (*code, tokenizer.fingerprint, settings):
@@ -41,8 +77,7 @@ def cache_path(path, tokenizer: Tokenizer, template: str, max_length: int, cache
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftmix"
-    return Path(cache) / digest.hexdigest()[:32]
+    return Path(cache or choose_cache()) / digest.hexdigest()[:32]
 
 
 def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
@@ -56,7 +91,7 @@ def encode_file(path, tokenizer: Tokenizer, template: str, max_length: int, fold
     encode = partial(_encode_chunk, path, tokenizer, template, max_length)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    tmp.chmod(folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
+    set_mode(tmp, folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
     counts, id_counts = Counter(), Counter()
     try:
         with ExitStack() as stack:

@@ -24,7 +24,7 @@ from infra.distributed import (
     temporary_folder,
     world_size,
 )
-from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, verify_manifest, write_json
+from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, set_mode, verify_manifest, write_json
 from model import LoRALinear, ModelConfig, Transformer, add_lora
 from tokenizer import Tokenizer
 
@@ -253,7 +253,7 @@ def _write_weights(weights: dict, file: Path) -> None:
         save_file(weights, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file}: not written ({error})") from None
-    file.chmod(mode)  # safetensors lets only the owner read it
+    set_mode(file, mode)  # safetensors lets only the owner read it
 
 
 def split_into_shards(sizes: dict[str, int], capacity: int) -> list[list[str]]:
