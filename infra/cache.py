@@ -1,6 +1,5 @@
 """The cache of encoded data: each data file is encoded once, in parallel, and then memory-mapped."""
 
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -38,28 +37,26 @@ def choose_cache(cache=None, output=None, file=None) -> str:
     """
     given = cache or (os.environ.get("XDG_CACHE_HOME") and Path(os.environ["XDG_CACHE_HOME"]) / "sftmix")
     if rank() == 0 and given:
-        try_to_write(Path(given))
+        try:
+            try_to_write(Path(given))
+        except OSError as error:
+            raise OSError(f"{given}: encoded data cannot be kept there ({error.strerror})") from None
     elif rank() == 0:
         try:
-            home = Path.home()
-            if not home.is_dir():  # not made here
-                raise NotADirectoryError(errno.ENOTDIR, "no such folder")
-            given = home / ".cache" / "sftmix"
+            given = Path.home() / ".cache" / "sftmix"
+            os.stat(Path.home())  # a home folder is not created here
             try_to_write(given)
         except (RuntimeError, OSError) as error:  # RuntimeError: no HOME, and the user is not in passwd
             given = Path(output or tempfile.gettempdir()) / ("cache" if output else f"sftmix-{os.getuid()}")
             reason = getattr(error, "strerror", "no HOME is set")
-            print0(f"the home folder cannot hold the data cache ({reason}); it is in {given}", file)
+            print0(f"encoded data is kept in {given}, since the home folder cannot hold it ({reason})", file)
     return broadcast_object(str(given))
 
 
 def try_to_write(folder: Path) -> None:
-    """Create a folder, and a file in it that is removed at once. OSError names the folder and why that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot keep encoded data there ({error.strerror})", str(folder)) from None
+    """Create a folder, and a file in it that is removed at once. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def cache_path(path, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:

@@ -28,7 +28,7 @@ def file_lock(path: Path, message: str):
         except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP, …: Lustre without flock, some NFS
             owner = path.with_name(f"{path.name}.owner")
             stack.enter_context(owner_file(owner, message))
-            print0(f"no locks on this file system ({error.strerror}): {owner} says that this run is here", sys.stderr)
+            print0(f"the file system refuses locks ({error.strerror}); {owner} replaces them", sys.stderr)
         yield
 
 
