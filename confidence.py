@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, count_tokens, make_micro_batches
 from infra.cache import choose_cache, load_dataset
@@ -183,13 +183,13 @@ def score_checkpoints(
     scores = []
     for folder in folders:
         if folder in cached:
-            scores.append(load_file(paths[folder])["scores"])
+            scores.append(load(paths[folder].read_bytes())["scores"])
             continue
         scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
         if paths and rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with atomic_write(paths[folder]) as tmp:
-                save_file({"scores": scores[-1]}, tmp)
+                tmp.write_bytes(save({"scores": scores[-1]}))
         barrier()
         print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))

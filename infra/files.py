@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,19 @@ def set_mode(path: Path, mode: int) -> None:
     """Change permissions where the file system has them: CIFS and buckets mounted as folders may refuse."""
     with contextlib.suppress(OSError):
         path.chmod(mode)
+
+
+@contextlib.contextmanager
+def utf8_folder(folder: Path):
+    """Yield `folder`, or a link to it if its name is not UTF-8: safetensors opens only files with such names."""
+    name = str(folder)
+    if name.encode(errors="replace") == os.fsencode(name):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 # --- Checksums --------------------------------------------------------------------------------------------------------
