@@ -330,7 +330,8 @@ def test_closed_streams_take_no_file_and_a_flush_at_the_end_is_quiet(tmp_path):
     said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2)).stdout
     assert [int(number) > 2 for number in said.decode().split()] == [True]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"progress\n")
 
 
