@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, count_tokens, make_micro_batches
-from infra.cache import load_dataset
+from infra.cache import choose_cache, load_dataset
 from infra.cli import (
     ArgumentParser,
     add_data_flag,
@@ -45,9 +45,10 @@ from infra.distributed import (
     prefetch,
     print0,
     rank,
+    set_up_process,
     world_size,
 )
-from infra.files import atomic_write
+from infra.files import atomic_write, check_file
 from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
 from model import Transformer
 
@@ -183,13 +184,13 @@ def score_checkpoints(
     scores = []
     for folder in folders:
         if folder in cached:
-            scores.append(load_file(paths[folder])["scores"])
+            scores.append(load(paths[folder].read_bytes())["scores"])
             continue
         scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
         if paths and rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with atomic_write(paths[folder]) as tmp:
-                save_file({"scores": scores[-1]}, tmp)
+                tmp.write_bytes(save({"scores": scores[-1]}))
         barrier()
         print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
@@ -241,8 +242,9 @@ class TrainingDynamics:
     def load(cls, path) -> "TrainingDynamics":
         """Read what `save` wrote. FileNotFoundError or ValueError name the file, the line and what is wrong."""
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: not found; --stage confidence makes it")
+        check_file(path)
         ids, probability, perplexity = [], [], []
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -364,12 +366,13 @@ def main(argv=None) -> None:
         if args.scores:
             dynamics = TrainingDynamics.load(args.scores)
         else:
+            cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
             check_models(args.checkpoints)
             model = args.checkpoints[0]
             tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
             template = choose_template(tokenizer, args.template, sys.stderr)
             dataset = load_dataset(
-                args.data, tokenizer, template, max_length, args.cache, args.skip_bad_records, file=sys.stderr
+                args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr
             )
             settings = args.micro_batch_tokens, DTYPES[args.dtype or fastest_dtype(device)], device
             dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
@@ -380,4 +383,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    set_up_process()
     main()

@@ -19,9 +19,19 @@ import torch
 
 from confidence import mean_gold_probs
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, require_text
-from infra.cache import load_dataset
+from infra.cache import choose_cache, load_dataset
 from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
-from infra.distributed import DTYPES, all_reduce_sum, fastest_dtype, init_distributed, print0, rank, world_size
+from infra.distributed import (
+    DTYPES,
+    all_reduce_sum,
+    fastest_dtype,
+    init_distributed,
+    print0,
+    print_result,
+    rank,
+    set_up_process,
+    world_size,
+)
 from infra.files import atomic_write
 from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, verify_weights
 from infra.judges import (
@@ -443,18 +453,17 @@ def load_setup(args, device) -> ModelSetup:
 
 def perplexity_or_match(args, device) -> None:
     """Print the held-out loss and perplexity, or the exact match, of the examples in a data file."""
+    cache = choose_cache(args.cache, file=sys.stderr)
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
-    dataset = load_dataset(
-        args.data, tokenizer, template, max_length, args.cache, args.skip_bad_records, file=sys.stderr
-    )
+    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
     model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
         result["perplexity"] = math.exp(result["loss"])
     else:
         result = exact_match(model, dataset, tokenizer, template) | {"examples": len(dataset)}
-    print0(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
+    print_result(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
 
 
 def multiple_choice(args, device) -> None:
@@ -467,7 +476,6 @@ def multiple_choice(args, device) -> None:
     scores, num_cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
     chosen = [int(score.argmax()) for score in scores]
     report = choice_report(questions, chosen)
-    print0(json.dumps({"by": args.by, "template": template, **report, "prompts_cut": num_cut}))
     if args.output and rank() == 0:
         lines = [
             {"choice": LETTERS[i], "answer": LETTERS[question.answer], "scores": score.tolist()}
@@ -475,6 +483,7 @@ def multiple_choice(args, device) -> None:
         ]
         with atomic_write(Path(args.output)) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_cut": num_cut}))
 
 
 def generate_answers(args, device) -> None:
@@ -512,7 +521,7 @@ def chat(args, device) -> None:
     while True:
         try:
             line = input("> ")
-        except (EOFError, RuntimeError):  # the input has ended, or there is none
+        except (EOFError, RuntimeError, BrokenPipeError):  # the input or the output has ended, or there is none
             return
         if not line.strip():
             messages = list(system)
@@ -536,10 +545,10 @@ def print_text(new_tokens: Iterator[torch.Tensor], tokenizer: Tokenizer, stop_id
         ids += [token for token in new_ids.tolist() if token not in stop_ids]
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # the rest of this character is still to come
-            print(text[len(printed) :], end="", flush=True)
+            print_result(text[len(printed) :], end="")
             printed = text
     text = tokenizer.decode(ids)
-    print(text[len(printed) :])
+    print_result(text[len(printed) :])
     return text
 
 
@@ -583,8 +592,11 @@ def main(argv=None) -> None:
     add_sampling_flags(command, 0.7, "(default 0.7)")
     args = parser.parse_args(argv)
     with init_distributed() as device:
+        if sys.stdout is None:
+            raise OSError("stdout: closed, and results are printed there")
         args.run(args, device)
 
 
 if __name__ == "__main__":
+    set_up_process()
     main()

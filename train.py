@@ -44,7 +44,7 @@ from data import (
     steps_per_epoch,
 )
 from eval import evaluate
-from infra.cache import load_dataset
+from infra.cache import choose_cache, load_dataset
 from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
 from infra.distributed import (
@@ -60,6 +60,7 @@ from infra.distributed import (
     prefetch,
     print0,
     rank,
+    set_up_process,
     world_size,
 )
 from infra.files import write_json
@@ -327,7 +328,7 @@ def train(
 
     `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
     finished steps to a function that is then called. With `savepoints`, training continues from the newest of them and
-    writes new ones; SIGTERM and SIGINT then finish the step, write a savepoint and end the process.
+    writes new ones; SIGTERM, SIGINT and SIGHUP then finish the step, write a savepoint and end the process.
     """
     optimizer, device = make_optimizer(model, config), model.head_weight.device
     if device.type == "cuda":
@@ -678,6 +679,7 @@ def main(argv=None) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has restarted the run after a failure
         config = replace(config, resume=True)
     with init_distributed() as device:
+        config = replace(config, cache=choose_cache(config.cache, config.output))
         if config.dry_run is None:
             run(config, device)
         else:
@@ -685,4 +687,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    set_up_process()
     main()

@@ -21,17 +21,50 @@ from pathlib import Path
 import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
-from infra.distributed import barrier, print0, rank
+from infra.distributed import barrier, broadcast_object, print0, rank
+from infra.files import set_mode
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_file
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
+def choose_cache(cache=None, output=None, file=None) -> str:
+    """Choose the folder for encoded data, the same on all processes: --cache, else `sftmix` in the user's cache.
+
+    If neither --cache nor XDG_CACHE_HOME is given, and the home folder is missing or cannot be written to, it is a
+    folder in `output`, which all machines of a run see, or without `output` in the system's folder for temporary files;
+    a line in `file` says so.
+    Raises OSError if a folder that is given cannot be written to.
+    """
+    given = cache or (os.environ.get("XDG_CACHE_HOME") and Path(os.environ["XDG_CACHE_HOME"]) / "sftmix")
+    if rank() == 0 and given:
+        try:
+            try_to_write(Path(given))
+        except OSError as error:
+            raise OSError(f"{given}: encoded data cannot be kept there ({error.strerror})") from None
+    elif rank() == 0:
+        try:
+            given = Path.home() / ".cache" / "sftmix"
+            os.stat(Path.home())  # a home folder is not created here
+            try_to_write(given)
+        except (RuntimeError, OSError) as error:  # RuntimeError: no HOME, and the user is not in passwd
+            given = Path(output or tempfile.gettempdir()) / ("cache" if output else f"sftmix-{os.getuid()}")
+            reason = getattr(error, "strerror", "no HOME is set")
+            print0(f"encoded data is kept in {given}, since the home folder cannot hold it ({reason})", file)
+    return broadcast_object(str(given))
+
+
+def try_to_write(folder: Path) -> None:
+    """Create a folder, and a file in it that is removed at once. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
     """The folder for encoded data files, named by a hash of everything that their ids depend on.
 
-    `cache` is the folder of all these folders, by default `sftmix` in the user's cache. Raises what `find_files` does.
+    `cache` is the folder of all these folders (None: what `choose_cache` returns). Raises what `find_files` does.
     """
     digest = hashlib.sha256()
     code = [(ROOT / name).read_bytes() for name in ("data.py", "tokenizer.py", "infra/cache.py", "infra/records.py")]
@@ -39,8 +72,7 @@ def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache
     contents = repr(([file.suffix for file in find_files(data)], data_checksums(data))).encode()
     for content in (*code, tokenizer.fingerprint, settings, contents):
         digest.update(hashlib.sha256(content).digest())
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftmix"
-    return Path(cache) / digest.hexdigest()[:32]
+    return Path(cache or choose_cache()) / digest.hexdigest()[:32]
 
 
 def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
@@ -53,7 +85,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     encode = partial(_encode_chunk, tokenizer, template, max_length)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    tmp.chmod(folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
+    set_mode(tmp, folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
     counts, id_counts, reading = Counter(), Counter(), Reading()
     try:
         with ExitStack() as stack:

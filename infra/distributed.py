@@ -1,6 +1,8 @@
 """Processes and devices: what runs around a model, in one process or in many."""
 
+import atexit
 import contextlib
+import getpass
 import math
 import os
 import re
@@ -8,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+
+# --- The environment of a process -------------------------------------------------------------------------------------
+
+
+def set_up_process() -> None:
+    """Prepare standard streams and environment variables, so that none of what a machine lacks ends a program.
+
+    Characters that the encoding of stdout does not have are replaced. Closed streams are opened on /dev/null, or the
+    next file that is opened would receive what is printed. stdout, if it is closed, stays None.
+    PyTorch's compilers ask for the user's name and write to the home folder; both may be missing in a container.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    if sys.stderr is None:  # print(file=None) prints to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # stderr escapes such characters by default
+    atexit.register(_flush_streams)  # before Python flushes them, which may fail
+
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton_{getpass.getuser()}"))
+
+
+def _flush_streams() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)
+
+
+def _discard(stream) -> None:
+    """Send what is still to be printed to a stream to /dev/null."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
@@ -59,9 +106,10 @@ def exit_with_error(message: str, code: int = 1) -> None:
     """Print `message` as one line on stderr and exit; where all processes fail alike, rank 0 of each machine prints."""
     if not is_local_rank_zero():
         time.sleep(3)  # if local rank 0 failed too, it has printed by now and torchrun has ended this process
-    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # no control codes to the terminal
-    message = message if len(message) <= 1000 else message[:1000] + " …"
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # no control codes
+    message = message if len(message) <= 2000 else message[:2000] + " …"
+    with contextlib.suppress(OSError):  # stderr may be a closed pipe
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -72,20 +120,39 @@ def is_local_rank_zero() -> bool:
 
 @contextlib.contextmanager
 def defer_signals():
-    """Yield a list to which SIGTERM and SIGINT are appended instead of ending the process.
+    """Yield a list to which SIGTERM, SIGINT and SIGHUP are appended instead of ending the process.
 
-    In a run of one process, a second signal raises KeyboardInterrupt.
+    In a run of one process, a second SIGTERM or SIGINT raises KeyboardInterrupt. A second SIGHUP does not: when a
+    terminal closes, the shell and the kernel may each send one.
     """
     received = []
 
     def handler(number, frame):
-        if received and world_size() == 1:
+        if number in received and number != signal.SIGHUP and world_size() == 1:
             raise KeyboardInterrupt
         received.append(number)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _signal_handler(handler, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         yield received
+
+
+def exit_on_signals():
+    """Inside the `with` block, SIGTERM and SIGHUP raise SystemExit, so that `finally` clauses run."""
+
+    def handler(number, frame):
+        sys.exit(128 + number)
+
+    return _signal_handler(handler, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _signal_handler(handler: Callable, *numbers: int):
+    """Handle these signals inside the `with` block. SIGHUP stays ignored if it is, as `nohup` has it."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers = [number for number in numbers if number != signal.SIGHUP]
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
         for number, old_handler in previous.items():
             signal.signal(number, old_handler)
@@ -114,10 +181,39 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def broadcast_object(value):
+    """The value of rank 0, on all processes."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def print0(text: str, file=None) -> None:
-    """Print on rank 0."""
-    if rank() == 0:
+    """Print progress on rank 0. If `file` (default: stdout) is closed or full, the run goes on without it."""
+    if rank() != 0:
+        return
+    try:
         print(text, file=file, flush=True)
+    except BlockingIOError:  # a pipe that is full at the moment
+        pass
+    except OSError as error:
+        _discard(file or sys.stdout)
+        if file is None:
+            print0(f"stdout: {error.strerror}; the run goes on, and no longer prints there", sys.stderr)
+
+
+def print_result(text: str, end: str = "\n") -> None:
+    """Print a result on rank 0. A closed pipe ends the program quietly; OSError names stdout if it is full."""
+    if rank() != 0:
+        return
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        _discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise OSError(error.errno, error.strerror, "stdout") from None
 
 
 @contextlib.contextmanager

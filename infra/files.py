@@ -1,11 +1,12 @@
-"""Files: JSON, atomic writing, checksums, manifests, locks."""
+"""Files: JSON, atomic writing, checksums, manifests."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,13 +68,50 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# How file systems refuse to flush a folder, or to open it for that. Some of them write its list of files at once.
+FLUSH_REFUSED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
 def fsync(path: Path) -> None:
-    """Wait until a file, or the list of files in a folder, is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of files in a folder, is on the disk itself. For a folder this may be refused."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (error.errno in FLUSH_REFUSED and path.is_dir()):
+            raise
+
+
+def check_file(path: Path) -> None:
+    """Raise FileNotFoundError if there is nothing at `path`, ValueError if it is a folder, a pipe or a device."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a pipe or a device, which can be read only once; write it to a file first")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found")
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Change permissions where the file system has them: CIFS and buckets mounted as folders may refuse."""
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
+
+
+@contextlib.contextmanager
+def utf8_folder(folder: Path):
+    """Yield `folder`, or a link to it if its name is not UTF-8: safetensors opens only files with such names."""
+    name = str(folder)
+    if name.encode(errors="replace") == os.fsencode(name):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 # --- Checksums --------------------------------------------------------------------------------------------------------
@@ -118,22 +156,3 @@ def verify_manifest(folder: Path) -> None:
                 f"{folder / name}: damaged, it is not what was written; bring back a copy of it (or, if you have "
                 f"changed it, remove {MANIFEST})"
             )
-
-
-# --- Locks ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, message: str):
-    """Hold the system's lock on a file, which is created where it is missing. FileExistsError(message) if it is taken.
-
-    The lock ends with the process, however that ends.
-    """
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the last holder has just removed it
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise FileExistsError(message) from None
-        yield

@@ -24,7 +24,17 @@ from infra.distributed import (
     temporary_folder,
     world_size,
 )
-from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, verify_manifest, write_json
+from infra.files import (
+    MANIFEST,
+    atomic_write,
+    checksums,
+    fsync,
+    read_json,
+    set_mode,
+    utf8_folder,
+    verify_manifest,
+    write_json,
+)
 from model import LoRALinear, ModelConfig, Transformer, add_lora
 from tokenizer import Tokenizer
 
@@ -181,7 +191,7 @@ def _weight_files(path: Path) -> list[Path]:
 def open_safetensors(file: Path):
     """Open a safetensors file for reading. Its errors name the file."""
     try:
-        with safe_open(file, framework="pt") as weights:
+        with utf8_folder(file.parent) as folder, safe_open(folder / file.name, framework="pt") as weights:
             yield weights
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
@@ -250,10 +260,11 @@ def _write_weights(weights: dict, file: Path) -> None:
     file.touch()
     mode = file.stat().st_mode
     try:
-        save_file(weights, file, metadata={"format": "pt"})
+        with utf8_folder(file.parent) as folder:
+            save_file(weights, folder / file.name, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file}: not written ({error})") from None
-    file.chmod(mode)  # safetensors lets only the owner read it
+    set_mode(file, mode)  # safetensors lets only the owner read it
 
 
 def split_into_shards(sizes: dict[str, int], capacity: int) -> list[list[str]]:

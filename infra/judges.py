@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from data import to_prompt
 from infra.cli import ArgumentParser, check_output_path
-from infra.distributed import barrier, rank, world_size
-from infra.files import atomic_write, file_lock, sha256_of
+from infra.distributed import barrier, print_result, rank, world_size
+from infra.files import atomic_write, sha256_of
+from infra.locks import file_lock
 from infra.records import data_checksums, describe, read_records
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -130,11 +131,11 @@ def write_answers(args, records: list[PromptRecord], answers: dict[int, list[str
     answered = [to_judge_format(record, answers[i], args.format, model_name) for i, record in enumerate(records)]
     lines = "".join(json.dumps(record) + "\n" for record in answered)
     if not args.output:
-        print(lines, end="")
+        print_result(lines, end="")
         return
     with atomic_write(Path(args.output)) as tmp:
         tmp.write_text(json.dumps(answered, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
-    print(json.dumps({"output": args.output, "format": args.format, "records": len(answered)}))
+    print_result(json.dumps({"output": args.output, "format": args.format, "records": len(answered)}))
 
 
 # --- Answers of an unfinished run -------------------------------------------------------------------------------------

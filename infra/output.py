@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 
 from data import Dataset, encode_examples, to_example
-from infra.distributed import DTYPES, barrier, rank
-from infra.files import atomic_write, file_lock, read_json, write_json
+from infra.distributed import DTYPES, barrier, print0, rank
+from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, load_config, save_adapter, save_model
+from infra.locks import file_lock
 from infra.metrics import log_step
 from infra.records import Reading, describe, find_files, split_file
 from infra.savepoints import Savepoints, check_finite
@@ -50,14 +51,16 @@ def lock_output(folder: Path):
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
-    with file_lock(path, f"{folder}: another run is at work there; wait for it, or choose another"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if is_new:
-                with contextlib.suppress(OSError):  # not empty: the run has made something
-                    folder.rmdir()
+    try:
+        with file_lock(path, f"{folder}: another run is at work there; wait for it, or choose another"):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: the run has made something
+                folder.rmdir()
 
 
 def save_skipped(output: Path, *datasets: Dataset | None) -> None:
@@ -112,17 +115,20 @@ def print_report(output: Path, demo: bool) -> None:
         rows = {
             stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
         }
-        print("\n" + results_table(rows) + "\n")
+        report = "\n" + results_table(rows) + "\n"
         for name, area in results.get("confidence", {}).get("roc_area", {}).items():
-            print(f"Low confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}.")
+            report += (
+                f"\nLow confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}."
+            )
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
+    print0(report)  # outside the `try`, since an encoding error is a ValueError
     made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
-    print(f"In {output}/ now:", ", ".join(name for name in made if (output / name).exists()))
+    print0(f"In {output}/ now: {', '.join(name for name in made if (output / name).exists())}")
     if (output / "confidence.jsonl").exists():
-        print(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
+        print0(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
     if demo:
-        print("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
+        print0("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
 
 
 def results_table(results: dict[str, dict]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.files import sha256_of
+from infra.files import check_file, sha256_of
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
@@ -33,10 +33,9 @@ def find_files(data) -> list[Path]:
     path = Path(data)
     if path.is_dir():
         return _files_of_folder(path)
-    if path.is_file():
-        return [path]
     if path.exists():
-        raise ValueError(f"{path}: a pipe or a device; data is read more than once, so write it to a file first")
+        check_file(path)
+        return [path]
     if files := sorted(Path(name) for name in glob.glob(str(data), recursive=True) if Path(name).is_file()):
         return files
     raise FileNotFoundError(f"{path}: " + ("no file matches" if glob.has_magic(str(data)) else "not found"))

@@ -22,6 +22,7 @@ from infra.files import (
     fsync,
     read_json,
     sha256_of,
+    utf8_folder,
     verify_manifest,
     write_json,
 )
@@ -56,8 +57,8 @@ class Savepoints:
         state = {"step": step, "num_updates": num_updates, "metrics": metrics.state_dict()}
         path = self.output / "resume" / f"{self.stage}-step-{step}"
         with temporary_folder(path.with_name("partial")) as tmp:
-            with _distributed_checkpoint(path) as dcp:
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=True))
+            with _distributed_checkpoint(path) as dcp, utf8_folder(tmp) as folder:
+                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
             if rank() == 0:
                 write_json(tmp / "state.json", state)
                 write_json(tmp / MANIFEST, checksums(sorted(tmp.iterdir())))
@@ -85,8 +86,8 @@ class Savepoints:
         state = read_json(path / "state.json")
         score_tensors = _score_tensors(scores)
         tensors = _training_tensors(model, optimizer) | score_tensors
-        with _distributed_checkpoint(path) as dcp:
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))  # in place
+        with _distributed_checkpoint(path) as dcp, utf8_folder(path) as folder:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))  # in place
         for moments in optimizer.state.values():
             moments["step"].fill_(state["num_updates"])
         metrics.load_state_dict(state["metrics"])

@@ -72,12 +72,13 @@ def run_tests(project: Path, tests: tuple[str, ...]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=HANGS)
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, timeout=HANGS)
     except subprocess.TimeoutExpired:
         return "failed"
-    if done.returncode == 0 and " passed" not in done.stdout.splitlines()[-1]:
+    said = done.stdout.decode(errors="replace")  # a test prints names that are not UTF-8
+    if done.returncode == 0 and " passed" not in said.splitlines()[-1]:
         return "no test was run"
-    return {0: "passed", 1: "failed"}.get(done.returncode, done.stdout[-2000:])
+    return {0: "passed", 1: "failed"}.get(done.returncode, said[-2000:])
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ def test_torchrun_restarts_a_run_that_then_goes_on(folder, plain, tmp_path):
             assert (weight - other[key]).norm() <= 1e-4 * weight.norm()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder, tmp_path, number):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     arguments = flags(folder, tmp_path / "o", "--epochs", "2000", "--save_every", "100000", "--log_every", "1")
