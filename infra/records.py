@@ -102,7 +102,7 @@ class Document(NamedTuple):
     path: Path
 
     def records(self) -> Iterator[tuple]:
-        """(place, record) of each record. ValueError if the file is not JSON or there is no list in it."""
+        """(place, record) of each record. ValueError if the file is not JSON."""
         with _open(self.path) as file:
             content = file.read()
         try:
@@ -111,8 +111,6 @@ class Document(NamedTuple):
             raise ValueError(f"{self.path}: {error}") from None
         if isinstance(value, dict):
             value = _wrapped(value) or [value]
-        if not isinstance(value, list):
-            raise ValueError(f"{self.path}: a list of records is expected, not {type(value).__name__}")
         for number, record in enumerate(value, start=1):
             yield f"{self.path}: record {number}", record
 

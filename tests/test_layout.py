@@ -13,13 +13,14 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "mixup": {"torch"},
     "model": {"torch"},
     "tokenizer": {"sentencepiece", "tokenizers", "infra.files"},
-    "data": {"torch", "numpy", "tokenizer", "mixup"},
+    "data": {"torch", "numpy", "tokenizer", "mixup", "infra.records"},
     "confidence": {"safetensors", "torch", "numpy", "model", "tokenizer", "data", "infra"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
     "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
     "infra.distributed": {"torch"},
     "infra.files": set(),
+    "infra.records": {"pyarrow", "infra.files"},
 }
 SEVEN = {"mixup", "model", "tokenizer", "data", "confidence", "eval", "train"}
 MODULES = [
