@@ -208,7 +208,8 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
     for n in [*(n for n in range(start) if roles[n] == "system"), *range(start, end)]:
         expected = ("user", "assistant")[sum(message["role"] != "system" for message in messages) % 2]
         if roles[n] != expected and not (roles[n] == "system" and n == 0):
-            raise ValueError(f"{name}[{n}]: the role is {roles[n]} where the {expected}'s turn is due")
+            due = f"where the {expected}'s turn is due; join turns of one role, or remove the record"
+            raise ValueError(f"{name}[{n}]: the role is {roles[n]} {due}")
         if roles[n] == "system" and not turns[n].get(_content_key(turns[n])):
             notes.append("empty system turn left out")
         else:
@@ -222,7 +223,7 @@ def _role(turn, place: str) -> str:
     name = turn.get("role", turn.get("from"))
     if not isinstance(name, str) or name.lower() not in _ROLE_OF:
         known = ", ".join(_ROLE_OF)
-        raise ValueError(f"{place}: the role {name!r} is not supported, as that of a tool; known are {known}")
+        raise ValueError(f"{place}: the role {name!r} is not supported (tools are not); known are {known}")
     return _ROLE_OF[name.lower()]
 
 

@@ -299,9 +299,9 @@ class Reading:
         if num_bad == 0 or (skip_bad and num_bad <= self.num_records / 2):
             return
         first, *more = [f"{bad.place}: {bad.reason}" for bad in self.bad[:5]]
-        if not more:
-            raise ValueError(first)
         advice = "more than half, so that none is skipped" if skip_bad else "--skip_bad_records leaves them out"
+        if not more:
+            raise ValueError(f"{first} ({advice})")
         named = "".join(f"\n  {line}" for line in (first, *more))
         raise ValueError(f"{name}: {num_bad:,} of {self.num_records:,} records are bad ({advice}), such as{named}")
 

@@ -141,7 +141,7 @@ def test_the_summary_says_what_was_left_out_of_how_many():
         reading.notes.update(example.notes)
     assert reading.summary() == [
         "2 of 7 records skipped: text is empty; fill it in or remove the record",
-        "2 of 7 records skipped: messages[N]: the role 'tool' is not supported, as that of a tool; known are "
+        "2 of 7 records skipped: messages[N]: the role 'tool' is not supported (tools are not); known are "
         "system, developer, user, human, assistant, gpt, chatgpt, bing, bard, model",
         "ignored keys: tools (in 3), id (in 3) of 7 records",
     ]
