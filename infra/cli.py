@@ -17,6 +17,27 @@ from tokenizer import TEMPLATES
 # --- The parser -------------------------------------------------------------------------------------------------------
 
 
+FLAGS_OF_PEERS = {  # of transformers, TRL and LLaMA-Factory, and what they are called here
+    "--model_name_or_path": "--model",
+    "--dataset": "--data",
+    "--dataset_name": "--data",
+    "--train_file": "--data",
+    "--validation_file": "--eval_data",
+    "--output_dir": "--output",
+    "--learning_rate": "--lr",
+    "--num_train_epochs": "--epochs",
+    "--per_device_train_batch_size": "--batch_size (over all processes)",
+    "--max_seq_length": "--max_length",
+    "--cutoff_len": "--max_length",
+    "--bf16": "--dtype bf16",
+    "--gradient_checkpointing": "--activation_checkpointing",
+    "--lora_r": "--lora_rank",
+    "--resume_from_checkpoint": "--resume",
+    "--logging_steps": "--log_every",
+    "--save_steps": "--save_every",
+}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line on stderr; for an unknown flag the line suggests a known one."""
 
@@ -47,7 +68,7 @@ class ArgumentParser(argparse.ArgumentParser):
             word = (message.split()[2:] or ["''"])[0].split("=")[0]
             parsers = [self, *(self._subparsers._group_actions[0].choices.values() if self._subparsers else ())]
             flags = {flag for parser in parsers for flag in parser._option_string_actions}
-            near = difflib.get_close_matches(word, flags, n=1)
+            near = [FLAGS_OF_PEERS[word]] if word in FLAGS_OF_PEERS else difflib.get_close_matches(word, flags, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
         self.exit(2, f"{self.prog}: error: {message}\n" if is_local_rank_zero() else None)
 

@@ -83,6 +83,7 @@ def test_flags_override_the_demos_settings():
         (["--lora_rank", "-4"], "--lora_rank -4: must be at least 1"),
         (["--dry_run"], "--dry_run 0: needs --model too"),
         (["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch_size?"),
+        (["--learning_rate", "1e-5"], "unknown flag --learning_rate; did you mean --lr?"),
         (["--lam=3"], "unknown flag --lam; "),
         (["--model", "m"], "--model m: needs --data too"),
         (["--model", "m", "--data", "d"], "--model m: needs --output too"),
