@@ -59,7 +59,7 @@ class Tokenizer:
         return config | {"tokenizer_class": config.get("tokenizer_class") or default}
 
     def _special_token_id(self, key: str, default: int | None) -> int | None:
-        """The id of a token: the configuration's, else `default`, else one of config.json or generation_config.json."""
+        """The id of a token: the configuration's, else `default`, else one in config.json or generation_config.json."""
         if key in self._config:
             token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
             if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):

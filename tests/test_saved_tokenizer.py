@@ -138,6 +138,30 @@ def test_the_default_chat_template_is_found_as_in_transformers(peers, kinds, tmp
             assert peer.apply_chat_template(messages, return_dict=False) == ids
 
 
+@pytest.mark.parametrize("lists_tokens", [False, True])
+def test_files_that_contradict_each_other_are_read_as_in_transformers(peers, kinds, tmp_path, lists_tokens):
+    model_type, files, template = kinds["mistral-metaspace"]
+    config = json.loads(files[CONFIG])
+    if lists_tokens:
+        config["added_tokens_decoder"] = {"1": {"content": "<s>", "special": True}}
+    given = {"special_tokens_map.json": b'{"bos_token": "</s>"}', CONFIG: json.dumps(config).encode()}
+    given = files | given | {"config.json": json.dumps({"model_type": model_type}).encode()}
+    ours = Tokenizer.from_pretrained(write_files(tmp_path / "given", given))
+    saved = write_files(tmp_path / "saved", given | ours.files_for(template))
+    for folder in (tmp_path / "given", saved):
+        theirs = peers.transformers.AutoTokenizer.from_pretrained(folder)
+        assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id) == (1 if lists_tokens else 2, 2)
+
+
+def test_qwen_has_no_bos_though_its_config_names_one_as_in_transformers(peers, kinds, tmp_path):
+    model_type, files, _ = kinds["qwen3"]
+    model_config = {"model_type": model_type, "bos_token_id": 3, "eos_token_id": 4}
+    given = {name: content for name, content in files.items() if name != CONFIG}
+    folder = write_files(tmp_path, given | {"config.json": json.dumps(model_config).encode()})
+    ours, theirs = Tokenizer.from_pretrained(folder), peers.transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.bos_id is None and theirs.bos_token_id is None and ours.eos_id == 4
+
+
 def test_add_prefix_space_is_obeyed_as_in_transformers(peers, kinds, tmp_path):
     _, files, _ = kinds["llama-metaspace"]
     config = json.dumps(json.loads(files[CONFIG]) | {"add_prefix_space": False}).encode()
