@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +47,8 @@ def set_up_process() -> None:
     except (KeyError, OSError):
         os.environ["USER"] = f"uid{os.getuid()}"
     if not os.access(os.path.expanduser("~"), os.W_OK):
-        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton_{getpass.getuser()}"))
+        temporary = os.environ.get("TMPDIR", "/tmp")
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{temporary}/triton_{getpass.getuser()}")
 
 
 def _flush_streams() -> None:
