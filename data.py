@@ -71,10 +71,14 @@ class Format(NamedTuple):
     response: str | None = None  # without: the first key holds all turns
 
 
-FORMATS = (  # the first one whose keys a record has is taken
+TURN_LISTS = (
     Format("messages"),  # OpenAI, UltraChat 200K, Tulu 3
-    Format("conversations"),  # ShareGPT; LIMA
+    Format("conversations"),  # ShareGPT, LIMA
     Format("conversation"),  # Capybara
+    Format("data"),  # UltraChat
+)
+FORMATS = (  # the first one whose keys a record has is taken
+    *TURN_LISTS[:3],
     Format("instruction", "output"),  # Alpaca, MedAlpaca
     Format("instruction", "response"),  # Dolly
     Format("prompt", "completion"),  # TRL; texts, or lists of turns
@@ -83,7 +87,7 @@ FORMATS = (  # the first one whose keys a record has is taken
     Format("question", "response"),  # OpenOrca
     Format("question", "answer"),  # GSM8K
     Format("problem", "solution"),
-    Format("data"),  # UltraChat
+    TURN_LISTS[3],
     Format("text"),  # a document, all of it supervised
 )
 # Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
@@ -159,33 +163,41 @@ def _find_format(record: dict, formats: Iterable[Format]) -> Format:
 
 
 def _conversation(record: dict, form: Format, notes: list[str], last: str = "assistant") -> list[dict]:
-    """The messages of a record up to the last turn of the role `last`. Keys that are read are taken out of the record.
+    """The messages of a record up to the last turn of the role `last`. What is left out of them is added to `notes`.
 
-    What is left out of the turns is added to `notes`.
+    Keys that are read are taken out of the record.
     """
-    turns, response = record.pop(form.prompt), record.pop(form.response, None)
-    if not isinstance(turns, list):
-        if form.response is None and form.prompt in ("messages", "conversations", "conversation", "data"):
-            raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
-        prompt, extra = require_text(turns, form.prompt), record.pop("input" if "input" in record else "context", "")
-        if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
-            prompt += INPUT_HEADING + require_text(extra, "input")
-        turns = [{"role": "user", "content": prompt}]
-        if form.response:
-            turns.append({"role": "assistant", "content": require_text(response, form.response)})
-    elif form.response:
-        turns = turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
-    messages = _read_turns(turns, form.prompt, notes, last)
-    for number, pair in reversed([*enumerate(record.pop("history", ()))]):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"history[{number}] must be a prompt and its response")
-        earlier = zip(("user", "assistant"), pair, strict=True)
-        messages[:0] = [{"role": r, "content": require_text(text, f"history[{number}]")} for r, text in earlier]
+    messages = _read_turns(_take_turns(record, form), form.prompt, notes, last)
+    has_system = messages[0]["role"] == "system"
     if system := record.pop("system", None) or record.pop("system_prompt", None):
-        if any(message["role"] == "system" for message in messages):
+        if has_system:
             raise ValueError("system is given twice, as a key and as a turn")
         messages.insert(0, {"role": "system", "content": require_text(system, "system")})
-    return messages
+        has_system = True
+    earlier = []
+    for number, pair in enumerate(record.pop("history", ())):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"history[{number}] must be a prompt and its response")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            earlier.append({"role": role, "content": require_text(text, f"history[{number}]")})
+    return messages[:has_system] + earlier + messages[has_system:]
+
+
+def _take_turns(record: dict, form: Format) -> list:
+    """The turns of a record: the list under its first key, or a prompt and its response."""
+    turns, response = record.pop(form.prompt), record.pop(form.response, None)
+    if isinstance(turns, list):
+        answer = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
+        return turns + answer if form.response else turns
+    if form in TURN_LISTS:
+        raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
+    prompt, extra = require_text(turns, form.prompt), record.pop("input" if "input" in record else "context", "")
+    if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
+        prompt += INPUT_HEADING + require_text(extra, "input")
+    turns = [{"role": "user", "content": prompt}]
+    if form.response:
+        turns.append({"role": "assistant", "content": require_text(response, form.response)})
+    return turns
 
 
 def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dict]:
@@ -253,7 +265,7 @@ def require_text(value, key: str) -> str:
 
     A number becomes its digits, and a list of {"type": "text", "text"} is joined.
     """
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and value == value:  # not NaN
         return json.dumps(value)
     if isinstance(value, list) and value:
         if other := [part for part in value if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:

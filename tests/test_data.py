@@ -122,6 +122,8 @@ def test_system_and_history_of_any_format_come_first():
         record = FORMATS[name] | {"system": "Be brief.", "history": [["a", "b"], ["c", "d"]]}
         assert to_example(record).messages == [system, *earlier, *TURN]
     assert to_example({"messages": [{"role": "developer", "content": "Be brief."}, *TURN]}).messages == [system, *TURN]
+    with_turn = {"messages": [system, *TURN], "history": [["a", "b"], ["c", "d"]]}
+    assert to_example(with_turn).messages == [system, *earlier, *TURN]
     with pytest.raises(ValueError, match="system is given twice"):
         to_example({"system": "x", "messages": [system, *TURN]})
 
@@ -188,6 +190,7 @@ GOOD = FORMATS["alpaca"]
         ("[" * 100_000 + "\n", "not valid JSON"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: the role \['user'\] is not supported"),
         ({"messages": [7, TURN]}, r"messages\[0\]: a turn must be an object with role and content, not int"),
+        ({"text": float("nan"), "prompt": 1, "completion": [float("nan")]}, "completion has a part of type 'float'"),
         ({"text": ["x"]}, "text has a part of type 'str'; only texts"),
         (
             {"messages": [TURN[0], TURN[1] | {"content": [{"type": "image_url"}]}]},
@@ -287,6 +290,7 @@ def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp
 def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data_file, tokenizer, tmp_path, capsys):
     """Each record is bad at the same place as in one process; the good ones get the same ids as without the bad."""
     monkeypatch.setattr(infra.records, "CHUNK_BYTES", 300)
+    data_file.write_text(data_file.read_text().replace('{"instruction"', '{"topic": "x", "instruction"'))
     lines = data_file.read_text().splitlines()
     expected = load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
     data_file.write_text("\n".join([*lines[:45], "{broken", *lines[45:], '{"text": " "}']))
@@ -296,7 +300,8 @@ def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data
     assert dataset.ids == expected.ids and np.array_equal(dataset.token_ids, expected.token_ids)
     assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["46", "63"]
     assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == {"text": " "}
-    assert "1 of 63 records skipped: text is empty" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 63 records skipped: text is empty" in out and "ignored keys: topic (in 60) of 63 records" in out
 
 
 @pytest.mark.parametrize(
