@@ -86,7 +86,7 @@ def init_distributed():
     try:
         yield device
     except (ValueError, OSError) as error:
-        exit_with_error(str(error).replace("\n", " "))
+        exit_with_error(re.sub(r"\n(?!  )", " ", str(error)))  # one line, or one with an indented list below it
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).partition(". ")[0]
         exit_with_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")

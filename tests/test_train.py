@@ -687,6 +687,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--data", "broken.jsonl"], "broken.jsonl:7: not valid JSON"),
         (["--data", "unknown.jsonl"], "unknown.jsonl:1: unknown key 'instrution' (did you mean 'instruction'?)"),
         (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
+        (["--data", "bad.jsonl"], "2 of 3 records are bad (--skip_bad_records leaves them out), such as\n  "),
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
@@ -709,6 +710,7 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "broken.jsonl").write_text(good * 6 + '{"instruction": "a", "outp\n' + good)
     (tmp_path / "unknown.jsonl").write_text('{"instrution": "a", "output": "b"}\n')
     (tmp_path / "empty.jsonl").write_text(good + '{"instruction": "a", "output": ""}\n')
+    (tmp_path / "bad.jsonl").write_text(good + "{}\n[]\n")
     (tmp_path / "train.jsonl").write_text(good)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
@@ -728,7 +730,8 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     with pytest.raises(SystemExit) as exit:
         main(flags(folder, tmp_path / "o", *changes))
     error = capsys.readouterr().err
-    assert exit.value.code == 1 and message in error and error.count("\n") == 1, error
+    lines = 1 + 2 * message.endswith("\n  ")  # a list of two
+    assert exit.value.code == 1 and message in error and error.count("\n") == lines, error
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
