@@ -43,6 +43,7 @@ from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"
+SCORES = ROOT / "docs" / "study_scores.jsonl"  # mean probability and perplexity of each training example
 
 # --- Other uses of confidence -----------------------------------------------------------------------------------------
 
@@ -411,8 +412,12 @@ def link(path: Path, target: Path) -> None:
 
 def read_results() -> list[dict]:
     """All runs so far."""
-    RESULTS.touch()
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return read_lines(RESULTS)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSON lines file, which need not exist."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def run_folder(cell: Path, arm: str) -> Path:
@@ -463,7 +468,8 @@ def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, recor
     after.result()
     folder, settings = cell.result()
     output, scores = run_folder(folder, arm), folder / "confidence.jsonl"
-    if arm == "NTP" and not record and scores.exists():
+    if arm == "NTP" and not record and (scores.exists() or restore_scores(corpus, seed, folder)):
+        keep_scores(corpus, seed, folder)
         return
     shutil.rmtree(output, ignore_errors=True)
     request = {"name": arm, "cell": str(folder), "settings": settings}
@@ -478,6 +484,7 @@ def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, recor
         sys.exit(f"{request}:\n{process.stdout[-2000:]}{process.stderr[-3000:]}")
     if arm == "NTP" and (output / scores.name).exists():
         shutil.copy(output / scores.name, scores)
+        keep_scores(corpus, seed, folder)
     shutil.rmtree(output)
     if record:
         note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"]}
@@ -485,6 +492,28 @@ def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, recor
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(note, ensure_ascii=False) + "\n")
     print(f"{corpus}, seed {seed}, {arm}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def keep_scores(corpus: str, seed: int, folder: Path) -> None:
+    """Keep the scores by which a cell of real data is split, so that its arms can be run on another machine."""
+    kept = {(line["corpus"], line["seed"]) for line in read_lines(SCORES)}
+    if corpus in REALS and (corpus, seed) not in kept:
+        scores = TrainingDynamics.load(folder / "confidence.jsonl")
+        means = {"probability": scores.confidence, "perplexity": scores.mean_perplexity}
+        rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in means.items()}
+        with open(SCORES, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"corpus": corpus, "seed": seed, **rounded}) + "\n")
+
+
+def restore_scores(corpus: str, seed: int, folder: Path) -> bool:
+    """Write a cell's confidence.jsonl from the scores that were kept. -> whether there are any"""
+    for line in read_lines(SCORES):
+        if (line["corpus"], line["seed"]) == (corpus, seed):
+            ids = [example.id for example in load_examples(folder / "train.jsonl")]
+            means = (np.array([line[name]]) for name in ("probability", "perplexity"))
+            TrainingDynamics(ids, *means).save(folder / "confidence.jsonl")
+            return True
+    return False
 
 
 def one(request: dict) -> None:
