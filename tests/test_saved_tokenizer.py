@@ -246,3 +246,11 @@ def test_answers_with_thoughts_are_refused_where_the_prompt_has_an_empty_one(tok
         qwen3.render_conversation(thought, "qwen3")
     qwen3.render_conversation(thought, "chatml")
     qwen3.render_conversation([*thought, user("so?")], "qwen3")  # a thought in an earlier turn is no prompt's
+
+
+def test_tokenizers_that_differ_in_a_special_token_have_other_fingerprints(kinds):
+    """So one does not take the other's encoded data from the cache."""
+    files = {"tokenizer.json": kinds["llama3"][1]["tokenizer.json"]}
+    one, other = (Tokenizer(files, {"model_type": "llama", "eos_token_id": token_id}) for token_id in (3, 4))
+    assert (one.eos_id, other.eos_id) == (3, 4) and one.fingerprint != other.fingerprint
+    assert one.fingerprint == Tokenizer(files, {"model_type": "llama", "eos_token_id": [3]}).fingerprint
