@@ -122,8 +122,8 @@ def is_local_rank_zero() -> bool:
 def defer_signals():
     """Yield a list to which SIGTERM, SIGINT and SIGHUP are appended instead of ending the process.
 
-    In a run of one process, a second signal raises KeyboardInterrupt. SIGHUP does not count: when a terminal closes, the
-    shell and the kernel may each send one, and service managers send it beside SIGTERM.
+    In a run of one process, a second signal raises KeyboardInterrupt. SIGHUP does not count: when a terminal closes,
+    the shell and the kernel may each send one, and service managers send it beside SIGTERM.
     """
     received = []
 
