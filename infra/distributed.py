@@ -122,13 +122,13 @@ def is_local_rank_zero() -> bool:
 def defer_signals():
     """Yield a list to which SIGTERM, SIGINT and SIGHUP are appended instead of ending the process.
 
-    In a run of one process, a second SIGTERM or SIGINT raises KeyboardInterrupt. A second SIGHUP does not: when a
-    terminal closes, the shell and the kernel may each send one.
+    In a run of one process, a second signal raises KeyboardInterrupt. SIGHUP does not count: when a terminal closes,
+    the shell and the kernel may each send one, and service managers send it beside SIGTERM.
     """
     received = []
 
     def handler(number, frame):
-        if number in received and number != signal.SIGHUP and world_size() == 1:
+        if number != signal.SIGHUP and set(received) - {signal.SIGHUP} and world_size() == 1:
             raise KeyboardInterrupt
         received.append(number)
 
