@@ -95,6 +95,16 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: not found")
 
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for one in git-lfs
+
+
+def check_no_pointers(folder: Path) -> None:
+    """ValueError if a file in the folder is only a pointer to what git-lfs has not downloaded."""
+    for file in folder.iterdir():
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
+            raise ValueError(f"{file}: a pointer of git-lfs, not the file itself; run: git lfs pull")
+
+
 def set_mode(path: Path, mode: int) -> None:
     """Change permissions where the file system has them: CIFS and buckets mounted as folders may refuse."""
     with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ from infra.distributed import (
 from infra.files import (
     MANIFEST,
     atomic_write,
+    check_no_pointers,
     checksums,
     fsync,
     read_json,
@@ -48,6 +49,7 @@ def load_config(path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
+    check_no_pointers(Path(path))
     values = read_json(file)
     try:
         return ModelConfig.from_dict(values)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.files import check_file, sha256_of
+from infra.files import LFS_POINTER, check_file, sha256_of
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
@@ -147,8 +147,8 @@ def split_file(path: Path) -> Iterator[Chunk]:
     try:
         with _open(path) as file:
             content, first = file.read(CHUNK_BYTES) + file.readline(), 1
-            if content.startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path}: a pointer of git-lfs, not the data itself; run: git lfs pull")
+            if content.startswith(LFS_POINTER):
+                raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run: git lfs pull")
             content = content.removeprefix(b"\xef\xbb\xbf")
             if _is_document(path, content, is_whole=not (rest := file.read(64)).strip()):
                 yield Document(path)

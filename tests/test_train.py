@@ -692,6 +692,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--model", "none"], "config.json: not found"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
         (["--model", "holes"], "model-00002-of-00003.safetensors: not found"),
+        (["--model", "pointer"], "tokenizer.model: a pointer of git-lfs, not the file itself; run: git lfs pull"),
         (["--model", "other"], "config.json: model_type: 'mamba' is not supported"),
         (["--model", "generation"], "generation_config.json: not valid JSON"),
         (["--model", "window"], "--max_length 200: window has only 64 tokens in its sliding_window"),
@@ -722,6 +723,8 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     save_model(tiny_model(400, model_type="mistral", sliding_window=64), tmp_path / "window", files)
     damaged = files | {"generation_config.json": b"{"}
     save_model(tiny_model(400, max_position_embeddings=512), tmp_path / "generation", damaged)
+    shutil.copytree(tmp_path / "small", tmp_path / "pointer")
+    (tmp_path / "pointer" / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
     TrainingDynamics(["x"], np.array([[0.5]]), np.array([[2.0]])).save(tmp_path / "other.jsonl")
