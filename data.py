@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from infra.records import is_conversation, read_records
+from infra.records import read_records
 from mixup import IGNORE_INDEX, pair_positions, to_device
 from tokenizer import INPUT_HEADING, Tokenizer
 
@@ -106,13 +106,13 @@ _TEMPLATE_TOKENS = re.compile(
 )
 
 
-def to_example(record) -> Example:
+def to_example(record: dict) -> Example:
     """Read a record of any format; ValueError names the key at fault. Equal records get equal ids.
 
     >>> to_example({"question": "Who wrote it?", "answer": "R. Moll.", "topic": "books"}).notes
     ('ignored key topic',)
     """
-    record = _clean(record)
+    record = _drop_missing(record)
     form, notes = _find_format(record, FORMATS), []
     if form.prompt == "text":
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
@@ -125,12 +125,12 @@ def to_example(record) -> Example:
     return Example(content_id, messages, tuple(dict.fromkeys(notes)))
 
 
-def to_prompt(record) -> tuple[list[dict], list[str]]:
+def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
     """Read what a record asks. -> (the messages before, the user turns to be answered one after the other)
 
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
-    record = _clean(record)
+    record = _drop_missing(record)
     prompts = [Format("turns"), *(Format(prompt) for prompt, _ in FORMATS if prompt != "text")]
     form = _find_format(record, prompts)
     if form.prompt == "turns":
@@ -141,12 +141,8 @@ def to_prompt(record) -> tuple[list[dict], list[str]]:
     return before, [last["content"]]
 
 
-def _clean(record) -> dict:
+def _drop_missing(record: dict) -> dict:
     """The keys of a record that have a value. Data sets that were merged have null in the columns of the others."""
-    if is_conversation(record):
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
     return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
 
 

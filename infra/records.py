@@ -274,6 +274,10 @@ class Reading:
                 self.bad.append(BadRecord(place, record.reason, record.text))
                 continue
             try:
+                if is_conversation(record):
+                    record = {"messages": record}
+                if not isinstance(record, dict):
+                    raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
                 yield parse(record)
             except ValueError as error:
                 self.bad.append(BadRecord(place, str(error), record))
