@@ -195,14 +195,15 @@ REALS = {
         for lr in (3e-5, 1e-4, 3e-4)
     },
 }
+FIRST_3M = [*BASE_135M[:3], "label smoothing, ε = 0.04"]
 DOSES = [  # of smoothing and of Mixup
     *(f"label smoothing, ε = {epsilon}" for epsilon in (0.013, 0.04, 0.083, 0.25)),
     *("SFTMix, μ = 0.1", "SFTMix", "SFTMix, μ = 0.5", "SFTMix, μ = 1"),
 ]
 _SMALL = {"epochs": 5, "lr": 1e-3, "seeds": 5, "num_held_out": 200, "max_length": 256, "max_question": 200}
 REALS |= {
-    "3M Alpaca": Real([*BASE_135M[:4], *DOSES, *RIVALS, "SFTMix, by a weaker model"], num_train=300, **_SMALL),
-    "3M MedQuAD": Real([*BASE_135M[:4], "label smoothing, ε = 0.04"], num_train=200, **_SMALL),
+    "3M Alpaca": Real([*FIRST_3M, *DOSES, *RIVALS, "SFTMix, by a weaker model"], num_train=300, **_SMALL),
+    "3M MedQuAD": Real(FIRST_3M, num_train=200, **_SMALL),
 }
 
 
@@ -526,7 +527,8 @@ def run(args) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.corpus in REALS:
         real = REALS[args.corpus]
-        plan, seeds = [(args.corpus, [arm for arm in real.arms if args.weaker or not ARMS[arm].weaker])], real.seeds
+        arms = list(dict.fromkeys(arm for arm in real.arms if args.weaker or not ARMS[arm].weaker))
+        plan, seeds = [(args.corpus, arms[:4]), (args.corpus, arms)], real.seeds  # the most important with all seeds
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:

@@ -204,7 +204,7 @@ MARGIN = 0.01  # nats of loss at own temperature below which a difference is too
 def real_table(results: Results, corpus: str) -> list[str]:
     """A row for each arm of a cell of real data: means over its seeds, and in brackets differences to NTP."""
     lines = [f"| arm | seeds | {' | '.join(REAL_MEASURES)} |", "|---|---|" + "---|" * len(REAL_MEASURES)]
-    for arm in ["NTP", EARLY_STOPPING, *REALS[corpus].arms[1:]]:
+    for arm in dict.fromkeys(["NTP", EARLY_STOPPING, *REALS[corpus].arms]):
         row = [arm, str(len(results.of([corpus], arm, "loss")))]
         for key, form, factor in REAL_MEASURES.values():
             values = [factor * value for value in results.of([corpus], arm, key).values()]
