@@ -187,7 +187,10 @@ def check_resume_config(config, checksums_now: dict | None = None):
         return config
     before = read_json(file)
     resolved = {name: before.get(name) for name in ("max_length", "template", "dtype") if getattr(config, name) is None}
-    config = replace(config, **resolved)
+    try:
+        config = replace(config, **resolved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: changed since it was written ({error})") from None
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in config.RESUME_MAY_CHANGE and value != before.get(field.name):

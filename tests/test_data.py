@@ -30,7 +30,7 @@ from data import (
 from infra.cache import _init_worker, cache_path, encode_files, load_cache, load_dataset
 from infra.demo import demo_corpus
 from infra.distributed import prefetch
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer, _segments
 
 TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 FORMATS = {
@@ -142,6 +142,8 @@ def test_a_turn_marked_as_not_to_be_learned_is_context_only(tokenizer, name, key
     all_ids, all_mask = tokenizer.render_conversation([*TURN, *TURN], "alpaca")
     assert ids == all_ids and sum(mask) == sum(all_mask) / 2 and mask[-2:] == all_mask[-2:]
     assert example.id != to_example({name: [*TURN, *TURN]}).id
+    cuts, all_cuts = ([s.text for s in _segments(m, TEMPLATES["alpaca"])] for m in (example.messages, [*TURN, *TURN]))
+    assert cuts == all_cuts
 
 
 @pytest.mark.parametrize(
