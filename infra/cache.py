@@ -102,7 +102,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
                 dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
                     getattr(dataset, name).tofile(file)
-        found = {"num_records": reading.num_records, "bad": reading.bad, "notes": reading.notes}
+        found = {"counts": reading.counts, "bad": reading.bad, "notes": reading.notes}
         (tmp / "reading.json").write_text(json.dumps(found, default=str))
         (tmp / "counts.json").write_text(json.dumps(counts))
         try:
@@ -177,7 +177,7 @@ def load_cache(folder: Path) -> tuple[Dataset, Reading]:
         counts = Counter(json.loads((folder / "counts.json").read_text()))
         reading = json.loads((folder / "reading.json").read_text())
         bad = [BadRecord(*record) for record in reading["bad"]]
-        reading = Reading(reading["num_records"], bad, Counter(reading["notes"]))
+        reading = Reading(Counter(reading["counts"]), bad, Counter(reading["notes"]))
         open_array = partial(np.memmap, mode="r") if counts["examples"] else np.fromfile  # an empty file has no map
         arrays = {name: open_array(folder / name, dtype) for name, dtype in ARRAY_DTYPES.items()}
         complete = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]

@@ -4,6 +4,7 @@ What the keys of a record mean is in data.py. Here is where records are, how a f
 are bad.
 """
 
+import contextlib
 import glob
 import gzip
 import json
@@ -209,15 +210,18 @@ def _is_list_of(kind: type, value) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
+@contextlib.contextmanager
 def _parquet(path: Path):
+    """Open a parquet file. What pyarrow raises becomes a ValueError that names the file."""
     try:
         from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"{path}: a parquet file needs pyarrow: pip install pyarrow") from None
     try:
-        return ParquetFile(path)
-    except ArrowException as error:
+        with ParquetFile(path) as file:
+            yield file
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from None
 
 
@@ -247,6 +251,7 @@ def parse_json(content: bytes):
 class BadRecord(NamedTuple):
     """A record that cannot be read."""
 
+    file: str
     place: str
     reason: str
     record: object  # the text of a line that is no JSON
@@ -256,22 +261,28 @@ class BadRecord(NamedTuple):
 class Reading:
     """What was found on the way through some records, beside what they say."""
 
-    num_records: int = 0
+    counts: Counter = field(default_factory=Counter)  # records of each file
     bad: list[BadRecord] = field(default_factory=list)
     notes: Counter = field(default_factory=Counter)  # what was left out of how many records
 
+    @property
+    def num_records(self) -> int:
+        """How many records there are, good and bad."""
+        return self.counts.total()
+
     def add(self, other: "Reading") -> None:
         """Add what was found in a later part."""
-        self.num_records += other.num_records
+        self.counts += other.counts
         self.bad += other.bad
         self.notes += other.notes
 
     def parse(self, chunk: Chunk, parse: Callable) -> Iterator:
         """Yield `parse(record)` of the good records of a part; a ValueError of `parse` makes a record bad."""
+        file = str(chunk.path)
         for place, record in chunk.records():
-            self.num_records += 1
+            self.counts[file] += 1
             if isinstance(record, Unreadable):
-                self.bad.append(BadRecord(place, record.reason, record.text))
+                self.bad.append(BadRecord(file, place, record.reason, record.text))
                 continue
             try:
                 if is_conversation(record):
@@ -280,7 +291,7 @@ class Reading:
                     raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
                 yield parse(record)
             except ValueError as error:
-                self.bad.append(BadRecord(place, str(error), record))
+                self.bad.append(BadRecord(file, place, str(error), record))
 
     def summary(self) -> list[str]:
         """Lines that say what was left out, of how many records."""
@@ -300,10 +311,14 @@ class Reading:
         num_bad = len(self.bad)
         if self.num_records == 0:
             raise ValueError(f"{name}: no records in it")
-        if num_bad == 0 or (skip_bad and num_bad <= self.num_records / 2):
+        bad_by_file = Counter(bad.file for bad in self.bad)
+        mostly_bad = [file for file, count in bad_by_file.items() if count > self.counts[file] / 2]
+        if num_bad == 0 or (skip_bad and not mostly_bad):
             return
         first, *more = [f"{bad.place}: {bad.reason}" for bad in self.bad[:5]]
-        advice = "more than half, so that none is skipped" if skip_bad else "--skip_bad_records leaves them out"
+        advice = "--skip_bad_records leaves them out"
+        if skip_bad:
+            advice = f"in {mostly_bad[0]} more than half, so that none is skipped"
         if not more:
             raise ValueError(f"{first} ({advice})")
         named = "".join(f"\n  {line}" for line in (first, *more))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,16 +129,17 @@ def test_all_bad_records_are_counted_and_the_first_five_named(tmp_path):
 
 def test_a_file_that_is_bad_for_the_most_part_is_refused(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"a": 1}\n{"b": 2}\n')
-    with pytest.raises(ValueError, match=r"2 of 3 records are bad \(more than half, so that none is skipped\)"):
-        load_examples(tmp_path / "d.jsonl", skip_bad_records=True)
+    (tmp_path / "good.jsonl").write_bytes(LINES)  # good records of another file do not make up for it
+    with pytest.raises(ValueError, match=r"2 of 8 records are bad \(in .*d.jsonl more than half, so"):
+        load_examples(tmp_path, skip_bad_records=True)
 
 
 def test_the_summary_says_what_was_left_out_of_how_many():
     reading = Reading()
     records = [RECORDS[0] | {"tools": "[]", "id": n} for n in range(3)] + [{"text": ""}, {"text": " "}]
     records += [{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": n}]} for n in range(2)]
-    chunk = type("Part", (), {"records": lambda self: ((f"d:{n}", record) for n, record in enumerate(records))})()
-    for example in reading.parse(chunk, to_example):
+    part = SimpleNamespace(path="d", records=lambda: ((f"d:{n}", record) for n, record in enumerate(records)))
+    for example in reading.parse(part, to_example):
         reading.notes.update(example.notes)
     assert reading.summary() == [
         "2 of 7 records skipped: text is empty; fill it in or remove the record",
