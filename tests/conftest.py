@@ -1,7 +1,9 @@
 """What the tests share: a tiny model and a tiny tokenizer, made on the spot, and runs in several processes."""
 
+import atexit
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ TINY = {
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # or each failure prints pages of it
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sftmix-tests-")  # where data is kept encoded
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def tiny_model(vocab_size=300, seed=0, **changes) -> Transformer:
