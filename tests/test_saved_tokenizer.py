@@ -232,6 +232,17 @@ def test_an_example_or_a_conversation_that_would_change_ends_the_run(tokenizer, 
         check_saved_tokenizer(tokenizer, dataset, config)
 
 
+def test_a_tokenizer_without_eos_is_checked_without_a_plain_text(tokenizer, tmp_path):
+    config = json.loads(tokenizer.files[CONFIG]) | {"eos_token": None}
+    added = {"added_tokens.json": b'{"<|im_start|>": 401, "<|im_end|>": 400}', CONFIG: json.dumps(config).encode()}
+    endless = Tokenizer(tokenizer.files | added)
+    save_model(tiny_model(vocab_size=402), tmp_path / "model", endless.files_for("chatml"))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "the dog", "completion": "foxes"}')
+    paths = {name: str(tmp_path / file) for name, file in (("model", "model"), ("data", "data.jsonl"), ("output", "o"))}
+    config = train.TrainConfig(**paths, template="chatml", max_length=100)
+    check_saved_tokenizer(endless, encode_examples(load_examples(config.data), endless, "chatml", 100), config)
+
+
 def test_fixed_conversations_have_every_number_of_turns():
     roles = [[message["role"] for message in messages] for messages in fixed_conversations()]
     assert ["text"] in roles and ["user"] in roles and ["system", *["user", "assistant"] * 3] in roles
