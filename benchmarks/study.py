@@ -235,8 +235,9 @@ DEMO_SETTINGS = SETTINGS | {"lr": 1e-3, "max_length": 256, "dtype": "fp32"}
 
 
 def run_train(flags: dict, *words: str) -> None:
-    """train.py, with values by flag."""
-    train.main([*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *words])
+    """train.py, with values by flag; it goes on from where it was stopped."""
+    flags = {"save_every": 25, "keep_last": 1, **flags}
+    train.main([*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *words, "--resume"])
 
 
 def score(model: Path, data: Path, output: Path, settings: dict) -> None:
@@ -472,7 +473,6 @@ def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, recor
     if arm == "NTP" and not record and (scores.exists() or restore_scores(corpus, seed, folder)):
         keep_scores(corpus, seed, folder)
         return
-    shutil.rmtree(output, ignore_errors=True)
     request = {"name": arm, "cell": str(folder), "settings": settings}
     began = time.perf_counter()
     process = subprocess.run(
