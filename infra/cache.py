@@ -35,15 +35,9 @@ def choose_cache(cache=None, output=None, file=None) -> str:
     If neither --cache nor XDG_CACHE_HOME is given, and the home folder is missing or cannot be written to, it is a
     folder in `output`, which all machines of a run see, or without `output` in the system's folder for temporary files;
     a line in `file` says so.
-    Raises OSError if a folder that is given cannot be written to.
     """
     given = cache or (os.environ.get("XDG_CACHE_HOME") and Path(os.environ["XDG_CACHE_HOME"]) / "sftmix")
-    if rank() == 0 and given:
-        try:
-            try_to_write(Path(given))
-        except OSError as error:
-            raise OSError(f"{given}: encoded data cannot be kept there ({error.strerror})") from None
-    elif rank() == 0:
+    if rank() == 0 and not given:
         try:
             given = Path.home() / ".cache" / "sftmix"
             os.stat(Path.home())  # a home folder is not created here
@@ -79,12 +73,15 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     """Encode data files into `folder`, part by part, with one process for each core.
 
     Only a JSON list is ever in memory as a whole. The folder is renamed to its name when it is complete. Bad records
-    are kept beside the encoded examples. Raises FileNotFoundError, or ValueError for a file that cannot be read.
+    are kept beside the encoded examples. Raises FileNotFoundError, ValueError for a file that cannot be read, or OSError.
     """
     chunks = (chunk for file in find_files(data) for chunk in split_file(file))
     encode = partial(_encode_chunk, tokenizer, template, max_length)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OSError(f"{folder.parent}: encoded data cannot be kept there ({error.strerror})") from None
     set_mode(tmp, folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
     counts, id_counts, reading = Counter(), Counter(), Reading()
     try:
