@@ -73,7 +73,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     """Encode data files into `folder`, part by part, with one process for each core.
 
     Only a JSON list is ever in memory as a whole. The folder is renamed to its name when it is complete. Bad records
-    are kept beside the encoded examples. Raises FileNotFoundError, ValueError for a file that cannot be read, or OSError.
+    are kept beside the encoded examples. Raises ValueError for a file that cannot be read, or OSError.
     """
     chunks = (chunk for file in find_files(data) for chunk in split_file(file))
     encode = partial(_encode_chunk, tokenizer, template, max_length)
