@@ -314,19 +314,20 @@ def effects(results: Results, axes, cells: list[str], arms: list[str], measure: 
 
 
 def picture(results: Results) -> None:
-    """Draw what SFTMix and random pairs change over NTP, on real data and on the demo's."""
+    """Draw what SFTMix and random pairs change over NTP, on real data with three seeds or more, and on the demo's."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     arms, key = ["SFTMix, by perplexity", "random pairs"], "loss_at_temperature"
     cells = [cell for cell in REALS if all(results.difference([cell], arm, "NTP", key) for arm in arms)]
+    panels = 1 + bool(cells)
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False)
     if cells:
-        effects(results, left, cells, arms, key, 1)
-    left.axvspan(-MARGIN, MARGIN, color="black", alpha=0.08, lw=0)
-    left.set(xlabel="nats; grey: too small to matter", title="Real data: held-out loss at own temperature, over NTP")
-    effects(results, right, list(DEMOS), ["SFTMix", "random pairs"], "accuracy", 100)
-    right.set(xlabel="points", title="Demo, by % of wrong answers: exact match, over NTP")
+        effects(results, axes[0, 0], cells, arms, key, 1)
+        axes[0, 0].axvspan(-MARGIN, MARGIN, color="black", alpha=0.08, lw=0)
+        axes[0, 0].set(xlabel="nats; grey: too small to matter", title="Held-out loss at own temperature, over NTP")
+    effects(results, axes[0, -1], list(DEMOS), ["SFTMix", "random pairs"], "accuracy", 100)
+    axes[0, -1].set(xlabel="points; the demo, by % of wrong answers", title="Exact match, over NTP")
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)
