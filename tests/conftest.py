@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ TINY = {
 
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # or each failure prints pages of it
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it, and so would the runs that are to be stopped by it
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sftmix-tests-")  # where data is kept encoded
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
