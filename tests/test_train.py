@@ -516,6 +516,16 @@ def test_data_that_is_removed_while_a_run_goes_on_changes_nothing(finished, copi
         assert one == other and one["accuracy"] is not None
 
 
+def test_skipped_records_are_listed_in_the_output(copied):
+    with open(copied / "train.jsonl", "a") as file:
+        file.write('{"instruction": "x", "output": ""}\n{broken\n')
+    main(flags(copied, copied / "o", "--stage", "base", "--skip_bad_records"))
+    skipped = [json.loads(line) for line in (copied / "o" / "skipped.jsonl").read_text().splitlines()]
+    assert [record["place"] for record in skipped] == [f"{copied}/train.jsonl:{line}" for line in (22, 23)]
+    assert [record["record"] for record in skipped] == [{"instruction": "x", "output": ""}, "{broken"]
+    assert "output is empty" in skipped[0]["reason"] and "not valid JSON" in skipped[1]["reason"]
+
+
 def test_scores_are_read_once(finished, copied, monkeypatch):
     scores = copied / "scores.jsonl"
     shutil.copy(finished / "confidence.jsonl", scores)
