@@ -192,7 +192,7 @@ def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
         return False
     if isinstance(value, dict):
         return _wrapped(value) is not None
-    return _is_list_of(list, value) or (_is_list_of(dict, value) and not is_conversation(value))
+    return _is_list_of((dict, list), value) and not is_conversation(value)
 
 
 def _wrapped(value: dict) -> list | None:
@@ -206,8 +206,8 @@ def is_conversation(value) -> bool:
     return bool(value) and _is_list_of(dict, value) and all("content" in turn or "value" in turn for turn in value)
 
 
-def _is_list_of(kind: type, value) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+def _is_list_of(kinds, value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from infra.records import CHUNK_ROWS, Reading, find_files, read_records, split_f
 
 RECORDS = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(5)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+PAIR = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 INDENTED = json.dumps(RECORDS, indent=1).encode()
 ONE = json.dumps(RECORDS[:1]).encode()
 
@@ -29,6 +30,7 @@ ONE = json.dumps(RECORDS[:1]).encode()
         ("d.json", json.dumps({"version": 1, "data": RECORDS}).encode(), 5),
         ("d.json", json.dumps({"version": 1, "data": RECORDS}, indent=2).encode(), 5),
         ("d.json", ONE, 1),
+        ("d.json", json.dumps([*RECORDS, PAIR]).encode(), 6),
         ("d.jsonl", ONE + b"\n\n", 1),
         ("d.json", json.dumps(RECORDS[0], indent=1).encode(), 1),
         ("d.jsonl", json.dumps({"data": ["Why?", "So."]}).encode(), 1),
