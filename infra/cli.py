@@ -79,7 +79,7 @@ def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
 
 
-DATA_HELP = "files (.jsonl, .json, .parquet, each also as .gz), folders or patterns of them"
+DATA_HELP = "files (.jsonl, .json, also as .gz; .parquet), folders or patterns of them"
 
 
 def add_data_flag(parser: ArgumentParser, what: str, required: bool) -> None:
