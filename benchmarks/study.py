@@ -488,11 +488,17 @@ def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, recor
         keep_scores(corpus, seed, folder)
     shutil.rmtree(output)
     if record:
-        note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"]}
+        note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"], "commit": commit()}
         note |= json.loads(process.stdout.splitlines()[-1])
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(note, ensure_ascii=False) + "\n")
     print(f"{corpus}, seed {seed}, {arm}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def commit() -> str:
+    """The commit of the code that runs; arms that are compared should have the same of data.py and tokenizer.py."""
+    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def keep_scores(corpus: str, seed: int, folder: Path) -> None:
