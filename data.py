@@ -344,6 +344,11 @@ class Dataset(Sequence):
         return ids[:-1], ids[1:].masked_fill(~loss_mask[1:], IGNORE_INDEX)
 
     @property
+    def has_texts(self) -> bool:
+        """Whether there are plain texts among the examples, which have no prompt: all of their tokens are predicted."""
+        return bool((self.num_supervised == self.lengths).any())
+
+    @property
     def ids(self) -> list[str]:
         """The ids of the examples, in order."""
         return [example_id.decode() for example_id in self.example_ids.tolist()]

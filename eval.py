@@ -251,9 +251,9 @@ def exact_match(model: Transformer, dataset: Dataset, tokenizer: Tokenizer, temp
     Decoding is greedy, from the prompt ids of training, and the end token must be generated too, so that a truncated
     example never matches. White space around the answer does not count. Raises ValueError for a plain text.
     """
-    prompts, expected = zip(*(split_last_turn(*example) for example in dataset), strict=True)
-    if min(map(len, prompts)) == 1:
+    if dataset.has_texts:
         raise ValueError("exact match asks for prompts with responses, and there are plain texts among the examples")
+    prompts, expected = zip(*(split_last_turn(*example) for example in dataset), strict=True)
     stop_ids = tokenizer.stop_ids(template)
     # A few more tokens than the encoding has: the model may generate the same text in smaller pieces.
     answers = generate_fitting(model, list(prompts), max(map(len, expected)) + 4, stop_ids)
@@ -261,7 +261,8 @@ def exact_match(model: Transformer, dataset: Dataset, tokenizer: Tokenizer, temp
     def text(ids: list[int]) -> str | None:
         return tokenizer.decode(ids).strip() if ids and ids[-1] in stop_ids else None
 
-    num_correct = sum(text(ids) is not None and text(ids) == text(e) for ids, e in zip(answers, expected, strict=True))
+    pairs = [(text(answer), text(ids)) for answer, ids in zip(answers, expected, strict=True)]
+    num_correct = sum(answer is not None and answer == right for answer, right in pairs)
     return {"accuracy": num_correct / len(dataset), "accuracy_interval": wilson_interval(num_correct, len(dataset))}
 
 
@@ -424,9 +425,8 @@ def evaluate(
 ) -> dict:
     """Held-out loss, and exact match if all examples are complete, short and no plain texts (else None)."""
     result = held_out_loss(model, held_out, micro_batch_tokens)
-    is_text = held_out.num_supervised == held_out.lengths
     too_long = held_out.num_truncated or held_out.num_dropped or held_out.num_supervised.max() > MAX_MATCH_TOKENS
-    if too_long or is_text.any():
+    if too_long or held_out.has_texts:
         return result | {"accuracy": None, "accuracy_interval": None}
     return result | exact_match(model, held_out, tokenizer, template)
 

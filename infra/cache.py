@@ -23,7 +23,7 @@ import numpy as np
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
 from infra.distributed import barrier, broadcast_object, print0, rank
 from infra.files import set_mode
-from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_file
+from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,6 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     Only a JSON list is ever in memory as a whole. The folder is renamed to its name when it is complete. Bad records
     are kept beside the encoded examples. Raises ValueError for a file that cannot be read, or OSError.
     """
-    chunks = (chunk for file in find_files(data) for chunk in split_file(file))
     encode = partial(_encode_chunk, tokenizer, template, max_length)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
-            for dataset, found in parallel_map(encode, chunks, stack):
+            for dataset, found in parallel_map(encode, split_files(data), stack):
                 reading.add(found)
                 counts += Counter(
                     examples=len(dataset),

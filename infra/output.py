@@ -20,7 +20,7 @@ from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, load_config, save_adapter, save_model
 from infra.locks import file_lock
 from infra.metrics import log_step
-from infra.records import Reading, describe, find_files, split_file
+from infra.records import Reading, describe, split_files
 from infra.savepoints import Savepoints, check_finite
 from model import Transformer
 from tokenizer import Tokenizer
@@ -171,8 +171,7 @@ def check_saved_tokenizer(tokenizer: Tokenizer, dataset: Dataset, config) -> Non
         if found != expected:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"a saved model's tokenizer would give other ids to a conversation of {roles}{advice}")
-    chunks = (chunk for file in find_files(config.data) for chunk in split_file(file))
-    examples = (example for chunk in chunks for example in Reading().parse(chunk, to_example))
+    examples = (example for chunk in split_files(config.data) for example in Reading().parse(chunk, to_example))
     again = encode_examples(islice(examples, CHECKED_EXAMPLES), saved, config.template, config.max_length)
     for number, (found, expected) in enumerate(zip(again, dataset, strict=False), start=1):
         if not all(map(torch.equal, found, expected)):

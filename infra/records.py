@@ -163,6 +163,11 @@ def split_file(path: Path) -> Iterator[Chunk]:
         raise ValueError(f"{path}: the compressed file is damaged ({error})") from None
 
 
+def split_files(data) -> Iterator[Chunk]:
+    """The parts of all files of `data`, in order."""
+    return (chunk for file in find_files(data) for chunk in split_file(file))
+
+
 _NO_TEXT = {  # how files begin that hold no text in UTF-8
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
@@ -331,8 +336,7 @@ def read_records(data, parse: Callable, skip_bad: bool = False) -> list:
     Raises FileNotFoundError, or ValueError for what is wrong with a file or its records.
     """
     reading, parsed = Reading(), []
-    for file in find_files(data):
-        for chunk in split_file(file):
-            parsed += reading.parse(chunk, parse)
+    for chunk in split_files(data):
+        parsed += reading.parse(chunk, parse)
     reading.check(describe(data), skip_bad)
     return parsed
