@@ -561,7 +561,6 @@ def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
 
 def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
     """Train the base again, with Mixup. -> entries of results.json by stage: sftmix, and online also confidence"""
-    check_model_unchanged(config)
     sampler = sftmix_sampler(config, inputs, device)
     model = load_trainable(config, device)
     log, savepoints = stage_log(config, "sftmix"), stage_savepoints(config, "sftmix")
@@ -657,6 +656,8 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "confidence" in stages:
         record_stage(config, "confidence", confidence_stage(config, inputs, device))
     if "sftmix" in stages:
+        if stages[0] != "sftmix":  # the base was read before another stage, perhaps hours ago
+            check_model_unchanged(config)
         for stage, entry in sftmix_stage(config, inputs, device).items():
             record_stage(config, stage, entry)
 

@@ -536,7 +536,7 @@ def test_scores_are_read_once(finished, copied, monkeypatch):
 
 def test_a_base_that_changes_while_a_run_goes_on_is_told(copied, monkeypatch, capsys):
     other = copied / "o" / "reference" / "model.safetensors"
-    before_stage(monkeypatch, "sftmix", lambda: shutil.copy(other, copied / "model"))
+    before_stage(monkeypatch, "confidence", lambda: shutil.copy(other, copied / "model"))
     with pytest.raises(SystemExit):
         main(flags(copied, copied / "o"))
     assert "model: is not what it was when the run began" in capsys.readouterr().err
