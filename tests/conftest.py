@@ -53,6 +53,19 @@ def random_encoded(lengths, vocab_size=300, seed=0):
     return encoded
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="what the numerical tests run on")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """The device that --device names. Tests that ask for it are skipped where the machine has no such device."""
+    device = torch.device(request.config.getoption("--device"))
+    if not getattr(torch, device.type).is_available():
+        pytest.skip(f"--device {device.type}: PyTorch has no such device here")
+    return device
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """A SentencePiece tokenizer of 400 pieces, trained on a few sentences."""
