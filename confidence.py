@@ -36,11 +36,10 @@ from infra.cli import (
     check_output_path,
     require_matplotlib,
 )
+from infra.device import DTYPES, resolve_dtype
 from infra.distributed import (
-    DTYPES,
     all_reduce_sum,
     barrier,
-    fastest_dtype,
     init_distributed,
     prefetch,
     print0,
@@ -114,12 +113,14 @@ class ScoreAccumulator:
 
     def __init__(self, num_supervised: Sequence[int], device, max_epochs: int = 0):
         self.num_supervised = np.asarray(num_supervised)  # [N]
+        device = "cpu" if torch.device(device).type == "mps" else device  # Apple GPUs have no float64
         self.sums = torch.zeros(3, len(num_supervised), dtype=torch.float64, device=device)  # Σ p, Σ log p, not finite
         self.num_epochs = 0
         self.history = torch.zeros(max_epochs, 2, len(num_supervised), dtype=torch.float64)  # probability, perplexity
 
     def add(self, example_index, log_p) -> None:
         """Add log p(y) [S] at positions that belong to the examples `example_index` [S]."""
+        log_p, example_index = log_p.to(self.sums.device), example_index.to(self.sums.device)
         log_p, broken = log_p.double(), ~log_p.isfinite()
         log_p = log_p.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
         self.sums.index_add_(1, example_index, torch.stack([log_p.exp(), log_p, broken.double()]))
@@ -356,7 +357,7 @@ def main(argv=None) -> None:
         parser.error("give --checkpoints, --data and --output, or --scores and --plot")
     if args.scores and (args.checkpoints or args.data or args.output):
         parser.error("--scores: takes the place of --checkpoints, --data and --output")
-    with init_distributed() as device:
+    with init_distributed(args.device) as device:
         # All that can be wrong with the arguments is found before hours of scoring.
         if args.output:
             check_output_path(args.output)
@@ -374,7 +375,7 @@ def main(argv=None) -> None:
             dataset = load_dataset(
                 args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr
             )
-            settings = args.micro_batch_tokens, DTYPES[args.dtype or fastest_dtype(device)], device
+            settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
             dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
             if rank() == 0:
                 dynamics.save(args.output)

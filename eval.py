@@ -21,10 +21,9 @@ from confidence import mean_gold_probs
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, require_text
 from infra.cache import choose_cache, load_dataset
 from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
+from infra.device import DTYPES, resolve_dtype
 from infra.distributed import (
-    DTYPES,
     all_reduce_sum,
-    fastest_dtype,
     init_distributed,
     print0,
     print_result,
@@ -448,7 +447,7 @@ def load_setup(args, device) -> ModelSetup:
     verify_weights(args.model)
     tokenizer = load_tokenizer(args.model)
     template = args.template if args.template == PLAIN else choose_template(tokenizer, args.template, sys.stderr)
-    return ModelSetup(tokenizer, template, args.dtype or fastest_dtype(device))
+    return ModelSetup(tokenizer, template, resolve_dtype(args.dtype, device))
 
 
 def perplexity_or_match(args, device) -> None:
@@ -591,7 +590,7 @@ def main(argv=None) -> None:
     command.add_argument("--system", metavar="TEXT", help="what it is told before all else")
     add_sampling_flags(command, 0.7, "(default 0.7)")
     args = parser.parse_args(argv)
-    with init_distributed() as device:
+    with init_distributed(args.device) as device:
         if sys.stdout is None:
             raise OSError("stdout: closed, and results are printed there")
         args.run(args, device)

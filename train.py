@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # must be set before PyTorch is imported
+
 import torch
 
 from confidence import ScoreAccumulator, TrainingDynamics, roc_auc, score_checkpoints, split_by_confidence
@@ -47,16 +50,14 @@ from eval import evaluate
 from infra.cache import choose_cache, load_dataset
 from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
+from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, resolve_compile, resolve_dtype, set_deterministic
 from infra.distributed import (
-    DTYPES,
     all_reduce_sum,
     apply_fsdp,
     barrier,
     defer_signals,
-    fastest_dtype,
     full_tensor,
     init_distributed,
-    peak_memory_bytes,
     prefetch,
     print0,
     rank,
@@ -92,7 +93,7 @@ from infra.output import (
 )
 from infra.plan import print_example, print_plan
 from infra.savepoints import Savepoints, check_model_unchanged, check_resume_config, input_checksums
-from mixup import has_compiler, sftmix_loss
+from mixup import sftmix_loss
 from model import ModelConfig, Transformer
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -111,8 +112,8 @@ class TrainConfig:
 
     # A resumed run may change these: results depend on them up to rounding at most. The content of files is compared.
     RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
-        """model data eval_data output stage micro_batch_tokens activation_checkpointing compile cache log_every
-        save_every keep_last resume max_skipped dry_run""".split()
+        """model data eval_data output stage micro_batch_tokens activation_checkpointing device compile deterministic
+        cache log_every save_every keep_last resume max_skipped dry_run""".split()
     )
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs")
@@ -161,7 +162,12 @@ class TrainConfig:
     lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
     activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
-    compile: bool = flag(False, "torch.compile the blocks: half a minute at the start, then faster")
+    device: str | None = flag(None, "what to train on (default: the best there is)", choices=DEVICE_TYPES)
+    compile: bool | None = flag(
+        None, "torch.compile the blocks: half a minute at the start, then faster (default: on an NVIDIA GPU)"
+    )
+    deterministic: bool = flag(False, "give the same bits in each run on the same GPU, more slowly; a CPU always does")
+    tf32: bool = flag(False, "let float32 matmuls on a GPU round their inputs to TF32's 10 bits: faster")
     cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
     seed: int = flag(0, "seed of all random numbers", at_least=0, below=2**63)
     log_every: int = flag(10, "steps between log lines", at_least=1)
@@ -295,11 +301,12 @@ def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals
     """
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
     values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), num_signals)]))
-    is_finite = values[0].isfinite() & grad_norm.isfinite()
+    is_finite, device = values[0].isfinite() & grad_norm.isfinite(), losses.device
     optimizer.found_inf = 1 - is_finite.float()  # if 1, the fused kernel leaves weights and optimizer state unchanged
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if device.type != "mps" or is_finite:  # the kernel of Apple GPUs ignores it
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat([values, grad_norm.reshape(1)])
 
@@ -409,14 +416,15 @@ def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]
 
     Raises FileNotFoundError or ValueError if the folder is not complete.
     """
-    if config.compile and device.type == "cpu" and not has_compiler("CXX", "c++", "g++", "clang++"):
-        raise ValueError("--compile: needs a C++ compiler on a CPU, and there is none here")
     check_models([config.model])
     verify_weights(config.model)
     max_length = resolve_max_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
-    resolved = {"max_length": max_length, "template": template, "dtype": config.dtype or fastest_dtype(device)}
+    resolved = {"max_length": max_length, "template": template, "dtype": resolve_dtype(config.dtype, device)}
+    if config.tf32 and (device.type != "cuda" or resolved["dtype"] != "fp32"):
+        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
+    resolved["compile"] = resolve_compile(config.compile, device)
     return replace(config, **resolved), tokenizer
 
 
@@ -679,7 +687,11 @@ def main(argv=None) -> None:
     config = parse_config(argv)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has restarted the run after a failure
         config = replace(config, resume=True)
-    with init_distributed() as device:
+    if config.deterministic:
+        set_deterministic()
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+    with init_distributed(config.device) as device:
         config = replace(config, cache=choose_cache(config.cache, config.output))
         if config.dry_run is None:
             run(config, device)

@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Dataset, epoch_order
-from infra.distributed import DTYPES, init_distributed, local_shard, rank, world_size
+from infra.device import DTYPES
+from infra.distributed import init_distributed, local_shard, rank, world_size
 from infra.hf import load_config, load_model, meta_model, save_model
 from infra.plan import LargestMicroBatch, estimate_flops, estimate_memory, largest_micro_batch
 from model import ModelConfig, Transformer, add_lora

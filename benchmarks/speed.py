@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import score_examples
 from data import Dataset, epoch_order, load_examples, pack
 from infra.cache import encode_files, load_dataset
-from infra.distributed import DTYPES
+from infra.device import DTYPES
 from infra.hf import load_model, load_tokenizer, save_model
 from mixup import sftmix_loss, sftmix_loss_literal
 from model import ModelConfig, Transformer, VarlenMetadata, varlen_attention

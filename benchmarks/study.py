@@ -36,7 +36,7 @@ from data import IGNORE_INDEX, Dataset, load_examples, paired_order, sample_lamb
 from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
 from infra.demo import demo_corpus
-from infra.distributed import DTYPES, fastest_dtype
+from infra.device import DTYPES, resolve_dtype
 from infra.files import sha256_of
 from infra.hf import choose_template, load_config, load_model, load_tokenizer
 from model import Transformer
@@ -560,7 +560,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the base of a cell of real data")
     parser.add_argument("--weaker", type=Path, help="a smaller base, for an arm whose split is its")
     parser.add_argument("--data", type=Path, help="the data of such a cell in Alpaca's format, .jsonl")
-    parser.add_argument("--dtype", choices=DTYPES, default=fastest_dtype("cpu"), help="of matmuls on real data")
+    parser.add_argument("--dtype", choices=DTYPES, default=resolve_dtype(None, "cpu"), help="of matmuls on real data")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.what == "run" and args.work is None:

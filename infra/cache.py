@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
-from infra.distributed import barrier, broadcast_object, print0, rank
+from infra.distributed import broadcast_object, print0, rank, wait_for_rank0
 from infra.files import set_mode
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
@@ -195,7 +195,7 @@ def load_dataset(
     folder, name = cache_path(data, tokenizer, template, max_length, cache), describe(data)
     if rank() == 0 and not folder.exists():
         encode_files(data, tokenizer, template, max_length, folder)
-    barrier()
+    wait_for_rank0()
     for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():
             break

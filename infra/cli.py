@@ -11,6 +11,7 @@ from dataclasses import field, fields
 from pathlib import Path
 
 from data import MICRO_BATCH_TOKENS
+from infra.device import DEVICE_TYPES
 from infra.distributed import is_local_rank_zero
 from tokenizer import TEMPLATES
 
@@ -77,6 +78,7 @@ def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     """Add the flags of each script that opens a model."""
     parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
+    parser.add_argument("--device", choices=DEVICE_TYPES, help="(default: the best there is)")
 
 
 DATA_HELP = "files (.jsonl, .json, also as .gz; .parquet), folders or patterns of them"
@@ -115,8 +117,11 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
         choices = field_.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else field_.name.upper()
         text = field_.metadata["help"] + ("" if field_.default is None else f" (default {field_.default})")
-        if field_.type is bool:
+        if field_.type in (bool, bool | None):
             parser.add_argument(f"--{field_.name}", action="store_const", const=True, help=field_.metadata["help"])
+            if field_.type == bool | None:  # its default depends on the machine
+                off = {"dest": field_.name, "action": "store_const", "const": False}
+                parser.add_argument(f"--no_{field_.name}", **off, help=f"turn --{field_.name} off")
         elif field_.name == "dry_run":
             parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
         else:

@@ -1,4 +1,4 @@
-"""Processes and devices: what runs around a model, in one process or in many."""
+"""Processes: what runs around a model, in one process or in many."""
 
 import atexit
 import contextlib
@@ -6,11 +6,11 @@ import getpass
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+
+from infra.device import choose_device, local_rank
 
 # --- The environment of a process -------------------------------------------------------------------------------------
 
@@ -68,54 +70,80 @@ def _discard(stream) -> None:
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
+TIMEOUT = timedelta(minutes=30)  # of collectives; what rank 0 does meanwhile, such as hashing a model, is shorter
+
 
 @contextlib.contextmanager
-def init_distributed():
+def init_distributed(device_type: str | None = None):
     """Join the process group that `torchrun` describes, if there is one, and yield the device of this process.
 
     ValueError, OSError, running out of memory, Ctrl-C and the failure of another process become one line on stderr and
     a non-zero exit code: these are errors that the user can mend.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        timeout = timedelta(hours=1)  # the other processes wait while rank 0 encodes the data
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     try:
+        device = choose_device(device_type)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ:
+            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
         yield device
-    except (ValueError, OSError) as error:
-        exit_with_error(re.sub(r"\n(?!  )", " ", str(error)))  # one line, or one with an indented list below it
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = str(error).partition(". ")[0]
-        exit_with_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", str(error))):
-            raise
-        exit_with_error("another process of this run has ended, and without it this one cannot go on")
-    except KeyboardInterrupt:
-        exit_with_error("stopped", 128 + signal.SIGINT)
-    finally:
+    except BaseException as error:
+        code = _report(error)
         if dist.is_initialized():
-            dist.destroy_process_group()
-            time.sleep(0.1)  # gloo's threads may hold a last tensor; freeing it after Python has ended aborts
+            # The other processes may wait for this one in a collective, and leaving the group, as Python does at its
+            # end, would wait for them in turn. So the process ends at once, and torchrun ends the others.
+            _flush_streams()
+            os._exit(code)
+        if isinstance(error, Exception | KeyboardInterrupt):
+            sys.exit(code)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads may hold a last tensor; freeing it after Python has ended aborts
 
 
-def exit_with_error(message: str, code: int = 1) -> None:
-    """Print `message` as one line on stderr and exit; where all processes fail alike, rank 0 of each machine prints."""
-    if not is_local_rank_zero():
-        time.sleep(3)  # if local rank 0 failed too, it has printed by now and torchrun has ended this process
+def _report(error: BaseException) -> int:
+    """Print one line on stderr for an error that the user can mend, else a traceback. -> the exit code"""
+    text = str(error)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        _print_error("stopped")
+        return 128 + signal.SIGINT
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        reason = text.partition(". ")[0]
+        _print_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")
+    elif isinstance(error, ValueError | OSError):
+        _print_error(re.sub(r"\n(?!  )", " ", text))  # one line, or one with an indented list below it
+    elif isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", text):
+        _print_error("another process of this run has ended, and without it this one cannot go on", wait=True)
+    elif "does not have a deterministic implementation" in text:
+        operation = text.partition(" does not")[0]
+        _print_error(f"--deterministic: PyTorch has no deterministic {operation} on this device; leave the flag out")
+    else:
+        traceback.print_exception(error)
+    return 1
+
+
+def _print_error(message: str, wait: bool = False) -> None:
+    """Print `message` as one line on stderr. Where processes fail alike or one after the other, the first one prints.
+
+    `wait` says that another process has failed before. The others wait until it has printed and torchrun has ended
+    them.
+    """
+    if wait or not is_local_rank_zero():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
     message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # no control codes
     message = message if len(message) <= 2000 else message[:2000] + " …"
     with contextlib.suppress(OSError):  # stderr may be a closed pipe
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def is_local_rank_zero() -> bool:
     """Whether this process reports errors for all processes of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return local_rank() == 0
 
 
 @contextlib.contextmanager
@@ -172,6 +200,14 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def wait_for_rank0() -> None:
+    """Wait until rank 0 is here, for up to a day, since what it does alone (encoding data) may take long."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=1))
+        dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
 
 
 def all_reduce_sum(tensor):
@@ -288,23 +324,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# --- Devices ----------------------------------------------------------------------------------------------------------
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def fastest_dtype(device) -> str:
-    """`bf16` on GPUs since Ampere and on CPUs with bf16 tiles (AMX), else `fp32`, which is then as fast."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
-
-
-def peak_memory_bytes(device) -> int:
-    """Peak memory of this process: on a GPU since the last reset, in main memory since the process started."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+# --- Threads ----------------------------------------------------------------------------------------------------------
 
 
 def prefetch(make: Callable, items: Iterable) -> Iterator:

@@ -68,8 +68,9 @@ class StepMetrics:
 
     def add(self, step: int, values: torch.Tensor, batch: GlobalBatch) -> None:
         """Add a step (counted from 1) by its values on the device: loss, ntp, mix, signals, gradient norm [5]."""
-        values, copied = values.to("cpu", non_blocking=True), None
-        if self.device.type == "cuda":
+        on_cuda, copied = self.device.type == "cuda", None
+        values = values.to("cpu", non_blocking=on_cuda)
+        if on_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self.pending.append((step, values, copied, batch.num_tokens, batch.example_indices))

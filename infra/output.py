@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from data import Dataset, encode_examples, to_example
-from infra.distributed import DTYPES, barrier, print0, rank
+from infra.device import DTYPES
+from infra.distributed import barrier, print0, rank
 from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, load_config, save_adapter, save_model
 from infra.locks import file_lock

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from data import IGNORE_INDEX, Dataset, assign_micro_batches, epoch_order, steps_per_epoch
-from infra.distributed import DTYPES, print0
+from infra.device import DTYPES
+from infra.distributed import print0
 from mixup import chunk_size
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import infra.device
 from infra.hf import save_model
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -51,6 +52,17 @@ def random_encoded(lengths, vocab_size=300, seed=0):
         targets[: int(torch.randint(0, length, (1,), generator=generator))] = -100
         encoded.append((ids[:-1].int(), targets.int()))
     return encoded
+
+
+best_device_type = infra.device.best_device_type
+
+
+def pytest_configure(config):
+    """Whole programs run on the CPU, whatever --device says: tests compare what they write bit for bit."""
+    if config.getoption("--device") == "cuda" and torch.cuda.is_available():
+        torch.cuda.init()  # reads the variable below, which from then on is for the processes that tests start
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    infra.device.best_device_type = lambda: "cpu"
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,8 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
     "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
-    "infra.distributed": {"torch"},
+    "infra.device": {"torch"},
+    "infra.distributed": {"torch", "infra.device"},
     "infra.files": set(),
     "infra.records": {"pyarrow", "infra.files"},
 }

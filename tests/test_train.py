@@ -20,7 +20,7 @@ from confidence import main as confidence_main
 from data import Dataset, build_batch, epoch_order, load_examples, paired_order, sample_lambda
 from infra.cache import load_dataset
 from infra.demo import DEMO_FLAGS
-from infra.distributed import DTYPES
+from infra.device import DTYPES
 from infra.files import sha256_of
 from infra.hf import load_model, meta_model, save_model
 from infra.plan import estimate_memory, largest_micro_batch
