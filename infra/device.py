@@ -80,8 +80,7 @@ def set_deterministic() -> None:
     To be called before CUDA starts, which reads the first variable.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # compiled kernels are chosen without timing them
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # so that compiled kernels are chosen without timing them, too
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
 
 
