@@ -181,7 +181,8 @@ def test_where_one_process_fails_all_end_soon_and_one_line_says_why(tmp_path, fa
     number, statement = FAILURES[failure]
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, signal, time\nimport torch\n"
+        "import os, signal, time\nimport torch\nimport torch.distributed as dist\n"
+        "dist.destroy_process_group = lambda: time.sleep(100)  # NCCL's waits for the others, unlike gloo's\n"
         "from infra.distributed import all_reduce_sum, defer_signals, exit_on_signals, init_distributed, rank\n"
         "with init_distributed(), exit_on_signals() if rank() == 1 else defer_signals():\n"
         "    all_reduce_sum(torch.ones(1))\n"
