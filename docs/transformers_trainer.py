@@ -1,9 +1,9 @@
 """SFTMix in transformers' Trainer: a reference run, the scores of its checkpoints, and a run with the Mixup term.
 
-    python docs/transformers_trainer.py --model DIR --data FILE --output_dir DIR [any flag of TrainingArguments]
+    python docs/transformers_trainer.py --model DIR --data FILE --output_dir DIR --save_steps 0.2 [Trainer's flags]
 
-Your own script needs `PairSampler`, `collate` and `SFTMixTrainer`. Use one process for each GPU; if FSDP or ZeRO-3
-shards lm_head, gather its weight for `sftmix_loss`. For TRL's SFTTrainer, uncomment the two lines marked TRL.
+Your script needs `PairSampler`, `collate` and `SFTMixTrainer`, and one process for each GPU. If FSDP or ZeRO-3 shards
+lm_head, gather its weight for `sftmix_loss`. For TRL's SFTTrainer, uncomment the two lines marked TRL.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers as hf
 from transformers import Trainer, TrainingArguments
 
-# from trl import SFTConfig as TrainingArguments, SFTTrainer as Trainer  # TRL
+# import datasets; from trl import SFTConfig as TrainingArguments, SFTTrainer as Trainer  # TRL
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
@@ -102,11 +102,10 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     args, flags = parser.parse_args_into_dataclasses()
-    args.save_strategy = "epoch"  # a checkpoint to score after each
-    # args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL
     tokenizer = Tokenizer.from_pretrained(flags.model)
     encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), max_length=1024)
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
+    # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # TRL
     padding = hf.AutoTokenizer.from_pretrained(flags.model)
     padding.pad_token = padding.pad_token or padding.eos_token
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
@@ -115,6 +114,7 @@ if __name__ == "__main__":
     folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     scores = torch.tensor([[score(model.eval(), example) for example in data] for model in map(load, folders)])
     dynamics = TrainingDynamics(encoded.ids, *scores.permute(2, 0, 1).numpy())  # from [C, N, 2]
-    dynamics.save(f"{args.output_dir}/confidence.jsonl")
+    if args.should_save:
+        dynamics.save(f"{args.output_dir}/confidence.jsonl")
     args.output_dir, halves = f"{args.output_dir}/sftmix", split_by_confidence(dynamics.confidence)
     SFTMixTrainer(load(flags.model), args, partial(collate, collator), data, halves=halves).train()

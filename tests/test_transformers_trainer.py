@@ -1,4 +1,4 @@
-"""docs/transformers_trainer.py against the loop and the scores of this project, and on families model.py does not have."""
+"""docs/transformers_trainer.py against the loop and scores of this project, and on families model.py does not have."""
 
 import importlib.util
 import json
@@ -190,7 +190,17 @@ def test_the_transformers_script_runs_from_end_to_end(tmp_path, tokenizer, monke
     records = write_model_and_records(tmp_path, tokenizer)[:9]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out"]
-    more = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "true"]
+    more = [
+        "--num_train_epochs",
+        "2",
+        "--save_steps",
+        "0.5",
+        "--per_device_train_batch_size",
+        "4",
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+    ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags), *more])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     dynamics = TrainingDynamics.load(tmp_path / "out" / "confidence.jsonl")
