@@ -31,24 +31,31 @@ def plot_data_map(dynamics, halves, path, labels: dict[int, str]) -> None:
 
 def _write_labels(axes, dynamics, labels: dict[int, str]) -> None:
     """Name examples, with a line from each name to its point. The names are above and below all points, one a line."""
+    from matplotlib.text import Text
+
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
-    right, spacing = axes.get_xlim()[1], (high - low) / 20
+    spacing = (high - low) / 20
     rows = sorted(labels, key=lambda row: dynamics.confidence[row])  # so that the lines do not cross
     below = [row for row in rows if dynamics.confidence[row] < np.median(dynamics.confidence)]
     above = rows[len(below) :]
-    heights = [low - spacing * n for n in range(len(below), 0, -1)] + [
-        high + spacing * n for n in range(1, len(above) + 1)
-    ]
-    for row, height in zip(rows, heights, strict=True):
+    heights = [low - spacing * n for n in range(len(below), 0, -1)]
+    heights += [high + spacing * n for n in range(1, len(above) + 1)]
+    names = [
         axes.annotate(
             labels[row],
             (dynamics.variance[row], dynamics.confidence[row]),
-            (right, height),
-            horizontalalignment="right",
+            (axes.get_xlim()[0], height),
             verticalalignment="center",
             fontsize=9,
             parse_math=False,  # a dollar sign is one
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "gray", "relpos": (0, 0.5)},
         )
+        for row, height in zip(rows, heights, strict=True)
+    ]
     axes.set(yticks=ticks, ylim=(low - spacing * (len(below) + 0.5), high + spacing * (len(above) + 0.5)))
+    axes.figure.draw_without_rendering()  # from here on, the width of a text is known
+    width = max((Text.get_window_extent(name).width for name in names), default=0)
+    left, _ = axes.transData.inverted().transform((axes.bbox.x1 - width, 0))
+    for name in names:  # all start at one place, or a line would touch another name
+        name.xyann = left, name.xyann[1]
