@@ -10,6 +10,8 @@ For example i with supervised tokens y_1 … y_N, and checkpoints c = 1 … C of
 The data is sorted by confidence and cut at the median into the confident half D^c and the unconfident half D^u.
 
 As a script: torchrun confidence.py --checkpoints DIR… --data FILE --output confidence.jsonl [--plot map.png]
+             python confidence.py --scores confidence.jsonl --data FILE --show 20
+             python confidence.py --scores confidence.jsonl --data FILE --keep 0.9 --output kept.jsonl
 
 Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoints, S supervised positions of a row.
 """
@@ -36,6 +38,7 @@ from infra.cli import (
     check_output_path,
     require_matplotlib,
 )
+from infra.data_map import plot_data_map
 from infra.device import DTYPES, resolve_dtype
 from infra.distributed import (
     all_reduce_sum,
@@ -49,6 +52,14 @@ from infra.distributed import (
 )
 from infra.files import atomic_write, check_file
 from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
+from infra.selection import (
+    add_selection_flags,
+    check_flags,
+    keep_records,
+    label_records,
+    match_scores,
+    show_records,
+)
 from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
@@ -316,47 +327,28 @@ def roc_auc(scores, positive) -> float:
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-# --- The data map -----------------------------------------------------------------------------------------------------
-
-
-def plot_data_map(dynamics: TrainingDynamics, path) -> None:
-    """Draw the data map: each example at its variance and confidence, and the line at which the split cuts."""
-    plt = require_matplotlib()
-    confident, unconfident = (half.numpy() for half in split_by_confidence(dynamics.confidence))
-    figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
-    size = float(np.clip(20000 / len(dynamics.ids), 1, 25))
-    for half, colour, name in ((confident, "#2a6f97", "confident"), (unconfident, "#d1495b", "unconfident")):
-        label = f"{name} half, {len(half):,} examples"
-        axes.scatter(dynamics.variance[half], dynamics.confidence[half], size, colour, alpha=0.35, lw=0, label=label)
-    cut = np.median(dynamics.confidence)
-    axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
-    axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)")
-    axes.set_title(f"Data map over {len(dynamics.probability)} checkpoints")
-    axes.spines[["top", "right"]].set_visible(False)
-    for handle in axes.legend(loc="best", frameon=False).legend_handles:
-        handle.set_alpha(1)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> None:
-    """Score the examples of a file with the checkpoints of a run, or draw the data map of existing scores."""
+def parse_args(argv=None):
+    """Parse the command line. Flags that are missing or do not go together are one line on stderr and exit code 2."""
     parser = ArgumentParser(description="How confidently a run's checkpoints predict each example of a file.")
     parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
     add_data_flag(parser, "the examples", required=False)
-    parser.add_argument("--output", metavar="FILE", help="file for the scores, a JSON line for each example")
-    parser.add_argument("--scores", metavar="FILE", help="existing scores to draw; replaces these three")
-    parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
+    parser.add_argument("--output", metavar="FILE", help="file for the scores, or with --keep for the records kept")
+    parser.add_argument("--scores", metavar="FILE", help="existing scores, instead of --checkpoints")
+    parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib); --data names its extremes")
+    add_selection_flags(parser)
     add_model_flags(parser)
     add_data_flags(parser)
     args = parser.parse_args(argv)
-    if None in (args.checkpoints, args.data, args.output) and None in (args.scores, args.plot):
-        parser.error("give --checkpoints, --data and --output, or --scores and --plot")
-    if args.scores and (args.checkpoints or args.data or args.output):
-        parser.error("--scores: takes the place of --checkpoints, --data and --output")
+    check_flags(parser, args)
+    return args
+
+
+def main(argv=None) -> None:
+    """Score the examples of a file with the checkpoints of a run, or show, keep or draw what has scores."""
+    args = parse_args(argv)
     with init_distributed(args.device) as device:
         # All that can be wrong with the arguments is found before hours of scoring.
         if args.output:
@@ -364,23 +356,38 @@ def main(argv=None) -> None:
         if args.plot:
             check_output_folder(args.plot)
             require_matplotlib()
-        if args.scores:
-            dynamics = TrainingDynamics.load(args.scores)
-        else:
-            cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
-            check_models(args.checkpoints)
-            model = args.checkpoints[0]
-            tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
-            template = choose_template(tokenizer, args.template, sys.stderr)
-            dataset = load_dataset(
-                args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr
-            )
-            settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
-            dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
-            if rank() == 0:
-                dynamics.save(args.output)
-        if args.plot and rank() == 0:
-            plot_data_map(dynamics, args.plot)
+        dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
+        if rank() == 0:
+            report(dynamics, args)
+
+
+def score_files(args, device) -> TrainingDynamics:
+    """Score the examples of --data with --checkpoints."""
+    cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
+    check_models(args.checkpoints)
+    model = args.checkpoints[0]
+    tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
+    template = choose_template(tokenizer, args.template, sys.stderr)
+    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
+    settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
+    return score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
+
+
+def report(dynamics: TrainingDynamics, args) -> None:
+    """Save new scores; show, keep and draw what is asked for."""
+    if not args.scores:
+        dynamics.save(args.output)
+    records, by = None, args.by or "probability"
+    if args.data and (args.scores or args.plot):
+        records = match_scores(args.data, dynamics.ids, args.skip_bad_records, sys.stderr)
+    if args.show is not None:
+        for text in show_records(records, dynamics, by, args.show, args.most):
+            print0(text)
+    if args.keep is not None:
+        keep_records(records, dynamics, by, args.keep, Path(args.output), sys.stderr)
+    if args.plot:
+        labels = label_records(records, dynamics, count=3) if records else {}
+        plot_data_map(dynamics, split_by_confidence(dynamics.confidence), args.plot, labels)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from data import Dataset, encode_examples, to_example
+from infra.demo import least_confident
 from infra.device import DTYPES
 from infra.distributed import barrier, print0, rank
 from infra.files import atomic_write, read_json, write_json
@@ -124,10 +125,16 @@ def print_report(output: Path, demo: bool) -> None:
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
     print0(report)  # outside the `try`, since an encoding error is a ValueError
+    if demo:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # only something to look at
+            print0(least_confident(output) + "\n")
     made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
     print0(f"In {output}/ now: {', '.join(name for name in made if (output / name).exists())}")
     if (output / "confidence.jsonl").exists():
-        print0(f"The data map:  python confidence.py --scores {output}/confidence.jsonl --plot map.png")
+        look = f"python confidence.py --scores {output}/confidence.jsonl"
+        look += f" --data {output}/data/train.jsonl" if demo else " --data FILE"
+        print0(f"The least confident examples:  {look} --show 20")
+        print0(f"The data map:  {look} --plot map.png")
     if demo:
         print0("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
 

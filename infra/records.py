@@ -96,6 +96,10 @@ class Lines(NamedTuple):
                     record = Unreadable(line.decode(errors="replace"), f"{error}; one complete object a line")
                 yield f"{self.path}:{number}", record
 
+    def json_lines(self) -> Iterator[bytes]:
+        """The lines that are not empty, as they are."""
+        return (line + b"\n" for line in self.content.split(b"\n") if line.strip())
+
 
 class Document(NamedTuple):
     """A file that is one JSON value: a list of records, or an object that holds one."""
@@ -115,6 +119,10 @@ class Document(NamedTuple):
         for number, record in enumerate(value, start=1):
             yield f"{self.path}: record {number}", record
 
+    def json_lines(self) -> Iterator[bytes]:
+        """Each record as a line of JSON."""
+        return (to_json_line(record) for _, record in self.records())
+
 
 class Rows(NamedTuple):
     """Rows of a row group of a parquet file."""
@@ -130,6 +138,10 @@ class Rows(NamedTuple):
             table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, CHUNK_ROWS)
         for number, record in enumerate(table.to_pylist(), start=self.first):
             yield f"{self.path}: row {number}", record
+
+    def json_lines(self) -> Iterator[bytes]:
+        """Each row as a line of JSON."""
+        return (to_json_line(record) for _, record in self.records())
 
 
 Chunk = Lines | Document | Rows
@@ -248,6 +260,11 @@ def parse_json(content: bytes):
         raise ValueError("not UTF-8 text; save the file in that encoding") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
+
+
+def to_json_line(value) -> bytes:
+    """A value as a line of JSON in UTF-8. Half characters stay escaped, and dates of parquet files become texts."""
+    return (json.dumps(value, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------

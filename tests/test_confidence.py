@@ -13,7 +13,6 @@ from confidence import (
     TrainingDynamics,
     gold_log_probs,
     main,
-    plot_data_map,
     roc_auc,
     score_checkpoints,
     score_examples,
@@ -202,7 +201,6 @@ def test_the_data_map_is_drawn_from_scores(tmp_path):
     DYNAMICS.save(tmp_path / "c.jsonl")
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    plot_data_map(TrainingDynamics(["a"], np.array([[0.5]]), np.array([[2.0]])), tmp_path / "one.png")
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
@@ -242,7 +240,7 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     "flags, message",
     [
         (["--data", "x.jsonl"], "give --checkpoints, --data and --output"),
-        (["--scores", "s", "--plot", "p", "--data", "x.jsonl"], "--scores: takes the place of --checkpoints"),
+        (["--scores", "s", "--plot", "p", "--checkpoints", "c"], "--scores: takes the place of --checkpoints"),
     ],
 )
 def test_the_command_line_says_what_is_missing_or_too_much(capsys, flags, message):
