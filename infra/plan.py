@@ -139,12 +139,11 @@ def estimate_communication(model: Transformer, config, world_size: int, passes: 
     return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size
 
 
-def estimate_main_memory(model: Transformer, dataset: Dataset, config, world_size: int, device_type: str) -> dict:
-    """Bytes that a process needs in main memory at a time for what is read and written, by purpose.
+def estimate_main_memory(model: Transformer, config, world_size: int, device_type: str) -> dict[str, int]:
+    """Bytes of main memory that a process needs to read and to write, by purpose; one at a time.
 
-    Weights are read one at a time, straight from the mapped file. Savepoints are written in parts; PyTorch holds a
-    part's tensors (on a CPU they are there already) and safetensors two copies of their bytes. Process 0 holds the
-    weights of one file of a model. The encoded data is mapped: it is read from the disk again where memory is short.
+    Weights are read one at a time. Savepoints are written in parts: PyTorch holds a part's tensors (on a CPU they are
+    there already), and safetensors two copies of their bytes. Process 0 holds the weights of one file of a model.
     """
     state = [[p.numel() * 4 // world_size] * 3 for p in model.parameters() if p.requires_grad]
     part = max(min(MAX_PART_BYTES, sum(map(sum, state))), max(map(max, state)))
@@ -153,7 +152,6 @@ def estimate_main_memory(model: Transformer, dataset: Dataset, config, world_siz
         "loading": max(p.numel() * p.element_size() for p in model.parameters()) // world_size,
         "savepoints": part * (2 if device_type == "cpu" else 3),
         "saving models": max(min(MODEL_FILE_BYTES, sum(sizes)), max(sizes)),
-        "data": sum(getattr(dataset, name).nbytes for name in ARRAY_DTYPES),
     }
 
 
@@ -192,10 +190,12 @@ def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, de
     for name, size in estimate_memory(model, largest, config, world_size, device_type).items():
         note = " at the peak, where not all is there at once" if name == "total" else ""
         print0(f"  {name:17}{format_bytes(size):>10}{note}")
-    notes = {"saving models": " in process 0", "data": " mapped, and shared by the processes of a machine"}
-    print0("main memory    of a process beside Python and PyTorch, estimated, for one at a time of:")
-    for name, size in estimate_main_memory(model, dataset, config, world_size, device_type).items():
-        print0(f"  {name:17}{format_bytes(size):>10}{notes.get(name, '')}")
+    print0("main memory    of a process, beside what Python and PyTorch take, estimated; one at a time:")
+    for name, size in estimate_main_memory(model, config, world_size, device_type).items():
+        note = ", in process 0" if name == "saving models" else ""
+        print0(f"  {name:17}{format_bytes(size):>10}{note}")
+    data = sum(getattr(dataset, name).nbytes for name in ARRAY_DTYPES)
+    print0(f"  {'encoded data':17}{format_bytes(data):>10}, mapped: freed where memory is short")
     if world_size > 1:
         print_zero_stages(model, largest, config, world_size, device_type)
 

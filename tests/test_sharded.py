@@ -15,12 +15,25 @@ import torch
 import torch.distributed as dist
 from conftest import random_encoded, run_script, tiny_model
 
+import infra.savepoints
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
 from eval import generate
-from infra.distributed import DTYPES, full_tensor, init_distributed, is_sharded, local_shard, rank, world_size
+from infra.distributed import (
+    DTYPES,
+    full_tensor,
+    gather_objects,
+    init_distributed,
+    is_sharded,
+    local_shard,
+    rank,
+    world_size,
+)
+from infra.files import verify_manifest
 from infra.hf import load_model, save_model
+from infra.metrics import StepMetrics
 from infra.plan import estimate_communication
+from infra.savepoints import Savepoints
 from train import TrainConfig, forward_backward, make_optimizer
 
 LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
@@ -104,6 +117,22 @@ def train_two_steps(folder: Path, **settings):
     return changed, gradients, [local_bytes, *sent]
 
 
+def save_savepoint(model, folder: Path) -> None:
+    """Write a savepoint in small parts, and which files each process has hashed."""
+    optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    infra.savepoints.MAX_PART_BYTES, hashed, real = 20_000, [], infra.savepoints.checksums
+
+    def checksums(files):
+        hashed.append(real(files))
+        return hashed[-1]
+
+    infra.savepoints.checksums = checksums
+    Savepoints(folder, "reference", every=1, keep=1).save(5, model, optimizer, metrics)
+    names = gather_objects([name for entries in hashed for name in entries])
+    if rank() == 0:
+        (folder / "hashed.json").write_text(json.dumps(names))
+
+
 def in_processes(folder: Path) -> None:
     """What every number of processes does; process 0 writes it down."""
     results, local_bytes = {}, {}
@@ -122,6 +151,8 @@ def in_processes(folder: Path) -> None:
             model = load_model(folder / model_name)
             assert before() is None  # of two models in turn, one at a time takes memory
             save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
+        if world_size() == 2:
+            save_savepoint(load_model(folder / "tied"), folder)
         if world_size() == 4:
             opened = load_model(folder / "tied-saved-by-2")
             results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
@@ -216,6 +247,22 @@ def test_what_two_save_opens_in_four(folder):
     opened = torch.load(folder / "results-4.pt")["opened"]
     for name, parameter in load_model(folder / "tied").named_parameters():
         assert torch.equal(opened[name], parameter)
+
+
+def test_each_process_hashes_the_parts_of_a_savepoint_that_it_writes(folder):
+    savepoint = folder / "resume" / "reference-step-5"
+    verify_manifest(savepoint)
+    files = {file.name for file in savepoint.iterdir()} - {"manifest.json"}
+    assert set(json.loads((savepoint / "manifest.json").read_text())) == files
+    of_first, of_second = map(set, json.loads((folder / "hashed.json").read_text()))
+    assert of_second == {name for name in files if name.startswith("shard-00002-")} and len(of_second) > 3
+    assert of_first == files - of_second
+    original, again = load_model(folder / "tied"), load_model(folder / "tied")
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    optimizer, metrics = make_optimizer(again, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    assert Savepoints(folder, "reference", every=1, keep=1).load(again, optimizer, metrics) == 5
+    assert all(map(torch.equal, original.parameters(), again.parameters()))
 
 
 if __name__ == "__main__":
