@@ -98,9 +98,8 @@ def estimate_memory(
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
-    chunk = (
-        rows * vocab_size * (8 if config.dtype == "bf16" else 6)
-    )  # logits of the rows, and of half as many mixed rows
+    # The logits of the rows, and of half as many mixed rows.
+    chunk = rows * vocab_size * (8 if config.dtype == "bf16" else 6)
     if not config.lora_rank:
         chunk = max(chunk, 4 * head)  # after the last chunk, the head's gradient exists twice for a moment
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed

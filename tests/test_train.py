@@ -662,6 +662,15 @@ def test_what_stages_of_zero_take():
     ]
 
 
+def test_each_micro_batch_knows_the_stage_of_zero_and_whether_it_is_the_last(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module, "set_zero_stage", lambda model, stage, is_last: calls.append((stage, is_last)))
+    config = TrainConfig(dtype="fp32", batch_size=4, epochs=1, micro_batch_tokens=50, zero_stage=1)
+    order = sampler(lambda epoch: np.arange(4), mix=False)
+    train(tiny_model(), dataset_of([40, 30, 45, 35]), config, order, lambda record: None)
+    assert calls == [(1, False)] * (len(calls) - 1) + [(1, True)] and len(calls) > 2
+
+
 def test_attention_in_float32_on_a_gpu_keeps_keys_and_values_of_each_query_head():
     shapes = [ModelConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=heads) for heads in (2, 8)]
     kept = {dtype: [activation_bytes(s, TrainConfig(dtype=dtype), "cuda")[0] for s in shapes] for dtype in DTYPES}
