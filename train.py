@@ -62,6 +62,7 @@ from infra.distributed import (
     print0,
     rank,
     set_up_process,
+    set_zero_stage,
     world_size,
 )
 from infra.files import write_json
@@ -112,8 +113,8 @@ class TrainConfig:
 
     # A resumed run may change these: results depend on them up to rounding at most. The content of files is compared.
     RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
-        """model data eval_data output stage micro_batch_tokens activation_checkpointing device compile deterministic
-        cache log_every save_every keep_last resume max_skipped dry_run""".split()
+        """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
+        deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
     )
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs")
@@ -159,6 +160,9 @@ class TrainConfig:
         choices=("bf16", "fp32"),
     )
     save_dtype: str = flag("fp32", "dtype of the weights in saved models", choices=("bf16", "fp32"))
+    zero_stage: int = flag(
+        3, "what a step keeps in shards: 1 optimizer state, 2 also gradients, 3 also weights", at_least=1, below=4
+    )
     lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
     lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
     activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
@@ -248,16 +252,18 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
 
 
 def forward_backward(
-    model: Transformer, batch: GlobalBatch, mu: float, ntp_weight: float, scores: ScoreAccumulator | None = None
+    model: Transformer, batch: GlobalBatch, mu: float, ntp_weight: float, scores=None, zero_stage: int = 3
 ) -> torch.Tensor:
     """Compute the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
     The sums of each micro-batch are divided by the counts of the **global** batch. So gradients are summed and never
     averaged, over micro-batches here and over processes in FSDP (`apply_fsdp` turns averaging off): the result is the
-    gradient of the global mean, for any number of either. `scores` accumulates log p(y) of what is trained on.
+    gradient of the global mean, for any number of either. `scores`, a ScoreAccumulator or None,
+    accumulates log p(y) of what is trained on; `infra.distributed.set_zero_stage` explains `zero_stage`.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in batch.micro_batches:
+        set_zero_stage(model, zero_stage, is_last=micro_batch is batch.micro_batches[-1])
         loss, ntp, mix = compute_loss(model, micro_batch, batch, mu, ntp_weight, scores)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
@@ -352,7 +358,7 @@ def train(
             prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
-                losses = forward_backward(model, batch, mu, ntp_weight, scores)
+                losses = forward_backward(model, batch, mu, ntp_weight, scores, config.zero_stage)
                 values = optimizer_step(model, optimizer, lr, losses, len(signals))
                 done += 1
                 metrics.add(done, values, batch)

@@ -1,17 +1,19 @@
 """Memory and time of training at scale: the estimates of `train.py --dry_run`, and measured runs to check them.
 
-    python benchmarks/scaling.py estimates    memory and time of 1B, 8B and 14B on 1, 8 and 64 GPUs, from shapes alone
+    python benchmarks/scaling.py estimates    memory, time and communication of 1B to 14B on GPUs, from shapes alone
     python benchmarks/scaling.py measured     estimate against measurement, on this machine, with 1, 2 and 4 processes
 
-Both print the tables of docs/scaling.md. The measurement is the peak of the memory that PyTorch's CPU allocator holds
+They print the tables of docs/scaling.md. The measurement is the peak of the memory that PyTorch's CPU allocator holds
 while a model is loaded and `train.train` makes two steps, as PyTorch's profiler records it.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Dataset, epoch_order
+from data import MICRO_BATCH_TOKENS, Dataset, epoch_order
 from infra.device import DTYPES
 from infra.distributed import init_distributed, local_shard, rank, world_size
 from infra.hf import load_config, load_model, meta_model, save_model
-from infra.plan import LargestMicroBatch, estimate_flops, estimate_memory, largest_micro_batch
+from infra.plan import (
+    LargestMicroBatch,
+    estimate_communication,
+    estimate_flops,
+    estimate_main_memory,
+    estimate_memory,
+    largest_micro_batch,
+)
 from model import ModelConfig, Transformer, add_lora
 from train import Sampler, TrainConfig, train
 
@@ -40,26 +49,83 @@ AT_SCALE = {
 }  # fmt: skip
 GPU_FLOPS = 989e12  # H100 SXM, dense bf16, by its data sheet
 UTILISATION = 0.4  # assumed
+LINKS = {  # bytes a second that a GPU sends, and as many that it receives, by number of GPUs
+    8: 450e9,  # half of the 900 GB/s of NVLink that the H100's data sheet gives for both directions
+    # In a ring, a byte enters a machine once, over one of the eight adapters of 400 Gb/s that the data sheet of a
+    # DGX H100 gives, and goes on over NVLink.
+    64: 8 * 50e9,
+}
+WORKLOADS = [(8, 32, 125), (8, 32, 1024), (8, 128, 1024), (8, 512, 1024), (64, 128, 125), (64, 1024, 1024)]
+
+
+def model_at_scale(name: str, lora_rank: int | None, config: TrainConfig) -> Transformer:
+    """A model of AT_SCALE on the meta device; with adapters on weights in bf16, as they are on the Hub."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**AT_SCALE[name]))
+        if lora_rank:
+            model.to(torch.bfloat16)
+            add_lora(model, lora_rank, config.lora_alpha)
+    return model
 
 
 def estimates() -> None:
-    """Print the table of estimates."""
+    """Print the tables of estimates."""
+    print_estimates()
+    print()
+    print_communication()
+    print()
+    print_main_memory()
+
+
+def print_communication() -> None:
+    """Print what each stage of ZeRO sends in a step of 8B, and how long that takes beside computing."""
+    links = " and ".join(f"{speed / 1e9:.0f} GB/s on {gpus} GPUs" for gpus, speed in LINKS.items())
+    print(f"Computing at {UTILISATION:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, sending at {links}:\n")
+    stages = " | ".join(f"stage {stage}: GB a GPU | GB sent | ms" for stage in (3, 2, 1))
+    print(f"| GPUs | batch | tokens an example | micro-batches | compute, ms | {stages} |")
+    print("|" + "---|" * 14)
+    config = TrainConfig(dtype="bf16", activation_checkpointing=True)
+    model = model_at_scale("8B (Llama-3.1)", None, config)
+    for gpus, batch, length in WORKLOADS:
+        tokens = batch // gpus * length
+        passes = math.ceil(tokens / MICRO_BATCH_TOKENS)
+        largest = LargestMicroBatch(tokens // passes, tokens // passes // 2, passes)
+        compute = estimate_flops(model, tokens, tokens // 2, config) / (GPU_FLOPS * UTILISATION)
+        cells = []
+        for stage in (3, 2, 1):
+            choice = replace(config, zero_stage=stage)
+            memory = estimate_memory(model, largest, choice, gpus, "cuda")["total"]
+            sent = estimate_communication(model, choice, gpus, passes)
+            cells += [f"{memory / 1e9:.1f}", f"{sent / 1e9:.0f}", f"{sent / LINKS[gpus] * 1e3:.0f}"]
+        print(f"| {gpus} | {batch} | {length:,} | {passes} | {compute * 1e3:.0f} | {' | '.join(cells)} |")
+
+
+def print_main_memory() -> None:
+    """Print the main memory that a process needs beside what Python and PyTorch take."""
+    print("| model | GPUs | to load, GB | to write a savepoint, GB | to save a model, process 0, GB |")
+    print("|---|---|---|---|---|")
+    config = TrainConfig(dtype="bf16")
+    for name in AT_SCALE:
+        model = model_at_scale(name, None, config)
+        for gpus in (1, 8):
+            sizes = estimate_main_memory(model, config, gpus, "cuda").values()
+            print(f"| {name} | {gpus} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |")
+
+
+def print_estimates() -> None:
+    """Print memory and time by model and number of GPUs."""
     print("| model | GPUs | batch | full: GB a GPU | full: minutes a stage | LoRA: GB a GPU | LoRA: minutes a stage |")
     print("|---|---|---|---|---|---|---|")
-    for name, shape in AT_SCALE.items():
+    for name in AT_SCALE:
         for gpus in (1, 8, 64):
             batch = max(32, 2 * gpus)
             cells = []
             for lora_rank in (None, 16):
                 config = TrainConfig(batch_size=batch, dtype="bf16", lora_rank=lora_rank, activation_checkpointing=True)
-                with torch.device("meta"):
-                    model = Transformer(ModelConfig(**shape))
-                    if lora_rank:
-                        model.to(torch.bfloat16)  # the dtype of models on the Hub
-                        add_lora(model, lora_rank, config.lora_alpha)
+                model = model_at_scale(name, lora_rank, config)
                 examples = max(2, batch // gpus)
                 tokens, supervised = examples * ALPACA["tokens"], examples * ALPACA["supervised"]
-                largest = LargestMicroBatch(tokens, supervised, accumulates=False)
+                largest = LargestMicroBatch(tokens, supervised, passes=1)
                 memory = estimate_memory(model, largest, config, gpus, "cuda")["total"]
                 examples = config.epochs * ALPACA["examples"]
                 flops = estimate_flops(model, examples * ALPACA["tokens"], examples * ALPACA["supervised"], config)
@@ -80,6 +146,9 @@ MEASURED = [  # name, shape, settings
     ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 1024}),
     ("58M", SMALL, {"dtype": "bf16", "activation_checkpointing": True}),
     ("58M", SMALL, {"dtype": "bf16", "lora_rank": 16}),
+    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 3}),
+    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 2}),
+    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 1}),
 ]
 
 
@@ -128,6 +197,8 @@ def worker(folder: Path) -> None:
     """Measure every case. Rank 0 prints a JSON line for each."""
     with init_distributed():
         for name, _, settings in MEASURED:
+            if world_size() == 1 and "zero_stage" in settings:
+                continue
             result = measure(folder / name, settings)
             if rank() == 0:
                 print(json.dumps({"name": name, **settings, **result}), flush=True)

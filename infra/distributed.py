@@ -225,6 +225,15 @@ def broadcast_object(value):
     return values[0]
 
 
+def gather_objects(value) -> list:
+    """The values of all processes by rank, on rank 0; elsewhere an empty list."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def print0(text: str, file=None) -> None:
     """Print progress on rank 0. If `file` (default: stdout) is closed or full, the run goes on without it."""
     if rank() != 0:
@@ -291,6 +300,21 @@ def apply_fsdp(model: nn.Module, device) -> None:
         # gloo (pytorch#162338); an explicit sum is a sum everywhere.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def set_zero_stage(model: nn.Module, stage: int, is_last: bool) -> None:
+    """Say what a sharded model keeps whole after its next forward and backward pass, if that is not the step's last.
+
+    The stages are those of ZeRO (Rajbhandari et al. 2020). 3 keeps nothing: each pass gathers the weights twice, before
+    its forward and its backward part, and reduces the gradients. 2 keeps the weights, which are gathered once a step.
+    1 keeps the gradients too, in float32, and the last pass reduces their sum. After the last pass, all is in shards.
+    """
+    if not hasattr(model, "set_requires_gradient_sync"):  # one process
+        return
+    if stage < 3:
+        model.set_reshard_after_forward(False)
+    model.set_reshard_after_backward(stage == 3 or is_last)
+    model.set_requires_gradient_sync(stage > 1 or is_last)
 
 
 def is_sharded(parameter) -> bool:

@@ -3,15 +3,19 @@
 Below, `config` is a `train.TrainConfig`, and `model` may be on the meta device, since sizes follow from shapes alone.
 """
 
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from data import IGNORE_INDEX, Dataset, assign_micro_batches, epoch_order, steps_per_epoch
+from data import ARRAY_DTYPES, IGNORE_INDEX, Dataset, assign_micro_batches, epoch_order, steps_per_epoch
 from infra.device import DTYPES
 from infra.distributed import print0
+from infra.savepoints import MAX_PART_BYTES
 from mixup import chunk_size
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
+
+MODEL_FILE_BYTES = 5 * 10**9  # of a file of weights, at most: the default of `infra.hf.save_model`
 
 
 class LargestMicroBatch(NamedTuple):
@@ -19,28 +23,29 @@ class LargestMicroBatch(NamedTuple):
 
     tokens: int
     supervised: int
-    accumulates: bool  # whether a process accumulates gradients over several micro-batches
+    passes: int  # the most micro-batches that a process has in a step
 
 
 def largest_micro_batch(dataset: Dataset, config, world_size: int) -> LargestMicroBatch:
     """Go through an epoch of random pairs, as an SFTMix run does with other pairs, and find the largest micro-batch."""
-    order, largest, accumulates = epoch_order(len(dataset), config.seed, 0), (0, 0), False
+    order, largest, passes = epoch_order(len(dataset), config.seed, 0), (0, 0), 1
     for start in range(0, len(dataset), config.batch_size):
         indices = order[start : start + config.batch_size]
         lengths, num_supervised = dataset.lengths[indices], dataset.num_supervised[indices]
         assignment = assign_micro_batches(lengths.tolist(), len(indices) // 2, config.micro_batch_tokens, world_size)
-        accumulates |= len(assignment) > world_size
+        passes = max(passes, len(assignment) // world_size)
         for units in assignment:
             members = [i for unit in units for i in unit]
             largest = max(largest, (int(lengths[members].sum()), int(num_supervised[members].sum())))
-    return LargestMicroBatch(*largest, accumulates)
+    return LargestMicroBatch(*largest, passes)
 
 
 def activation_bytes(shape: ModelConfig, config, device_type: str) -> tuple[int, int]:
     """Bytes that autograd keeps for each token until the backward pass. -> (in a block, outside the blocks)
 
     D hidden size, F of the MLP, Q and K of all query and of all key heads. In bf16, inputs of matmuls have 2 bytes and
-    the residual stream has 4. A CPU has no fused kernel for a norm, and computes attention in float32.
+    the residual stream has 4. A CPU has no fused kernel for a norm, and computes attention in float32. On a GPU,
+    attention in float32 repeats keys and values for each query head.
     """
     cpu, bf16, lora = device_type == "cpu", config.dtype == "bf16", config.lora_rank is not None
     D, F, element = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
@@ -49,9 +54,36 @@ def activation_bytes(shape: ModelConfig, config, device_type: str) -> tuple[int,
         4 * D * (2 if cpu and not lora else 1)
     )  # its input; on a CPU also the normed input, for the weight's gradient
     inputs = element * 2 * D  # the outputs of the norms: the inputs of q, k, v and of gate, up
+    if device_type == "cuda" and not bf16:
+        K = Q
     attention = (4 if cpu else element) * 2 * (Q + K) + element * Q  # q, k, v, the output, and the input of o_proj
     mlp = element * 4 * F  # gate, act(gate), up, and act(gate) · up
     return 2 * norm + inputs + attention + mlp, norm + 2 * element * D
+
+
+def parameter_counts(model: Transformer) -> tuple[int, int, int, int]:
+    """The number of parameters: (all, trained ones, those of `lm_head`, those of a block)"""
+    numel = [p.numel() for p in model.parameters()]
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    return sum(numel), sum(trainable), model.config.vocab_size * model.config.hidden_size, block
+
+
+def whole_bytes(model: Transformer, config, world_size: int, passes: int, device_type: str) -> tuple[int, int]:
+    """Bytes of what a process holds whole at the peak of a step, beside its shards. -> (weights, gradients)"""
+    parameters, trainable, head, block = parameter_counts(model)
+    element = DTYPES[config.dtype].itemsize
+    gradients = 0 if config.lora_rank else 4 * head  # from the loss's forward pass to the backward pass
+    if world_size == 1:  # autocast keeps its bf16 copies until the pass ends
+        return 2 * (head + block * len(model.model.layers)) if element == 2 else 0, gradients
+    if not config.lora_rank:  # before they are reduced to shards
+        gradients += 4 * head + (element + 4) * block
+    if config.zero_stage == 1 and passes > 1:  # summed over micro-batches in float32
+        gradients += 4 * trainable
+    if config.zero_stage < 3:  # all weights, and the buffer that the current block was gathered in
+        return element * (parameters + block), gradients
+    # FSDP gathers the head, the current block, and on a GPU the next block ahead of time.
+    return element * (head + block * (1 if device_type == "cpu" else 2)), gradients
 
 
 def estimate_memory(
@@ -61,41 +93,66 @@ def estimate_memory(
 
     docs/scaling.md compares the estimate with measured runs.
     """
-    bf16, vocab_size = config.dtype == "bf16", model.config.vocab_size
-    element = 2 if bf16 else 4
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = vocab_size * model.config.hidden_size
-    layers = model.model.layers
-    block = sum(p.numel() for p in layers[0].parameters())
-    if world_size > 1:  # FSDP gathers the head, the current block, and on a GPU the next block ahead of time
-        gathered = element * (head + block * (1 if device_type == "cpu" else 2))
-    else:  # autocast keeps its bf16 copies until the pass ends
-        gathered = 2 * (head + block * len(layers)) if bf16 else 0
-    full_gradients = 4 * head
-    if world_size > 1:  # gradients before they are reduced to shards
-        full_gradients += 4 * head + (element + 4) * block
+    vocab_size, num_layers = model.config.vocab_size, len(model.model.layers)
+    _, trainable, head, _ = parameter_counts(model)
+    whole_weights, whole_gradients = whole_bytes(model, config, world_size, largest.passes, device_type)
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
-    activations = largest.tokens * (other_bytes + block_bytes * len(layers))
+    activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
-    chunk = rows * vocab_size * (8 if bf16 else 6)  # logits of the rows, and of half as many mixed rows
+    # The logits of the rows, and of half as many mixed rows.
+    chunk = rows * vocab_size * (8 if config.dtype == "bf16" else 6)
     if not config.lora_rank:
         chunk = max(chunk, 4 * head)  # after the last chunk, the head's gradient exists twice for a moment
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed
-        activations = largest.tokens * (other_bytes + 4 * model.config.hidden_size * len(layers))
+        activations = largest.tokens * (other_bytes + 4 * model.config.hidden_size * num_layers)
         chunk = max(chunk, largest.tokens * block_bytes)
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // world_size,
         "gradients": 4 * trainable // world_size,
         "optimizer state": 8 * trainable // world_size,  # AdamW's two moments
-        "whole weights": gathered,
-        "whole gradients": 0 if config.lora_rank else full_gradients,
+        "whole weights": whole_weights,
+        "whole gradients": whole_gradients,
         "activations": activations,
         "logits chunk": chunk,
     }
-    in_pass = gathered + memory["whole gradients"] + activations + chunk
-    # Accumulated gradients exist during the next pass; those of a single micro-batch grow as activations are freed.
-    peak = memory["gradients"] + in_pass if largest.accumulates else max(memory["gradients"], in_pass)
+    in_pass = whole_weights + whole_gradients + activations + chunk
+    # Accumulated gradients exist during the next pass; those of a single micro-batch grow as activations are freed, and
+    # shards of what was accumulated whole as that is freed.
+    accumulates_shards = largest.passes > 1 and (world_size == 1 or config.zero_stage > 1)
+    peak = memory["gradients"] + in_pass if accumulates_shards else max(memory["gradients"], in_pass)
     return memory | {"total": memory["weights"] + memory["optimizer state"] + peak}
+
+
+def estimate_communication(model: Transformer, config, world_size: int, passes: int) -> int:
+    """Bytes that a process sends, and as many that it receives, in a step of so many micro-batches.
+
+    Of what is gathered or reduced, each of n processes sends (n−1)/n. `infra.distributed.set_zero_stage` says how often
+    weights are gathered, in the dtype of matmuls, and gradients reduced, in float32. FSDP keeps what is outside the
+    blocks from the forward pass to the backward pass, except an embedding that is not `lm_head` too.
+    """
+    parameters, trainable, head, _ = parameter_counts(model)
+    gathered, reduced = parameters, trainable
+    if config.zero_stage == 3:
+        gathered = passes * (2 * parameters - head - model.config.hidden_size)  # the latter: the final norm
+    if config.zero_stage > 1:
+        reduced = passes * trainable
+    return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size
+
+
+def estimate_main_memory(model: Transformer, config, world_size: int, device_type: str) -> dict[str, int]:
+    """Bytes of main memory that a process needs to read and to write, by purpose; one at a time.
+
+    Weights are read one at a time. Savepoints are written in parts: PyTorch holds a part's tensors (on a CPU they are
+    there already), and safetensors two copies of their bytes. Process 0 holds the weights of one file of a model.
+    """
+    state = [[p.numel() * 4 // world_size] * 3 for p in model.parameters() if p.requires_grad]
+    part = max(min(MAX_PART_BYTES, sum(map(sum, state))), max(map(max, state)))
+    sizes = [p.numel() * DTYPES[config.save_dtype].itemsize for p in model.parameters()]
+    return {
+        "loading": max(p.numel() * p.element_size() for p in model.parameters()) // world_size,
+        "savepoints": part * (2 if device_type == "cpu" else 3),
+        "saving models": max(min(MODEL_FILE_BYTES, sum(sizes)), max(sizes)),
+    }
 
 
 def estimate_flops(model: Transformer, tokens: int, supervised: int, config) -> int:
@@ -112,8 +169,7 @@ def estimate_flops(model: Transformer, tokens: int, supervised: int, config) -> 
 
 def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, device_type: str) -> None:
     """Print what each stage of a run takes in steps, compute, disk and memory."""
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trainable, _, _ = parameter_counts(model)
     steps = steps_per_epoch(len(dataset), config.batch_size)
     largest = largest_micro_batch(dataset, config, world_size)
     tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
@@ -134,6 +190,26 @@ def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, de
     for name, size in estimate_memory(model, largest, config, world_size, device_type).items():
         note = " at the peak, where not all is there at once" if name == "total" else ""
         print0(f"  {name:17}{format_bytes(size):>10}{note}")
+    print0("main memory    of a process, beside what Python and PyTorch take, estimated; one at a time:")
+    for name, size in estimate_main_memory(model, config, world_size, device_type).items():
+        note = ", in process 0" if name == "saving models" else ""
+        print0(f"  {name:17}{format_bytes(size):>10}{note}")
+    data = sum(getattr(dataset, name).nbytes for name in ARRAY_DTYPES)
+    print0(f"  {'encoded data':17}{format_bytes(data):>10}, mapped: freed where memory is short")
+    if world_size > 1:
+        print_zero_stages(model, largest, config, world_size, device_type)
+
+
+def print_zero_stages(
+    model: Transformer, largest: LargestMicroBatch, config, world_size: int, device_type: str
+) -> None:
+    """Print what each stage of ZeRO takes: memory of a process, and bytes that it sends in a step."""
+    print0(f"--zero_stage   memory of a process, and what it sends in a step of {largest.passes} micro-batches:")
+    for stage in (3, 2, 1):
+        choice = replace(config, zero_stage=stage)
+        memory = estimate_memory(model, largest, choice, world_size, device_type)["total"]
+        sent = estimate_communication(model, choice, world_size, largest.passes)
+        print0(f"  {stage:<17}{format_bytes(memory):>10}{format_bytes(sent):>10}")
 
 
 def print_example(dataset: Dataset, tokenizer: Tokenizer) -> None:

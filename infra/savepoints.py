@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import all_reduce_sum, barrier, local_shard, print0, rank, reshard, temporary_folder
+from infra.distributed import (
+    all_reduce_sum,
+    barrier,
+    gather_objects,
+    local_shard,
+    print0,
+    rank,
+    reshard,
+    temporary_folder,
+)
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -26,11 +35,14 @@ from infra.files import (
     verify_manifest,
     write_json,
 )
+from infra.hf import split_into_shards
 from infra.metrics import StepMetrics
 from infra.records import data_checksums
 from model import Transformer
 
 # --- Savepoints -------------------------------------------------------------------------------------------------------
+
+MAX_PART_BYTES = 5 * 10**8  # of a file of a savepoint
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,13 @@ class Savepoints:
         path = self.output / "resume" / f"{self.stage}-step-{step}"
         with temporary_folder(path.with_name("partial")) as tmp:
             with _distributed_checkpoint(path) as dcp, utf8_folder(tmp) as folder:
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+                dcp.save(tensors, storage_writer=_storage_writer(dcp, folder, tensors))
+            # Each process reads again what it has written itself, which is still in its machine's page cache.
+            manifests = gather_objects(checksums(tmp.glob(f"shard-{rank() + 1:05}-*")))
             if rank() == 0:
                 write_json(tmp / "state.json", state)
-                write_json(tmp / MANIFEST, checksums(sorted(tmp.iterdir())))
+                manifests.append(checksums([tmp / "state.json"]))
+                write_json(tmp / MANIFEST, {name: entry for part in manifests for name, entry in sorted(part.items())})
                 fsync(tmp)
                 shutil.rmtree(path, ignore_errors=True)  # a damaged savepoint of an earlier attempt
                 tmp.rename(path)
@@ -148,6 +163,20 @@ def _training_tensors(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
 
 def _score_tensors(scores) -> dict[str, torch.Tensor]:
     return {f"scores.{name}": tensor for name, tensor in scores.state_dict().items()} if scores else {}
+
+
+def _storage_writer(dcp, folder: Path, tensors: dict[str, torch.Tensor]):
+    """A writer of PyTorch's distributed checkpoint that needs little main memory.
+
+    It copies a file's tensors from the GPU, and serializes them, before it writes them. So each process writes files of
+    at most MAX_PART_BYTES, or of one tensor that is larger, one after the other.
+    """
+    sizes = {name: local_shard(tensor).nbytes for name, tensor in tensors.items()}
+    parts = enumerate(split_into_shards(sizes, MAX_PART_BYTES), start=1)
+    file_of = {name: number for number, names in parts for name in names}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # or it would copy to pinned memory, which PyTorch never gives back
+    return writer
 
 
 @contextlib.contextmanager

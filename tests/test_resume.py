@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script, tiny_model, write_model_and_records
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem
 
 import infra.files
 import infra.hf
@@ -22,8 +24,10 @@ import train as train_module
 from data import load_examples
 from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
+from infra.metrics import StepMetrics
 from infra.output import lock_output
-from train import main
+from infra.savepoints import Savepoints
+from train import TrainConfig, main, make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +190,42 @@ def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, t
     told = capsys.readouterr()
     assert f"{file}: damaged" in told.err and "goes on after step 3" in told.out
     assert_same(outcome(tmp_path / "o"), plain)
+
+
+def test_a_savepoint_takes_the_main_memory_of_a_part(tmp_path, monkeypatch):
+    """Python's share of it: the serialized bytes. What a GPU would add is copied to memory that is not pinned."""
+    model = tiny_model(vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    state = 12 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(infra.savepoints, "MAX_PART_BYTES", state // 20)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)  # copies to pinned memory; chosen where CUDA is
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    savepoints = Savepoints(tmp_path, "reference", every=1, keep=2)
+    savepoints.save(1, model, optimizer, metrics)
+    folder = tmp_path / "resume" / "reference-step-1"
+    files = {file.name for file in folder.iterdir()} - {"manifest.json"}
+    assert set(json.loads((folder / "manifest.json").read_text())) == files and len(files) > 20
+    monkeypatch.setattr(infra.savepoints, "checksums", lambda files: {})  # these take megabytes, whatever they read
+    tracemalloc.start()
+    savepoints.save(2, model, optimizer, metrics)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert state / 20 < peak < state / 4
+
+
+def test_a_savepoint_in_one_file_loads(tmp_path, monkeypatch):
+    """As it was written before savepoints had parts."""
+    model = tiny_model()
+    optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    monkeypatch.setattr(infra.savepoints, "MAX_PART_BYTES", 10**9)
+    savepoints = Savepoints(tmp_path, "reference", every=1, keep=2)
+    savepoints.save(3, model, optimizer, metrics)
+    folder = tmp_path / "resume" / "reference-step-3"
+    (file,) = folder.glob("*.safetensors")
+    assert file.name == "shard-00001-model-00001-of-00001.safetensors"
+    other = tiny_model(seed=1)
+    assert savepoints.load(other, make_optimizer(other, TrainConfig()), metrics) == 3
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_finished_stages_are_not_run_again(folder, tmp_path, monkeypatch, capsys):

@@ -6,18 +6,34 @@ Each number of processes runs `in_processes` once; the tests then compare what i
 import json
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import random_encoded, run_script, tiny_model
 
+import infra.savepoints
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
 from eval import generate
-from infra.distributed import full_tensor, init_distributed, local_shard, rank, world_size
+from infra.distributed import (
+    DTYPES,
+    full_tensor,
+    gather_objects,
+    init_distributed,
+    is_sharded,
+    local_shard,
+    rank,
+    world_size,
+)
+from infra.files import verify_manifest
 from infra.hf import load_model, save_model
+from infra.metrics import StepMetrics
+from infra.plan import estimate_communication
+from infra.savepoints import Savepoints
 from train import TrainConfig, forward_backward, make_optimizer
 
 LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
@@ -25,21 +41,58 @@ MODELS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False, "model_type": "qwen2", "vocab_size": 301},  # an odd number of rows
 }
-CASES = {  # name -> (micro_batch_tokens, LoRA rank, activation checkpointing)
-    "full": (1000, None, False),
-    "accumulated": (70, None, False),
-    "lora": (1000, 4, False),
-    "lora, accumulated": (70, 4, False),
-    "recomputed": (70, None, True),
+CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or more
+    "full": {},
+    "accumulated": {"micro_batch_tokens": 70},
+    "lora": {"lora_rank": 4},
+    "lora, accumulated": {"micro_batch_tokens": 70, "lora_rank": 4},
+    "recomputed": {"micro_batch_tokens": 70, "activation_checkpointing": True},
+    "full, weights whole": {"zero_stage": 2},
+    "accumulated, weights whole": {"micro_batch_tokens": 70, "zero_stage": 2},
+    "accumulated, whole": {"micro_batch_tokens": 70, "zero_stage": 1},
+    "lora, accumulated, whole": {"micro_batch_tokens": 70, "lora_rank": 4, "zero_stage": 1},
+    "recomputed, weights whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 2},
+    "recomputed, whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 1},
 }
-CASES_OF = {1: list(CASES), 2: list(CASES), 4: ["full", "lora, accumulated"]}  # by number of processes
+BF16_CASES = {
+    "bf16": {"micro_batch_tokens": 70, "dtype": "bf16"},
+    "bf16, whole": {"micro_batch_tokens": 70, "dtype": "bf16", "zero_stage": 1},
+}
+CASES_OF = {  # by number of processes
+    1: list(CASES),
+    2: list(CASES),
+    4: ["full", "lora, accumulated", "accumulated, whole"],
+}
 
 
-def train_two_steps(folder: Path, micro_batch_tokens: int, lora_rank, activation_checkpointing: bool):
-    """Train. -> the changes of the weights, the last gradients, this process's bytes of weights and optimizer state"""
-    model = load_model(folder, lora_rank=lora_rank)
-    model.activation_checkpointing = activation_checkpointing
-    config = TrainConfig(lr=1e-3)
+class Traffic:
+    """Counts the bytes that a process sends in all-gathers and reduce-scatters while it is entered."""
+
+    def __enter__(self):
+        self.sent, self.real = 0, {name: getattr(dist, name) for name in ("all_gather_single", "reduce_scatter_single")}
+        for name, function in self.real.items():
+            setattr(dist, name, partial(self.count, function))
+        return self
+
+    def count(self, function, *arguments, **named):
+        whole = max(x.nbytes for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor))
+        self.sent += whole * (world_size() - 1) // world_size()
+        return function(*arguments, **named)
+
+    def __exit__(self, *_):
+        for name, function in self.real.items():
+            setattr(dist, name, function)
+
+
+def train_two_steps(folder: Path, **settings):
+    """Train. -> the changes of the weights, the last gradients, bytes of this process
+
+    The bytes are those of its weights and optimizer state, and those that it sends in the first step by the plan and as
+    counted.
+    """
+    config = TrainConfig(**{"lr": 1e-3, "dtype": "fp32", "micro_batch_tokens": 1000, **settings})
+    model = load_model(folder, compute_dtype=DTYPES[config.dtype], lora_rank=config.lora_rank)
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = make_optimizer(model, config)
     for group in optimizer.param_groups:  # with 1e-8, an update whose gradient is rounding noise is noise too
         group["eps"] = 1e-5
@@ -48,14 +101,36 @@ def train_two_steps(folder: Path, micro_batch_tokens: int, lora_rank, activation
     for number, chosen in enumerate((np.arange(7), np.arange(2))):  # of the second, some processes get nothing
         optimizer.zero_grad()
         lam = sample_lambda(len(chosen) // 2, 0.5, 0, number)
-        batch = build_batch(dataset, chosen, lam, micro_batch_tokens, rank(), world_size())
-        forward_backward(model, batch, 0.7, 1.0)
+        batch = build_batch(dataset, chosen, lam, config.micro_batch_tokens, rank(), world_size())
+        with Traffic() as traffic:
+            forward_backward(model, batch, 0.7, 1.0, None, config.zero_stage)
+        if number == 0:
+            planned = estimate_communication(model, config, world_size(), len(batch.micro_batches))
+            sent = [planned, traffic.sent]
+        gathered = [p for p in model.parameters() if world_size() > 1 and not is_sharded(p)]
+        assert not gathered  # after a step, all is in shards
         optimizer.step()
     changed = {name: full_tensor(p).detach() - before[name] for name, p in model.named_parameters()}
     gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     state = [value for values in optimizer.state.values() for value in values.values() if value.numel() > 1]
     local_bytes = sum(local_shard(t).numel() * t.element_size() for t in [*model.parameters(), *state])
-    return changed, gradients, local_bytes
+    return changed, gradients, [local_bytes, *sent]
+
+
+def save_savepoint(model, folder: Path) -> None:
+    """Write a savepoint in small parts, and which files each process has hashed."""
+    optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    infra.savepoints.MAX_PART_BYTES, hashed, real = 20_000, [], infra.savepoints.checksums
+
+    def checksums(files):
+        hashed.append(real(files))
+        return hashed[-1]
+
+    infra.savepoints.checksums = checksums
+    Savepoints(folder, "reference", every=1, keep=1).save(5, model, optimizer, metrics)
+    names = gather_objects([name for entries in hashed for name in entries])
+    if rank() == 0:
+        (folder / "hashed.json").write_text(json.dumps(names))
 
 
 def in_processes(folder: Path) -> None:
@@ -63,9 +138,10 @@ def in_processes(folder: Path) -> None:
     results, local_bytes = {}, {}
     with init_distributed():
         for model_name in MODELS:
-            for case in CASES_OF[world_size()]:
+            cases = {case: CASES[case] for case in CASES_OF[world_size()]}
+            for case, settings in (cases | BF16_CASES if world_size() == 2 else cases).items():
                 name = f"{model_name}, {case}"
-                *results[name], local_bytes[name] = train_two_steps(folder / model_name, *CASES[case])
+                *results[name], local_bytes[name] = train_two_steps(folder / model_name, **settings)
             model = load_model(folder / model_name)
             encoded = random_encoded(LENGTHS)
             results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
@@ -75,6 +151,8 @@ def in_processes(folder: Path) -> None:
             model = load_model(folder / model_name)
             assert before() is None  # of two models in turn, one at a time takes memory
             save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
+        if world_size() == 2:
+            save_savepoint(load_model(folder / "tied"), folder)
         if world_size() == 4:
             opened = load_model(folder / "tied-saved-by-2")
             results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
@@ -114,6 +192,16 @@ def test_updates_equal_those_of_one_process(folder, several, model, case):
         assert (one - many).norm() <= 1e-5 * one.norm()
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_in_bf16_are_accumulated_in_float32(folder, model):
+    """So summing over micro-batches before processes, or after, makes no difference."""
+    results = torch.load(folder / "results-2.pt")
+    for sharded, whole in zip(results[f"{model}, bf16"], results[f"{model}, bf16, whole"], strict=True):
+        assert any(gradient.abs().max() > 0 for gradient in sharded.values())
+        for name in sharded:
+            assert (sharded[name] - whole[name]).norm() <= 1e-5 * sharded[name].norm()
+
+
 def test_recomputed_activations_give_the_same_gradients(folder):
     results = torch.load(folder / "results-1.pt")
     for one, again in zip(results["tied, accumulated"], results["tied, recomputed"], strict=True):
@@ -135,8 +223,15 @@ def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, several, model):
     one, many = (json.loads((folder / f"bytes-{number}.json").read_text()) for number in (1, several))
-    assert many[f"{model}, full"] == pytest.approx(one[f"{model}, full"] / several, rel=0.02)
-    assert one[f"{model}, lora"] < 0.7 * one[f"{model}, full"]  # adapters alone have optimizer state
+    assert many[f"{model}, full"][0] == pytest.approx(one[f"{model}, full"][0] / several, rel=0.02)
+    assert one[f"{model}, lora"][0] < 0.7 * one[f"{model}, full"][0]  # adapters alone have optimizer state
+
+
+@pytest.mark.parametrize("several, case", [(number, case) for number in (2, 4) for case in CASES_OF[number]])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_sends_the_bytes_that_the_plan_says(folder, several, model, case):
+    _, planned, sent = json.loads((folder / f"bytes-{several}.json").read_text())[f"{model}, {case}"]
+    assert sent == pytest.approx(planned, rel=0.02) and sent > 0  # shards of uneven size are padded
 
 
 @pytest.mark.parametrize("several", [2, 4])
@@ -152,6 +247,22 @@ def test_what_two_save_opens_in_four(folder):
     opened = torch.load(folder / "results-4.pt")["opened"]
     for name, parameter in load_model(folder / "tied").named_parameters():
         assert torch.equal(opened[name], parameter)
+
+
+def test_each_process_hashes_the_parts_of_a_savepoint_that_it_writes(folder):
+    savepoint = folder / "resume" / "reference-step-5"
+    verify_manifest(savepoint)
+    files = {file.name for file in savepoint.iterdir()} - {"manifest.json"}
+    assert set(json.loads((savepoint / "manifest.json").read_text())) == files
+    of_first, of_second = map(set, json.loads((folder / "hashed.json").read_text()))
+    assert of_second == {name for name in files if name.startswith("shard-00002-")} and len(of_second) > 3
+    assert of_first == files - of_second
+    original, again = load_model(folder / "tied"), load_model(folder / "tied")
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    optimizer, metrics = make_optimizer(again, TrainConfig()), StepMetrics(10, torch.device("cpu"))
+    assert Savepoints(folder, "reference", every=1, keep=1).load(again, optimizer, metrics) == 5
+    assert all(map(torch.equal, original.parameters(), again.parameters()))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,16 @@ from infra.demo import DEMO_FLAGS
 from infra.device import DTYPES
 from infra.files import sha256_of
 from infra.hf import load_model, meta_model, save_model
-from infra.plan import estimate_memory, largest_micro_batch
+from infra.plan import (
+    LargestMicroBatch,
+    activation_bytes,
+    estimate_communication,
+    estimate_main_memory,
+    estimate_memory,
+    largest_micro_batch,
+)
 from mixup import sftmix_loss_literal
+from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from train import (
     STAGES,
@@ -633,6 +641,54 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, mon
     text = capsys.readouterr().out
     adapters = 2 * 2 * sum((32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 48, 32 + 48, 48 + 32))  # layers, rank
     assert f"{parameters + adapters:,}, of which {adapters:,} are trained" in text and "on 4 x cpu" in text
+    sent = (4 * (parameters + adapters) + 4 * adapters) * 3 // 4  # gathered and reduced once, 3 of 4 shards to others
+    assert f" {sent / 1e6:.1f} MB\n\nThe first example" in text and "main memory" in text
+
+
+def test_what_stages_of_zero_take():
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4))
+    parameters = sum(p.numel() for p in model.parameters())
+    config, largest = TrainConfig(dtype="bf16"), LargestMicroBatch(tokens=100, supervised=50, passes=3)
+    stages = [replace(config, zero_stage=stage) for stage in (1, 2, 3)]
+    memory = [estimate_memory(model, largest, stage, 8, "cuda") for stage in stages]
+    assert memory[0]["whole weights"] == memory[1]["whole weights"] > 2 * parameters > memory[2]["whole weights"]
+    assert memory[0]["whole gradients"] - 4 * parameters == memory[1]["whole gradients"] == memory[2]["whole gradients"]
+    assert memory[0]["total"] > memory[1]["total"] > memory[2]["total"]
+    again = parameters - 1000 * 64 - 64  # lm_head and the final norm stay from the forward pass to the backward pass
+    gathered, reduced = (parameters, parameters, 3 * (parameters + again)), (parameters, 3 * parameters, 3 * parameters)
+    assert [estimate_communication(model, stage, 8, 3) for stage in stages] == [
+        (2 * g + 4 * r) * 7 // 8 for g, r in zip(gathered, reduced, strict=True)
+    ]
+
+
+def test_each_micro_batch_knows_the_stage_of_zero_and_whether_it_is_the_last(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module, "set_zero_stage", lambda model, stage, is_last: calls.append((stage, is_last)))
+    config = TrainConfig(dtype="fp32", batch_size=4, epochs=1, micro_batch_tokens=50, zero_stage=1)
+    order = sampler(lambda epoch: np.arange(4), mix=False)
+    train(tiny_model(), dataset_of([40, 30, 45, 35]), config, order, lambda record: None)
+    assert calls == [(1, False)] * (len(calls) - 1) + [(1, True)] and len(calls) > 2
+
+
+def test_attention_in_float32_on_a_gpu_keeps_keys_and_values_of_each_query_head():
+    shapes = [ModelConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=heads) for heads in (2, 8)]
+    kept = {dtype: [activation_bytes(s, TrainConfig(dtype=dtype), "cuda")[0] for s in shapes] for dtype in DTYPES}
+    assert kept["fp32"][0] == kept["fp32"][1]
+    assert kept["bf16"][1] - kept["bf16"][0] == 2 * 2 * (64 - 16)
+
+
+def test_main_memory_is_that_of_a_part_of_a_savepoint_and_of_a_file_of_a_model():
+    with torch.device("meta"):
+        large = Transformer(ModelConfig(vocab_size=128256, hidden_size=4096, num_hidden_layers=4))
+        small = Transformer(ModelConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1))
+    config, head, parameters = TrainConfig(dtype="bf16"), 128256 * 4096, sum(p.numel() for p in small.parameters())
+    expected = {"loading": 4 * head, "savepoints": 3 * 4 * head, "saving models": 5 * 10**9}
+    assert estimate_main_memory(large, config, 1, "cuda") == expected
+    expected = {"loading": head // 2, "savepoints": 3 * 5 * 10**8, "saving models": 5 * 10**9}
+    assert estimate_main_memory(large, config, 8, "cuda") == expected
+    whole = {"savepoints": 2 * 12 * parameters, "saving models": 4 * parameters}
+    assert estimate_main_memory(small, config, 1, "cpu").items() >= whole.items()
 
 
 SHAPES = {
