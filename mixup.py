@@ -23,11 +23,13 @@ positions in a chunk.
 import functools
 import os
 import shutil
+import sys
 
 import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # the target of positions that are not supervised, such as those of the prompt
+ROW_MULTIPLE = {"cuda": 8}  # rows of logits are padded to it: tensor cores need 16 bytes, which are 8 numbers in bf16
 
 
 # --- The equations as written -----------------------------------------------------------------------------------------
@@ -134,13 +136,12 @@ def sftmix_loss(
 
 
 def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
-    """The number of positions whose logits `sftmix_loss` holds at once.
-
-    Fewer positions spend more time on reading W; more only take memory. A chunk has 2²⁶ logits on a GPU and 2²² on a
-    CPU, but at least 512 or 256 positions, however large the vocabulary is.
-    """
-    elements, fewest = (2**26, 512) if device_type == "cuda" else (2**22, 256)
-    return max(fewest, elements // vocab_size)
+    """The number of positions whose logits `sftmix_loss` holds at once: fewer are slower, more only take memory."""
+    if device_type != "cuda":
+        return max(256, 2**22 // vocab_size)
+    # Adding to an entry of W's gradient takes 2 FLOPs a position and 8 bytes a chunk; an H100 has time for 300 FLOPs
+    # a byte, so for 1,200 positions. 2²⁸ logits are 2,048 at V = 128,256. Tiles of matmul kernels have up to 256 rows.
+    return max(256, 2**28 // vocab_size // 256 * 256)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -148,53 +149,56 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, index_c, index_u, lam, ntp_scale, mix_scale, log_p_out):
-        device = hidden.device
-        autocast = torch.is_autocast_enabled(device.type)
-        matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        device, device_type = hidden.device, hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
-        # Of the matmul for W's gradient. On a CPU a float32 matmul can add to the sum in place; on a GPU a bf16 matmul
-        # and a float32 addition are faster.
-        grad_dtype = matmul_dtype if device.type == "cuda" else sum_dtype
-        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if needs_hidden_grad else None  # [S, D]
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight_grad else None  # [V, D]
+        grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype  # elsewhere only float32 matmuls add in place
+        grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if ctx.needs_input_grad[0] else None  # [S, D]
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None  # [V, D]
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
-        logits_gradient = _compiled_logits_gradient() if device.type == "cuda" else _logits_gradient
 
-        size = chunk_size(len(weight), device.type)
-        order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), size)
+        V = len(weight)
+        order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_size(V, device_type))
         order, uses = to_device(order, device), to_device(uses, device)
-        inv_uses = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]
-        position_scale = ntp_scale * inv_uses  # [S, 1]
+        share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]: of an appearance of a position in `order`
         # A tensor, because torch.compile would recompile for each new number.
         pair_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
-        with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
+        with torch.autocast(device_type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
+            width = V + -V % ROW_MULTIPLE.get(device_type, 1)
+            gradient = _compiled_logits_gradient(device, matmul_dtype, width) if hidden.is_cuda else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
-                s, lam_m = order[positions_slice], lam[mixed_slice, None]  # [R], [k, 1]
+                # torch.compile recompiles a view for other sizes of its base, hence detach.
+                s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]
                 z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
-                logits = z @ W.T  # [R, V]: the only lm_head matmul of the forward pass
-                grad, log_p, ce_mixed = logits_gradient(logits, y, lam_m, position_scale[s], pair_scale, grad_dtype)
-                ntp_sum = ntp_sum - (inv_uses[s] * log_p).sum()  # Σ −log p(y_s)
+                logits = W.new_empty(len(s), width)  # [R, V], and padding of which softmax makes 0
+                logits[:, V:] = torch.finfo(matmul_dtype).min
+                torch.mm(z, W.T, out=logits[:, :V])  # the only lm_head matmul of the forward pass
+                grad, log_p, ce_mixed = gradient(logits, y, lam_m, ntp_scale * share[s], pair_scale, grad_dtype)
+                ntp_sum = ntp_sum - (share[s] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
                     log_p_out[s] = log_p[:, 0].to(log_p_out.dtype)
-                if needs_hidden_grad:
-                    grad_hidden.index_add_(0, s, (grad.to(matmul_dtype) @ W).to(sum_dtype))
-                if needs_weight_grad:
-                    _add_matmul_(grad_weight, grad.T, z.to(grad_dtype))
+                if grad_hidden is not None:
+                    grad_z = torch.zeros_like(z, dtype=sum_dtype)
+                    grad_hidden.index_add_(0, s, _add_matmul_(grad_z, grad[:, :V].to(matmul_dtype), W))
+                if grad_weight is not None:
+                    _add_matmul_(grad_weight, grad[:, :V].T, z.to(grad_dtype))
+                del logits, grad  # before those of the next chunk are allocated
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(ntp_sum, mix_sum)
         return ntp_scale * ntp_sum + mix_scale * mix_sum, ntp_sum, mix_sum
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _ntp, _mix):
-        grads = [
-            None if grad is None else (grad_loss * grad).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # In place, so that W's gradient exists once; but with retain_graph=True another backward pass needs it again.
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else torch.Tensor.mul_
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = [None if grad is None else scale(grad, grad_loss).to(dtype) for grad, dtype in grads]
         return *grads, None, None, None, None, None, None, None
 
 
@@ -239,11 +243,20 @@ def _subtract_at_(grad, y, amount):
 
 
 @functools.cache
-def _compiled_logits_gradient():
-    """`_logits_gradient`, compiled for chunks of any size; uncompiled without the C compiler that Triton needs."""
-    if not has_compiler("CC", "cc", "gcc", "clang"):
+def _compiled_logits_gradient(device, dtype, width: int):
+    """`_logits_gradient`, compiled for chunks of any number of rows of `width` logits; uncompiled where that fails."""
+    try:
+        compiled = torch.compile(_logits_gradient, dynamic=True)
+        logits = torch.zeros(4, width, dtype=dtype, device=device)
+        scale = torch.zeros(4, 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        torch._dynamo.mark_static(logits, 1)  # a kernel that knows the width knows that rows are aligned
+        compiled(logits, scale.long(), scale[:2].detach(), scale, scale.sum(), dtype)
+        return compiled
+    except Exception as error:  # no Triton, no C compiler, no Python.h, or a GPU that Triton does not know
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says it
+            reason = getattr(error, "inner_exception", error)
+            print(f"sftmix_loss is slower, because torch.compile fails here: {reason!r:.300}", file=sys.stderr)
         return _logits_gradient
-    return torch.compile(_logits_gradient, dynamic=True)
 
 
 def has_compiler(variable: str, *names: str) -> bool:
@@ -253,20 +266,22 @@ def has_compiler(variable: str, *names: str) -> bool:
 
 
 def to_device(tensor, device):
-    """Copy a tensor from main memory to `device` without waiting for it."""
+    """Copy a tensor from main memory to `device`, a CUDA device without waiting for it."""
     device = torch.device(device)
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # the current device of a background thread is another one
-            tensor = tensor.pin_memory()  # from unpinned memory the copy would block
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":  # on MPS, the memory could be reused before a copy that is not waited for
+        return tensor.to(device)
+    with torch.cuda.device(device):  # the current device of a background thread is another one
+        return tensor.pin_memory().to(device, non_blocking=True)  # from unpinned memory the copy would block
 
 
 def _add_matmul_(total, a, b):
-    """total += a @ b, without a temporary for the result where the dtypes allow."""
+    """total += a @ b, by a matmul that adds to `total` where there is one."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+        return total.addmm_(a, b)
+    try:  # from bf16 to float32 on NVIDIA GPUs, so nothing is rounded to bf16 and no temporary is allocated
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return total.add_(a @ b)
 
 
 def _chunks(num_positions: int, index_c, index_u, size: int):
@@ -276,13 +291,11 @@ def _chunks(num_positions: int, index_c, index_u, size: int):
     appears k times in `order`; uses is max(k, 1), so that each appearance counts for 1/uses in L_NTP.
     """
     uses = torch.bincount(torch.cat([index_c, index_u]), minlength=num_positions)  # [S]
-    order, chunks, start = [], [], 0
+    order, chunks, num_mixed = [], [], 2 * len(index_c)
     for m in range(0, len(index_c), size // 2):
         mixed = slice(m, min(m + size // 2, len(index_c)))
         order += [index_c[mixed], index_u[mixed]]
-        chunks.append((slice(start, start + 2 * (mixed.stop - m)), mixed))
-        start = chunks[-1][0].stop
-    order.append((uses == 0).nonzero()[:, 0])  # the positions in no pair
-    order = torch.cat(order)
-    chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(start, len(order), size)]
+        chunks.append((slice(2 * m, 2 * mixed.stop), mixed))
+    order = torch.cat([*order, (uses == 0).nonzero()[:, 0]])  # last, the positions in no pair
+    chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(num_mixed, len(order), size)]
     return order, uses.clamp(min=1), chunks

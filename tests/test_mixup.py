@@ -1,25 +1,34 @@
 """The loss against its literal form, and both against numbers worked by hand."""
 
 import math
+import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixup as mixup_module
 from data import IGNORE_INDEX
 from mixup import mixup, pair_positions, sftmix_loss, sftmix_loss_literal
 
+RELATIVE, ABSOLUTE = ({torch.float64: a, torch.float32: b} for a, b in ((1e-9, 1e-4), (1e-12, 1e-5)))
 
-def case(seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):
-    """Random arguments of the loss; with `repeats`, rows that several mixed positions share."""
+
+def case(device="cpu", seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):
+    """Random arguments of the loss; with `repeats`, rows that several mixed positions share.
+
+    The indices stay in main memory. MPS has no float64, so the dtype there is float32.
+    """
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(S, D, generator=g, dtype=dtype).requires_grad_()
-    weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
+    hidden = torch.randn(S, D, generator=g, dtype=dtype)
+    weight = torch.randn(V, D, generator=g, dtype=dtype)
     targets = torch.randint(V, (S,), generator=g)
     distinct, any_rows = torch.randperm(S, generator=g)[: 2 * M], torch.randint(max(S // 3, 1), (2, M), generator=g)
     index = any_rows if repeats else distinct.view(2, M)
     lam = torch.rand(M, generator=g, dtype=dtype)
-    return hidden, weight, targets, index[0], index[1], lam
+    dtype = torch.float32 if torch.device(device).type == "mps" else dtype
+    hidden, weight, lam = (x.to(dtype).to(device) for x in (hidden, weight, lam))
+    return hidden.requires_grad_(), weight.requires_grad_(), targets.to(device), index[0], index[1], lam
 
 
 def literal_loss(
@@ -38,7 +47,8 @@ def value_and_gradients(loss_function, arguments, *rest, **named):
     return torch.stack([loss.detach(), ntp, mix]), *torch.autograd.grad(loss, arguments[:2])
 
 
-def assert_equal_to_literal(arguments, *rest, rtol=1e-9, atol=1e-12, **named):
+def assert_equal_to_literal(arguments, *rest, **named):
+    rtol, atol = RELATIVE[arguments[0].dtype], ABSOLUTE[arguments[0].dtype]
     fast = value_and_gradients(sftmix_loss, arguments, *rest, **named)
     literal = value_and_gradients(literal_loss, arguments, *rest, **named)
     for name, one, other in zip(("loss, ntp, mix", "grad hidden", "grad weight"), fast, literal, strict=True):
@@ -63,12 +73,11 @@ def test_mixup_takes_one_lambda_a_position():
 
 
 @pytest.mark.parametrize("loss_function", [sftmix_loss, sftmix_loss_literal])
-def test_loss_by_hand(loss_function):
+def test_loss_by_hand(loss_function, device):
     """Two rows, W = 1: logits (ln 3, 0) and (0, 0), so p = (3/4, 1/4) and (1/2, 1/2); gold tokens 0, 1, λ = 1/2."""
-    hidden = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
-    loss, ntp, mix = loss_function(
-        hidden, torch.eye(2), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]), mu=0.2
-    )
+    hidden, targets = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]).to(device), torch.tensor([0, 1]).to(device)
+    index_c, index_u, lam = torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]).to(device)
+    loss, ntp, mix = loss_function(hidden, torch.eye(2).to(device), targets, index_c, index_u, lam, mu=0.2)
     expected_ntp = (math.log(4 / 3) + math.log(2)) / 2
     root = math.sqrt(3.0)  # mixed logits (ln √3, 0): p̃ = (√3, 1) / (1 + √3)
     expected_mix = 0.5 * math.log((1 + root) / root) + 0.5 * math.log(1 + root)
@@ -113,35 +122,35 @@ def test_pair_positions_without_pairs_or_without_supervision():
 
 @pytest.mark.parametrize("mu", [0.0, 0.2, 3.0])
 @pytest.mark.parametrize("ntp_weight", [0.0, 1.0])
-def test_fast_equals_literal(mu, ntp_weight):
-    assert_equal_to_literal(case(), mu, ntp_weight)
+def test_fast_equals_literal(mu, ntp_weight, device):
+    assert_equal_to_literal(case(device), mu, ntp_weight)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 7, 10**6])
 @pytest.mark.parametrize("repeats", [False, True])
-def test_fast_equals_literal_for_any_chunk(monkeypatch, rows, repeats):
+def test_fast_equals_literal_for_any_chunk(monkeypatch, rows, repeats, device):
     monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: rows)
-    assert_equal_to_literal(case(repeats=repeats), 0.7)
+    assert_equal_to_literal(case(device, repeats=repeats), 0.7)
 
 
 @pytest.mark.parametrize("S, M", [(5, 0), (6, 3), (1, 0)])
-def test_fast_equals_literal_at_the_edges(S, M):
-    assert_equal_to_literal(case(S=S, M=M), 0.5)
+def test_fast_equals_literal_at_the_edges(S, M, device):
+    assert_equal_to_literal(case(device, S=S, M=M), 0.5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_fast_equals_literal_at_the_ends_of_lambda(lam):
-    hidden, weight, targets, index_c, index_u, _ = case()
-    assert_equal_to_literal((hidden, weight, targets, index_c, index_u, torch.full((len(index_c),), lam)), 0.5)
+def test_fast_equals_literal_at_the_ends_of_lambda(lam, device):
+    hidden, weight, targets, index_c, index_u, ones = case(device)
+    assert_equal_to_literal((hidden, weight, targets, index_c, index_u, torch.full_like(ones, lam)), 0.5)
 
 
-def test_global_denominators():
-    assert_equal_to_literal(case(), 0.3, num_supervised=100, num_mixed=40)
+def test_global_denominators(device):
+    assert_equal_to_literal(case(device), 0.3, num_supervised=100, num_mixed=40)
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+def test_parts_of_a_batch_add_up_to_the_whole(device):
     """Two micro-batches with the global counts give the loss and the gradients of one, whatever their sizes."""
-    hidden, weight, targets, index_c, index_u, lam = case(S=12, M=4)
+    hidden, weight, targets, index_c, index_u, lam = case(device, S=12, M=4)
     index_c, index_u = torch.tensor([0, 1, 5, 6]), torch.tensor([2, 3, 7, 8])
     whole = value_and_gradients(sftmix_loss, (hidden, weight, targets, index_c, index_u, lam), 0.4)
     halves = [
@@ -164,23 +173,63 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: sftmix_loss(h, w, *rest, 0.6, 0.9)[0], (hidden, weight))
 
 
-def test_frozen_head_still_gives_hidden_gradients():
-    hidden, weight, *rest = case()
+def test_frozen_head_still_gives_hidden_gradients(device):
+    hidden, weight, *rest = case(device)
     expected = value_and_gradients(sftmix_loss, (hidden, weight, *rest), 0.2)[1]
     loss, _, _ = sftmix_loss(hidden, weight.detach(), *rest, 0.2)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected)
 
 
-def test_upstream_gradient_scales():
-    hidden, weight, *rest = case()
+def test_upstream_gradient_scales(device):
+    """Also in a second backward pass through a graph that is kept, which leaves the first one's gradients alone."""
+    hidden, weight, *rest = case(device)
     loss, _, _ = sftmix_loss(hidden, weight, *rest, 0.2)
-    once = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
-    torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    copies = [x.clone() for x in once]
+    twice = torch.autograd.grad(3 * loss, (hidden, weight))
+    for first, copy, second in zip(once, copies, twice, strict=True):
+        assert torch.equal(first, copy)
+        torch.testing.assert_close(second, 3 * copy)
+
+
+def test_no_second_derivative():
+    """It would lack a term, since the gradients that the forward pass computes are constants of the backward pass."""
+    hidden, *rest = case()
+    (gradient,) = torch.autograd.grad(sftmix_loss(hidden, *rest, 0.2)[0] ** 2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Operations(TorchDispatchMode):
+    """Calls `see(function, arguments, result)` for each operation."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.see(function, [*args, *(kwargs or {}).values()], out)
+        return out
+
+
+def test_the_gradient_of_the_head_exists_once():
+    """From the first chunk to `weight.grad`, which takes over its memory."""
+    hidden, weight, *rest = case(S=40, M=15, D=7, V=3000)
+    memory = set()
+
+    def see(_function, _arguments, out):
+        if isinstance(out, torch.Tensor) and out.shape == weight.shape:
+            memory.add(out.untyped_storage().data_ptr())
+
+    with Operations(see):
+        (3 * sftmix_loss(hidden, weight, *rest, 0.2)[0]).backward()
+    assert memory - {weight.untyped_storage().data_ptr()} == {weight.grad.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("lam", [0.3, torch.tensor(0.3, dtype=torch.float64)])
-def test_one_number_may_stand_for_every_lambda(lam):
-    hidden, weight, targets, index_c, index_u, _ = case()
+def test_one_number_may_stand_for_every_lambda(lam, device):
+    hidden, weight, targets, index_c, index_u, _ = case(device)
     assert_equal_to_literal((hidden, weight, targets, index_c, index_u, lam), 0.5)
 
 
@@ -190,8 +239,8 @@ def test_halves_that_do_not_pair_up_are_refused():
         sftmix_loss(hidden, weight, targets, index_c, index_u[1:], lam, 0.5)
 
 
-def test_nothing_supervised_is_a_zero_that_can_be_backpropagated():
-    hidden, weight, *rest = case(S=0, M=0)
+def test_nothing_supervised_is_a_zero_that_can_be_backpropagated(device):
+    hidden, weight, *rest = case(device, S=0, M=0)
     loss, ntp, mix = sftmix_loss(hidden, weight, *rest, 0.2)
     loss.backward()
     assert (loss.item(), ntp.item(), mix.item()) == (0, 0, 0)
@@ -203,35 +252,36 @@ def test_reported_means_carry_no_gradient():
     assert not ntp.requires_grad and not mix.requires_grad
 
 
-def test_huge_logits_stay_finite():
+def test_huge_logits_stay_finite(device):
     """−log p of 1,000 nats: a softmax would give 0 and its logarithm infinity."""
-    hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
-    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
-    zero, one = torch.tensor([0]), torch.tensor([1])
-    loss, ntp, mix = sftmix_loss(hidden, weight, torch.tensor([1, 1]), zero, one, torch.tensor([0.5]), 1.0)
+    hidden = torch.tensor([[1000.0], [1000.0]], device=device, requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], device=device, requires_grad=True)
+    targets, zero, one = torch.tensor([1, 1], device=device), torch.tensor([0]), torch.tensor([1])
+    loss, ntp, mix = sftmix_loss(hidden, weight, targets, zero, one, torch.tensor([0.5], device=device), 1.0)
     loss.backward()
     assert ntp.item() == mix.item() == 1000
     assert hidden.grad.isfinite().all()
 
 
-def test_float32_is_close_and_bf16_autocast_keeps_float32_sums():
+def test_float32_is_close_and_bf16_autocast_keeps_float32_sums(device):
     double = case(S=64, M=20, D=16, V=50)
-    single = tuple(x.detach().float().requires_grad_() if x.is_floating_point() else x for x in double)
+    single = case(device, S=64, M=20, D=16, V=50)
+    single = tuple(x.detach().float().requires_grad_() if x.is_floating_point() else x for x in single)
     expected = value_and_gradients(literal_loss, double, 0.2)
     for one, other in zip(value_and_gradients(sftmix_loss, single, 0.2), expected, strict=True):
-        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(one.cpu(), other.float(), rtol=1e-4, atol=1e-5)
+    with torch.autocast(device.type, torch.bfloat16):
         fast = value_and_gradients(sftmix_loss, single, 0.2)
     for one, other in zip(fast, expected, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other.float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(one.cpu(), other.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-def test_log_p_is_filled_with_that_of_the_gold_tokens(monkeypatch, repeats):
+def test_log_p_is_filled_with_that_of_the_gold_tokens(monkeypatch, repeats, device):
     monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: 4)
-    hidden, weight, targets, *rest = case(repeats=repeats)
-    log_p = torch.full((len(targets),), float("nan"))
+    hidden, weight, targets, *rest = case(device, repeats=repeats)
+    log_p = torch.full((len(targets),), float("nan"), device=device)
     loss = sftmix_loss(hidden, weight, targets, *rest, 0.7, log_p=log_p)[0]
     expected = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(log_p, expected.detach().float())
@@ -257,24 +307,153 @@ def test_the_element_wise_part_gives_the_same_compiled_whatever_the_size_and_the
     assert not any("scatter" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
+def test_where_torch_compile_fails_the_loss_goes_on_without_and_one_process_says_so(monkeypatch, capsys):
+    """However it fails: here when the first graph is compiled, as without Triton or Python.h."""
+
+    def backend(_graph, _examples):
+        raise RuntimeError("no Triton here\nand a second line")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, **named, backend=backend))
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        mixup_module._compiled_logits_gradient.cache_clear()
+        for _ in range(2):  # it is tried once
+            chosen = mixup_module._compiled_logits_gradient(torch.device("cpu"), torch.float32, 16)
+            assert chosen is mixup_module._logits_gradient
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines
+        assert not lines or ("torch.compile fails here" in said and "no Triton here" in said)
+    mixup_module._compiled_logits_gradient.cache_clear()
+
+
+def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_width(monkeypatch):
+    widths = []
+
+    def backend(graph, examples):
+        widths.extend(x.shape[1] for x in examples if isinstance(x, torch.Tensor) and x.shape[1:] == (24,))
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, **named, backend=backend))
+    torch._dynamo.reset()
+    mixup_module._compiled_logits_gradient.cache_clear()
+    for k, others, graphs in ((5, 0, 1), (9, 0, 1), (0, 7, 2), (0, 9, 2)):
+        # Without gradients, as in the forward pass of an autograd.Function.
+        with torch.no_grad():
+            compiled = mixup_module._compiled_logits_gradient(torch.device("cpu"), torch.float32, 24)
+            logits, y = torch.randn(2 * k + others, 24), torch.randint(24, (2 * k + others, 1))
+            compiled(logits, y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(0.1), torch.float32)
+        assert len(widths) == graphs
+    assert type(widths[0]) is int  # and no symbol for any number
+    mixup_module._compiled_logits_gradient.cache_clear()
+
+
+def test_no_argument_of_the_compiled_part_is_a_view(monkeypatch):
+    """For a view, torch.compile also guards the sizes of what it is a view of, and recompiles for others."""
+    real = mixup_module._logits_gradient
+
+    def spy(*arguments):
+        assert not any(x._is_view() for x in arguments if isinstance(x, torch.Tensor))
+        return real(*arguments)
+
+    monkeypatch.setattr(mixup_module, "_logits_gradient", spy)
+    sftmix_loss(*case(), 0.2)
+
+
+@pytest.mark.parametrize("rows", [4, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_padded_rows_give_the_same_and_align_all_matmuls(monkeypatch, rows, dtype):
+    """As on a GPU, with 11 logits in rows of 16; memory that nothing has written to is filled with NaN."""
+    monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: rows)
+    monkeypatch.setattr(mixup_module, "ROW_MULTIPLE", {"cpu": 8})
+    matrices = []
+
+    def see(function, arguments, _out):
+        if function in (torch.ops.aten.mm.out, torch.ops.aten.addmm_.default):
+            matrices.extend(x for x in arguments if isinstance(x, torch.Tensor))
+
+    arguments = case(D=8, dtype=dtype)
+    torch.use_deterministic_algorithms(True)  # which fills what `empty` returns
+    try:
+        assert_equal_to_literal(arguments, 0.7)
+        with Operations(see):
+            sftmix_loss(*arguments, 0.7)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(matrices) > 9 and all(max(x.stride()) % 8 == 0 and min(x.stride()) == 1 for x in matrices)
+
+
+def test_twice_the_same_bits_with_deterministic_algorithms(monkeypatch, device):
+    """Where each operation has a deterministic form; else PyTorch raises an error that names it."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"))
+    arguments = case(device, S=300, M=200, D=16, V=500, dtype=torch.float32, repeats=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, other = (value_and_gradients(sftmix_loss, arguments, 0.7) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_chunks_of_a_gpu_are_whole_tiles_of_at_most_2_28_logits():
+    sizes = {V: mixup_module.chunk_size(V, "cuda") for V in (32000, 49152, 128256, 151936, 262144, 2**22)}
+    assert sizes == {32000: 8192, 49152: 5376, 128256: 2048, 151936: 1536, 262144: 1024, 2**22: 256}
+
+
+def test_bf16_matmuls_add_to_a_float32_sum(device):
+    """On NVIDIA GPUs they do so themselves; elsewhere the product is rounded to bf16 before it is added."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=g).bfloat16() for _ in range(2))
+    total = torch.randn(64, 64, generator=g)
+    expected = (total.double() + a.double() @ b.double()).float()
+    result = total.to(device)
+    assert mixup_module._add_matmul_(result, a.to(device), b.to(device)) is result
+    exact = device.type == "cuda" and torch.version.hip is None
+    torch.testing.assert_close(result.cpu(), expected, **({} if exact else {"rtol": 0, "atol": 0.2}))
+
+
+def test_bf16_matmuls_add_in_place_where_they_can(monkeypatch):
+    def addmm(total, a, b, *, out_dtype, out):  # as on an NVIDIA GPU
+        assert (total.dtype, a.dtype, b.dtype, out_dtype) == (
+            torch.float32,
+            torch.bfloat16,
+            torch.bfloat16,
+            total.dtype,
+        )
+        assert out is total
+        return out.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    a, total = torch.full((1, 1), 1.0 + 2**-7).bfloat16(), torch.zeros(1, 1)
+    assert mixup_module._add_matmul_(total, a, a).item() == (1 + 2**-7) ** 2  # more bits than bf16 has
+
+
+def test_only_copies_to_cuda_go_on_in_the_background():
+    class Recorder:
+        def to(self, device, **named):
+            return device.type, named
+
+    for name in ("cpu", "mps"):
+        assert mixup_module.to_device(Recorder(), name) == (name, {})
+
+
 def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
     """The largest tensor any operation makes stays at a chunk, where the literal form makes [S, V]."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    class LargestTensor(TorchDispatchMode):
-        largest = 0
+    def largest_of(function):
+        sizes = [0]
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.largest = max(self.largest, tensor.numel())
-            return out
+        def see(_function, _arguments, out):
+            outs = out if isinstance(out, (tuple, list)) else [out]
+            sizes.extend(tensor.numel() for tensor in outs if isinstance(tensor, torch.Tensor))
+
+        with Operations(see):
+            function()
+        return max(sizes)
 
     arguments = case(S=4096, M=1500, D=8, V=4096, dtype=torch.float32)
-    with LargestTensor() as fast:
-        sftmix_loss(*arguments, 0.2)[0].backward()
-    with LargestTensor() as literal:
-        sftmix_loss_literal(*arguments, 0.2)
-    assert literal.largest == 4096 * 4096
-    assert fast.largest <= mixup_module.chunk_size(4096) * 4096 < literal.largest
+    fast = largest_of(lambda: sftmix_loss(*arguments, 0.2)[0].backward())
+    literal = largest_of(lambda: sftmix_loss_literal(*arguments, 0.2))
+    assert literal == 4096 * 4096
+    assert fast <= mixup_module.chunk_size(4096) * 4096 < literal
