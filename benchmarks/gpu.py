@@ -62,7 +62,7 @@ CHECKED = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "n
            "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
 TINY = {**CHECKED, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 FULL_SIZES = Sizes(LARGE, STEP, 12, CHECKED, 500, 16, 8192, (False, True))
-SMALL_SIZES = Sizes(TINY, Work(512, 64), 4, TINY, 50, 4, 256, (False,))
+SMALL_SIZES = Sizes(TINY, Work(256, 64), 4, TINY, 50, 4, 256, (False,))
 
 
 def find_device() -> torch.device:
