@@ -114,15 +114,16 @@ class ScoreAccumulator:
 
     def __init__(self, num_supervised: Sequence[int], device, max_epochs: int = 0):
         self.num_supervised = np.asarray(num_supervised)  # [N]
-        self.sums = torch.zeros(3, len(num_supervised), dtype=torch.float64, device=device)  # Σ p, Σ log p, not finite
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # MPS has no float64
+        self.sums = torch.zeros(3, len(num_supervised), dtype=dtype, device=device)  # Σ p, Σ log p, not finite
         self.num_epochs = 0
         self.history = torch.zeros(max_epochs, 2, len(num_supervised), dtype=torch.float64)  # probability, perplexity
 
     def add(self, example_index, log_p) -> None:
         """Add log p(y) [S] at positions that belong to the examples `example_index` [S]."""
-        log_p, broken = log_p.double(), ~log_p.isfinite()
+        log_p, broken = log_p.to(self.sums.dtype), ~log_p.isfinite()
         log_p = log_p.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
-        self.sums.index_add_(1, example_index, torch.stack([log_p.exp(), log_p, broken.double()]))
+        self.sums.index_add_(1, example_index, torch.stack([log_p.exp(), log_p, broken.to(log_p.dtype)]))
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Means of p and of log p, [N] each, over what all processes have added. The sums start at zero again.
