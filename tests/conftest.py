@@ -78,6 +78,11 @@ def device(request) -> torch.device:
     return device
 
 
+def tolerance(device: torch.device, cpu: float, other: float) -> float:
+    """The tolerance of a comparison: other devices sum in another order, and not always in the same one."""
+    return cpu if device.type == "cpu" else other
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """A SentencePiece tokenizer of 400 pieces, trained on a few sentences."""

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import random_encoded
 
 import infra.cache
 import infra.records
@@ -17,6 +18,7 @@ from data import (
     IGNORE_INDEX,
     Dataset,
     Example,
+    build_batch,
     encode_example,
     encode_examples,
     epoch_order,
@@ -441,6 +443,24 @@ def test_a_unit_beyond_the_limit_has_a_micro_batch_to_itself():
     bins = make_micro_batches([500, 10, 10], max_tokens=100)
     assert [0] in bins and sorted(u for bin in bins for u in bin) == [0, 1, 2]
     assert make_micro_batches([7], max_tokens=100, multiple=3).count([]) == 2
+
+
+def test_batches_made_ahead_arrive_on_the_device_unchanged(device):
+    dataset, lam = Dataset.from_encoded(random_encoded([40, 3, 17, 8, 25])), torch.tensor([0.25, 0.75])
+    orders = [np.array(order) for order in ([3, 1, 4, 0, 2], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0])]
+
+    def tensors(micro_batch):
+        row = micro_batch.batch
+        moved = row.tokens, row.targets, row.positions, micro_batch.supervised, micro_batch.example_index
+        return *moved, micro_batch.lam
+
+    moved = list(prefetch(lambda order: build_batch(dataset, order, lam, 50).to(device), orders))
+    for order, batch in zip(orders, moved, strict=True):
+        expected = build_batch(dataset, order, lam, 50)
+        for here, there in zip(batch.micro_batches, expected.micro_batches, strict=True):
+            for one, other in zip(tensors(here), tensors(there), strict=True):
+                assert one.device.type == device.type and one.dtype == other.dtype and torch.equal(one.cpu(), other)
+            assert all(map(torch.equal, here.mix_indices, there.mix_indices))  # they stay in main memory
 
 
 # --- The demo corpus --------------------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_encoded, run_script, tiny_model, write_model_and_records
+from conftest import random_encoded, run_script, tiny_model, tolerance, write_model_and_records
 from safetensors.torch import load_file
 
 import model as model_module
@@ -31,6 +32,7 @@ from infra.plan import (
     estimate_memory,
     largest_micro_batch,
 )
+from infra.savepoints import Savepoints
 from mixup import sftmix_loss_literal
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -42,6 +44,7 @@ from train import (
     learning_rate,
     main,
     make_optimizer,
+    optimizer_step,
     parse_config,
     prepare_batch,
     record_scores,
@@ -153,46 +156,48 @@ def dataset_of(lengths, seed=0):
 
 def literal_gradients(model, dataset, indices, lam, mu):
     """The loss of a global batch written out: every example alone, every position in a loop, one-hot targets."""
+    device = model.head_weight.device
     model.zero_grad()
     hidden, targets, rows = [], [], []
     for i in indices:
-        tokens, target = (x.long() for x in dataset[i])
+        tokens, target = (x.long().to(device) for x in dataset[i])
         keep = target != -100
         rows.append(range(len(targets), len(targets) + int(keep.sum())))
         hidden.append(model(tokens)[keep])
         targets += target[keep].tolist()
     met = [(c, u, p) for p in range(len(lam)) for c, u in zip(rows[2 * p], rows[2 * p + 1], strict=False)]
     index_c, index_u, pair = torch.tensor(met, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    loss, ntp, mix = sftmix_loss_literal(
-        torch.cat(hidden), model.head_weight, torch.tensor(targets), index_c, index_u, lam[pair], mu
-    )
+    targets, lam = torch.tensor(targets, device=device), lam[pair].to(device)
+    loss, ntp, mix = sftmix_loss_literal(torch.cat(hidden), model.head_weight, targets, index_c, index_u, lam, mu)
     loss.backward()
     return torch.stack([loss, ntp, mix]).detach(), [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("mixing", [True, False])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
-def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, micro_batch_tokens):
-    model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25, 30, 5, 11, 9])
+def test_gradients_are_those_of_the_global_batch_for_any_micro_batches(mixing, micro_batch_tokens, device):
+    model, dataset = tiny_model().to(device), dataset_of([40, 3, 17, 8, 25, 30, 5, 11, 9])
     indices = np.array([4, 1, 0, 7, 2, 8, 3, 5, 6])
     lam = sample_lambda(4 if mixing else 0, 0.5, 0, 0)
     expected_losses, expected = literal_gradients(model, dataset, indices, lam, mu=0.7)
     model.zero_grad()
-    batch = build_batch(dataset, indices, lam if mixing else lam[:0], micro_batch_tokens)
+    batch = build_batch(dataset, indices, lam if mixing else lam[:0], micro_batch_tokens).to(device)
     losses = forward_backward(model, batch, 0.7, 1.0)
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses, expected_losses, rtol=tolerance(device, 1e-5, 1e-4), atol=1e-6)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=tolerance(device, 1e-4, 1e-3), atol=tolerance(device, 1e-6, 1e-5)
+        )
 
 
-def test_training_passes_score_as_scoring_does():
-    model, dataset = tiny_model(), dataset_of([40, 3, 17, 8, 25])
-    scores = ScoreAccumulator(dataset.num_supervised, "cpu")
+def test_training_passes_score_as_scoring_does(device):
+    model, dataset = tiny_model().to(device), dataset_of([40, 3, 17, 8, 25])
+    scores = ScoreAccumulator(dataset.num_supervised, device)
     for num_pairs in (0, 2):
-        batch = build_batch(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50)
+        batch = build_batch(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50).to(device)
         forward_backward(model, batch, 0.5, 1.0, scores)
         for one, other in zip(scores.means(), mean_gold_probs(model, dataset, 1000), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5)
+            np.testing.assert_allclose(one, other, rtol=tolerance(device, 1e-5, 1e-4))
 
 
 def test_a_step_never_looks_at_what_is_on_the_device(monkeypatch):
@@ -236,8 +241,30 @@ def test_a_pair_shares_a_micro_batch_and_no_example_is_lost():
     assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
 
 
-def test_small_learning_rates_move_float32_masters_under_bf16():
-    model, dataset = tiny_model(), dataset_of([20] * 4)
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(device, broken):
+    """Neither weights nor moments nor AdamW's count; a step before it and a step after it change all of them."""
+    model, dataset = tiny_model().to(device), dataset_of([20, 9, 14, 30])
+    optimizer = make_optimizer(model, TrainConfig())
+    batch = build_batch(dataset, np.arange(4), torch.full((2,), 0.3), 1000).to(device)
+
+    def state():
+        return [*model.parameters(), *(tensor for p in optimizer.state.values() for tensor in p.values())]
+
+    for is_broken in (False, True, False):
+        before = [tensor.detach().clone() for tensor in state()]
+        losses = forward_backward(model, batch, 0.2, 1.0)
+        if is_broken and broken == "loss":
+            losses[0] = torch.nan
+        elif is_broken:
+            model.head_weight.grad[3, 2] = torch.inf
+        values = optimizer_step(model, optimizer, 1e-2, losses, num_signals=0)
+        assert bool(values[[0, 4]].isfinite().all()) != is_broken
+        assert [torch.equal(*pair) for pair in zip(before, state(), strict=True)] == [is_broken] * len(before)
+
+
+def test_small_learning_rates_move_float32_masters_under_bf16(device):
+    model, dataset = tiny_model().to(device), dataset_of([20] * 4)
     model.compute_dtype = torch.bfloat16
     before = [p.clone() for p in model.parameters()]
     config = TrainConfig(lr=2e-6, epochs=1, batch_size=4, warmup_ratio=0.0)
@@ -254,18 +281,18 @@ def sampler(order, mix):
     return Sampler(order, is_mixed=lambda epoch: mix)
 
 
-def trained(config, order, mixing, dataset=None):
-    model, records = tiny_model(), []
-    dataset = dataset or dataset_of([12, 30, 7, 22, 9, 15, 28])
+def trained(device, config, order, mixing):
+    model, records = tiny_model().to(device), []
+    dataset = dataset_of([12, 30, 7, 22, 9, 15, 28])
     train(model, dataset, config, sampler(order, mixing), records.append)
     return model, records
 
 
-def test_ntp_is_the_same_loop_without_mixing():
+def test_ntp_is_the_same_loop_without_mixing(device):
     """A plain loop over padded-free single examples and cross-entropy, step by step, ends at the same weights."""
     config = TrainConfig(lr=1e-3, epochs=2, batch_size=4, dtype="fp32", log_every=1, mu=0.2)
-    model, records = trained(config, lambda epoch: epoch_order(7, 0, epoch), mixing=False)
-    other, dataset = tiny_model(), dataset_of([12, 30, 7, 22, 9, 15, 28])
+    model, records = trained(device, config, lambda epoch: epoch_order(7, 0, epoch), mixing=False)
+    other, dataset = tiny_model().to(device), dataset_of([12, 30, 7, 22, 9, 15, 28])
     optimizer = make_optimizer(other, config)
     for step in range(4):
         indices = epoch_order(7, 0, step // 2)[:4] if step % 2 == 0 else epoch_order(7, 0, step // 2)[4:]
@@ -277,28 +304,28 @@ def test_ntp_is_the_same_loop_without_mixing():
             group["lr"] = learning_rate(step, 4, 1e-3, 0.1)
         optimizer.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=tolerance(device, 1e-5, 1e-3))
 
 
-def test_training_lowers_the_loss_and_logs_means_over_the_window():
+def test_training_lowers_the_loss_and_logs_means_over_the_window(device):
     config = TrainConfig(lr=1e-2, epochs=20, batch_size=4, dtype="fp32", log_every=3, alpha=0.5)
-    _, records = trained(config, lambda epoch: paired_order([0, 1, 2], [3, 4, 5, 6], 0, epoch), mixing=True)
+    order = partial(paired_order, [0, 1, 2], [3, 4, 5, 6], 0)
+    _, records = trained(device, config, order, mixing=True)
     assert [record["step"] for record in records] == [*range(3, 40, 3), 40]
     assert records[-1]["ntp"] < 0.5 * records[0]["ntp"] and all(record["mix"] > 0 for record in records)
     assert records[-1]["loss"] == pytest.approx(records[-1]["ntp"] + 0.2 * records[-1]["mix"], rel=1e-4)
-    every = trained(replace(config, log_every=1), lambda epoch: paired_order([0, 1, 2], [3, 4, 5, 6], 0, epoch), True)[
-        1
-    ]
-    assert records[0]["ntp"] == pytest.approx(np.mean([record["ntp"] for record in every[:3]]), rel=1e-5)
+    _, every = trained(device, replace(config, log_every=1), order, mixing=True)
+    mean = np.mean([record["ntp"] for record in every[:3]])
+    assert records[0]["ntp"] == pytest.approx(mean, rel=tolerance(device, 1e-5, 1e-3))
 
 
-def test_a_diverged_run_ends_with_what_to_do():
+def test_a_diverged_run_ends_with_what_to_do(device):
     config = TrainConfig(lr=1e38, epochs=3, batch_size=4, dtype="fp32", max_skipped=3)
     with pytest.raises(ValueError, match=r"step 4: the run has diverged \(3 steps in a row .* lower --lr than 1e\+38"):
-        trained(config, lambda epoch: np.arange(7), mixing=False)
+        trained(device, config, lambda epoch: np.arange(7), mixing=False)
 
 
-def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(monkeypatch):
+def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(monkeypatch, device):
     graphs = []
 
     def backend(graph, _):
@@ -309,7 +336,7 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
     monkeypatch.setattr(model_module, "_compiled_block", lambda: compiled)
     weights = []
     for compiling in (False, True):
-        model = tiny_model()
+        model = tiny_model().to(device)
         if compiling:
             model.compile_blocks()
         dataset = dataset_of([12, 30, 7, 22, 9, 15, 28, 40, 33, 18])
@@ -322,15 +349,42 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
             lambda record, counts=counts: counts.append(len(graphs)),
         )
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*weights, rtol=tolerance(device, 1e-5, 1e-3), atol=tolerance(device, 1e-6, 1e-3))
     assert 0 < counts[1] == counts[-1] <= 5  # the parts between which attention, a loop, is left out
 
 
-def test_the_same_seed_gives_the_same_weights():
+def test_the_same_seed_gives_the_same_weights(device):
+    """Bit for bit on a CPU; on other devices only with --deterministic, which is a mode of the whole process."""
     config = TrainConfig(lr=1e-3, epochs=2, batch_size=4, dtype="fp32")
-    models = [trained(replace(config, seed=seed), lambda epoch: np.arange(7), True)[0] for seed in (0, 0, 1)]
+    models = [trained(device, replace(config, seed=seed), lambda epoch: np.arange(7), True)[0] for seed in (0, 0, 1)]
     one, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    torch.testing.assert_close(one, same, rtol=0, atol=tolerance(device, 0, 1e-3))
+    assert not torch.equal(one, other)
+
+
+def test_a_stopped_loop_ends_where_an_uninterrupted_one_does(device, tmp_path):
+    """Weights and the scores of an online run, from a savepoint in the middle of an epoch."""
+    config = TrainConfig(lr=1e-3, epochs=2, batch_size=2, dtype="fp32")
+    dataset = dataset_of([12, 30, 7, 22, 9, 15, 28])
+
+    class Stopped(Exception):
+        pass
+
+    def stop():
+        raise Stopped
+
+    def run(name, after_step=None):
+        model, scores = tiny_model().to(device), ScoreAccumulator(dataset.num_supervised, device, max_epochs=2)
+        savepoints = Savepoints(tmp_path / name, "sftmix", every=3, keep=2)
+        order = Sampler(partial(epoch_order, 7, 0), is_mixed=lambda epoch: epoch > 0, scores=scores)
+        train(model, dataset, config, order, lambda record: None, after_step, savepoints)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), np.stack(scores.epochs())
+
+    with pytest.raises(Stopped):
+        run("stopped", {7: stop})  # of 8 steps, 4 an epoch; the last savepoint is that of step 6
+    ends = [run("stopped"), run("whole")]
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=tolerance(device, 0, 1e-3))
+    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=tolerance(device, 0, 1e-2))
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
