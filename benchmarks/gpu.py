@@ -42,8 +42,6 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from train import Sampler, TrainConfig, forward_backward, make_optimizer, optimizer_step, train
 
-SECONDS, PART_SECONDS = 600, 200  # for everything, for a part
-
 
 class Sizes(NamedTuple):
     """What is measured on."""
@@ -322,7 +320,7 @@ def main() -> None:
         "the loss": loss_by_parts,
         "a step": step_by_parts,
     }
-    rows = run_parts({name: partial(part, sizes) for name, part in parts.items()}, SECONDS, PART_SECONDS)
+    rows = run_parts({name: partial(part, sizes) for name, part in parts.items()}, seconds=600, part_seconds=200)
     print_table(rows)
     sys.exit(not all(row.ok for row in rows))
 
