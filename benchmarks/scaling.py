@@ -146,9 +146,9 @@ MEASURED = [  # name, shape, settings
     ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 1024}),
     ("58M", SMALL, {"dtype": "bf16", "activation_checkpointing": True}),
     ("58M", SMALL, {"dtype": "bf16", "lora_rank": 16}),
-    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 3}),
-    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 2}),
-    ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 1}),
+    ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 3}),
+    ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 2}),
+    ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 1}),
 ]
 
 
