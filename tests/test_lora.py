@@ -38,7 +38,7 @@ def test_an_adapter_by_hand():
     with torch.no_grad():
         for parameter, values in zip(layer.parameters(), ([[1, 2]], [5], [[1, 1]], [[3]]), strict=True):
             parameter.copy_(torch.tensor(values))
-    assert layer(torch.tensor([10.0, 1.0])).tolist() == [13 * 10 + 14 * 1 + 5]
+    assert layer(torch.tensor([[10.0, 1.0]])).tolist() == [[13 * 10 + 14 * 1 + 5]]
 
 
 def test_training_starts_from_the_model_as_it_was(tmp_path):
@@ -83,7 +83,8 @@ def test_merged_weights_give_the_same_logits(tmp_path, model_type):
 
 def test_frozen_weights_stay_as_the_folder_keeps_them_where_matmuls_are_in_bf16(tmp_path):
     model = with_adapters(tmp_path, dtype=torch.bfloat16)
-    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+    dtypes = {(p.requires_grad, p.dim(), p.dtype) for p in model.parameters()}
+    assert dtypes == {(True, 2, torch.float32), (False, 2, torch.bfloat16), (False, 1, torch.float32)}  # 1: norms
     save_model(model, tmp_path / "merged", dtype=torch.float32)
     base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     name = "model.layers.0.self_attn.q_proj"
