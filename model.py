@@ -327,8 +327,12 @@ def varlen_attention(q, k, v, varlen: VarlenMetadata):
     There is neither padding nor a mask. With CUDA, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
     Dao 2023). Otherwise each example is a call of its own.
     """
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return _flash_attention(q, k, v, varlen)
+    return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
+
+
+def _flash_attention(q, k, v, varlen: VarlenMetadata):
     from torch.nn.attention.varlen import varlen_attn  # this import takes a second, and a CPU does not need it
 
     cu_seqlens, max_seqlen = varlen.device_cu_seqlens, varlen.max_seqlen

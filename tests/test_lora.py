@@ -41,6 +41,30 @@ def test_an_adapter_by_hand():
     assert layer(torch.tensor([[10.0, 1.0]])).tolist() == [[13 * 10 + 14 * 1 + 5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_equals_its_formula(device, dtype):
+    """W x + b + (α/r) B A x and its gradients, from one matmul that adds to the output of another."""
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(24, 40).requires_grad_(False), rank=3, alpha=5.0)
+    for parameter in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, weights = torch.randn(17, 24), torch.randn(17, 40)
+    merged = layer.weight + 5 / 3 * layer.lora_B @ layer.lora_A
+    expected = torch.nn.functional.linear(x, merged, layer.bias)
+    (expected * weights).sum().backward()
+    wanted = [expected, layer.lora_A.grad, layer.lora_B.grad]
+
+    layer = layer.to(device)
+    layer.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = layer(x.to(device))
+    assert out.dtype == dtype
+    (out.float() * weights.to(device)).sum().backward()
+    for actual, value in zip([out, layer.lora_A.grad, layer.lora_B.grad], wanted, strict=True):
+        bound = 0.02 if dtype == torch.bfloat16 else 1e-5
+        assert (actual.float().cpu() - value).norm() < bound * value.norm()
+
+
 def test_training_starts_from_the_model_as_it_was(tmp_path):
     base = tiny_model()
     save_model(base, tmp_path / "base")
