@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from confidence import mean_gold_probs
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, require_text
@@ -45,7 +46,7 @@ from infra.judges import (
     write_answers,
 )
 from infra.questions import LETTERS, Question, load_questions
-from model import KVCache, Transformer
+from model import DECODING_KERNELS, KVCache, Transformer
 from tokenizer import TEMPLATES, Tokenizer
 
 # --- 95 % intervals ---------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def decode_batch(
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     uniform = np.array([sampling.uniform(prompt, max_new_tokens) for prompt in prompts or [[]]])
-    uniform = torch.from_numpy(uniform).to(device)  # [B, max_new_tokens]
+    uniform = torch.from_numpy(uniform).to("cpu" if device.type == "mps" else device)  # MPS has no float64
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # the targets are not used
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]: of the prompts
     longest = int(lengths.max())
@@ -208,8 +209,10 @@ def decode_batch(
     tokens, positions, cu_seqlens = batch.tokens, batch.positions, batch.cu_seqlens
     last = cu_seqlens[1:].long() - 1  # [B']: where in the packed row each prompt ends
     for step in range(max_new_tokens):
-        logits = model(tokens, positions, cu_seqlens, cache, head=lambda hidden, last=last: model.logits(hidden[last]))
-        new = sampling.next_tokens(logits, uniform[active, step])  # [B']
+        with sdpa_kernel(DECODING_KERNELS):
+            logits = model(tokens, positions, cu_seqlens, cache, head=lambda z, last=last: model.logits(z[last]))
+        draws = uniform[active.to(uniform.device), step]
+        new = sampling.next_tokens(logits.to(uniform.device), draws).to(device)  # [B']
         new_ids = torch.full((len(prompts),), -1, device=device)  # [B]
         new_ids[active[running]] = new[running]
         yield new_ids
@@ -456,7 +459,7 @@ def perplexity_or_match(args, device) -> None:
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
     dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
-    model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
+    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
         result["perplexity"] = math.exp(result["loss"])
@@ -471,7 +474,7 @@ def multiple_choice(args, device) -> None:
         check_output_path(args.output)
     tokenizer, template, dtype = load_setup(args, device)
     questions = load_questions(args.data)
-    model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
+    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
     scores, num_cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
     chosen = [int(score.argmax()) for score in scores]
     report = choice_report(questions, chosen)
@@ -493,7 +496,7 @@ def generate_answers(args, device) -> None:
     num_cut = 0
     with progress_file(args, records, template, dtype) as file:
         answers = load_answers(file, records)
-        model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
+        model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
         for temperature, indices in unanswered_batches(args, records, answers):
             batch, sampling = [records[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
             texts, cut = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
@@ -512,7 +515,7 @@ def chat(args, device) -> None:
     if world_size() > 1:
         raise ValueError("chat: is for one process; start it without torchrun")
     tokenizer, template, dtype = load_setup(args, device)
-    model = load_model(args.model, device=device, compute_dtype=DTYPES[dtype])
+    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
     messages = list(system)

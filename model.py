@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 # On a CPU, oneDNN compiles bf16 kernels for each row length and caches 1,024 of them by default. They fill gigabytes,
@@ -313,14 +314,25 @@ class VarlenMetadata(NamedTuple):
     max_seqlen: int  # an upper bound on the lengths of the examples
 
 
+def _to_device(tensor, device):
+    """Copy a tensor from main memory, with CUDA without waiting for it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def varlen_attention(q, k, v, varlen: VarlenMetadata):
     """Causal attention within each example of a packed row. q [N, H, d], k and v [N, K, d] -> [N, H, d]
 
-    There is neither padding nor a mask. On a GPU, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
+    There is neither padding nor a mask. With CUDA, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
     Dao 2023). Otherwise each example is a call of its own.
     """
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return _flash_attention(q, k, v, varlen)
+    return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
+
+
+def _flash_attention(q, k, v, varlen: VarlenMetadata):
     from torch.nn.attention.varlen import varlen_attn  # this import takes a second, and a CPU does not need it
 
     cu_seqlens, max_seqlen = varlen.device_cu_seqlens, varlen.max_seqlen
@@ -331,11 +343,18 @@ def varlen_attention(q, k, v, varlen: VarlenMetadata):
 @torch.compiler.disable  # the number of iterations differs from row to row
 def _sdpa_per_example(q, k, v, cu_seqlens):
     lengths, out = cu_seqlens.diff().tolist(), []
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.device.type != "cpu":  # in float32, kernels of GPUs that share keys keep the scores [H, T, T]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # [N, H, d]
     for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]
         out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         out.append(out_b[0].transpose(0, 1))
     return torch.cat(out)
+
+
+# What a generation step may use. On a GPU, cuDNN would plan its kernel for each number of keys, which each step raises.
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class KVCache:
@@ -361,7 +380,8 @@ class KVCache:
     def prepare(self, varlen: VarlenMetadata) -> None:
         """Compute what all layers share: the slots of the new keys and values, and the mask of a generation step."""
         device, lengths = varlen.positions.device, varlen.cu_seqlens.diff()
-        self.slots = torch.repeat_interleave(lengths).to(device) * self.shape[2] + varlen.positions  # [N] of B * T
+        sequence = _to_device(torch.repeat_interleave(lengths), device)  # int64 [N]
+        self.slots = sequence * self.shape[2] + varlen.positions  # [N] of B * T
         self.mask = None  # not needed for prompts, which are whole sequences
         if (lengths == 1).all():  # one new token per sequence
             kv_len = int(varlen.positions.max()) + 1
@@ -378,11 +398,12 @@ class KVCache:
         values.flatten(0, 1).index_copy_(0, self.slots, v)
         if self.mask is None:
             return varlen_attention(q, k, v, varlen)
+        self.mask = self.mask.to(q.dtype)  # copied by the first layer alone
         kv_len = self.mask.shape[-1]
         # H/K query heads share a key head. Passing them as H/K query positions of one head reads each key only once.
         q_grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
         keys, values = (x[:, :kv_len].transpose(1, 2) for x in (keys, values))  # [B, K, kv_len, d]
-        return F.scaled_dot_product_attention(q_grouped, keys, values, self.mask.to(q.dtype)).flatten(1, 2)
+        return F.scaled_dot_product_attention(q_grouped, keys, values, self.mask).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -507,7 +528,7 @@ class Transformer(nn.Module):
     ):
         """Compute the hidden states after the final norm, the inputs of `lm_head`.
 
-        tokens and positions int64 [N], cu_seqlens int32 [B+1] (0, then the end of each example) -> [N, D].
+        tokens and positions int64 [N], cu_seqlens int32 [B+1] or a list (0, then the end of each example) -> [N, D].
         Without a cache, both positions and cu_seqlens may be left out for a single sequence, and the call does not wait
         for a GPU if cu_seqlens is on the CPU. With a `cache`, the first call needs both; each later one takes a token
         per sequence and its position.
@@ -530,13 +551,13 @@ class Transformer(nn.Module):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def _varlen_metadata(self, positions, cu_seqlens) -> VarlenMetadata:
-        device, cu_seqlens = positions.device, cu_seqlens.cpu()
+        device, cu_seqlens = positions.device, torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu")
         longest, window = int(cu_seqlens.diff().max()), self.config.sliding_window
         if window is not None and longest > window:
             raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
         cos, sin = rope_cos_sin(positions, rope_inv_freq(self.config, device))
         max_seqlen = 1 << (longest - 1).bit_length()  # the next power of two: few values, few compilations
-        return VarlenMetadata(cos, sin, positions, cu_seqlens, cu_seqlens.to(device, non_blocking=True), max_seqlen)
+        return VarlenMetadata(cos, sin, positions, cu_seqlens, _to_device(cu_seqlens, device), max_seqlen)
 
     def _hidden_states(self, tokens, varlen: VarlenMetadata, cache: KVCache | None):
         if cache is not None:
@@ -563,7 +584,7 @@ class Transformer(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [.., in] -> [.., out]
+    """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [N, in] -> [N, out]
 
     A [r, in] and B [out, r] are float32 and not initialized here; `infra.hf.reset_lora` draws A at random and sets B to
     zero, so that training starts from the original layer.
@@ -584,8 +605,9 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, x):
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        out = F.linear(x, self.weight, self.bias)
+        # The last matmul scales its result and adds it in place, so the sum takes no pass over [N, out] of its own.
+        return out.addmm_(F.linear(x, self.lora_A), self.lora_B.to(out.dtype).T, alpha=self.scale)
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:

@@ -662,7 +662,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "base" in stages:
         model = None
         if inputs.held_out:
-            model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
+            model = load_model(config.model, DTYPES[config.dtype], device, compute_dtype=DTYPES[config.dtype])
         record_stage(config, "base", evaluate_model(model, inputs, config) | train_stats)
         del model
     if "reference" in stages:

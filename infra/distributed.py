@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import getpass
+import inspect
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -282,24 +284,42 @@ def apply_fsdp(model: nn.Module, device) -> None:
     """Shard the weights of a `model.Transformer` by rows over all processes, and so gradients and optimizer state.
 
     PyTorch's FSDP2 gathers the weights of a block (in bf16 where the model computes in bf16) before the block computes
-    and frees them afterwards; it sums gradients in float32. The weights outside the blocks, `lm_head` among them, are
-    gathered once a pass. So all processes must run the same number of forward and backward passes.
+    and frees them afterwards; it sums gradients in float32. The weights outside the blocks, `lm_head` among them, and
+    those of all norms, which stay float32, are gathered once a pass. So all processes must run the same number of
+    forward and backward passes.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second that one process saves
 
+    def norm_weights() -> set[nn.Parameter]:
+        return {parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight")}
+
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # cos and sin of the rotary embedding stay float32
-    )
-    embedding = [] if model.config.tie_word_embeddings else [model.model.embed_tokens]
-    for module in (*model.model.layers, *embedding, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # Inputs are not cast, so that cos and sin of the rotary embedding stay float32.
+    norm_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    param_dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None
+    policy = replace(norm_policy, param_dtype=param_dtype)
+    embedding, tied = model.model.embed_tokens, model.config.tie_word_embeddings
+    # All norms are one group, that of the model, which is sharded first for this: a block would take its own norms.
+    fully_shard(model, mesh=mesh, mp_policy=norm_policy, ignored_params=set(model.parameters()) - norm_weights())
+    for module in (*model.model.layers, *([] if tied else [embedding])):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=norm_weights())
+    # `lm_head` is used without a call of it. Its weight is gathered when the last norm is called, and not freed then.
+    head = [embedding if tied else model.lm_head, model.model.norm]
+    fully_shard(head, mesh=mesh, mp_policy=policy, ignored_params=norm_weights(), reshard_after_forward=False)
+    for module in (*model.model.layers, embedding, head[0], model):
         # Losses are divided by global counts, so gradients are summed. The default, a mean, is silently a sum under
         # gloo (pytorch#162338); an explicit sum is a sum everywhere.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    model.register_forward_pre_hook(_cu_seqlens_as_list, prepend=True, with_kwargs=True)
+
+
+def _cu_seqlens_as_list(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Keep `cu_seqlens` on the CPU: FSDP moves all tensors among a model's arguments to its device, but not lists."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    if bound.arguments.get("cu_seqlens") is not None:
+        bound.arguments["cu_seqlens"] = torch.as_tensor(bound.arguments["cu_seqlens"]).tolist()
+    return bound.args, bound.kwargs
 
 
 def set_zero_stage(model: nn.Module, stage: int, is_last: bool) -> None:

@@ -36,7 +36,7 @@ from infra.files import (
     verify_manifest,
     write_json,
 )
-from model import LoRALinear, ModelConfig, Transformer, add_lora
+from model import LoRALinear, ModelConfig, RMSNorm, Transformer, add_lora
 from tokenizer import Tokenizer
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -58,24 +58,21 @@ def load_config(path) -> ModelConfig:
 
 
 def load_model(
-    path,
-    dtype=torch.float32,
-    device="cpu",
-    *,
-    compute_dtype=None,
-    lora_rank: int | None = None,
-    lora_alpha=16.0,
-    seed=0,
+    path, dtype=torch.float32, device="cpu", *, compute_dtype=None, lora_rank=None, lora_alpha=16.0, seed=0
 ) -> Transformer:
     """Load a model folder, with weights in `dtype`. If there are several processes, the model is sharded over them.
 
-    `compute_dtype` is the dtype of matmuls (None: `dtype`). With `lora_rank`, the weights are frozen, and float32
-    adapters initialized from `seed` are trained instead.
+    `compute_dtype` is the dtype of matmuls (None: `dtype`). If it is given, the weights of norms are float32, as under
+    autocast. With `dtype` equal to it, as in inference, no weight is cast when it is used. With `lora_rank`, the
+    weights are frozen, and float32 adapters initialized from `seed` are trained instead.
     Raises FileNotFoundError or ValueError with the file and what is wrong: the folder must contain exactly the weights
     that its configuration calls for.
     """
     model = meta_model(path, dtype, lora_rank, lora_alpha)
     model.compute_dtype = compute_dtype
+    if compute_dtype is not None:
+        for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+            norm.float()
     if world_size() > 1:
         gc.collect()  # frees the previous model: FSDP models contain reference cycles
         apply_fsdp(model, device)
@@ -95,7 +92,7 @@ def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
         for folder, following in zip(folders, [*folders[1:], None], strict=True):
             background.submit(warm_page_cache, following)
             verify_weights(folder)
-            yield load_model(folder, device=device, compute_dtype=compute_dtype)
+            yield load_model(folder, compute_dtype, device, compute_dtype=compute_dtype)
 
 
 def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:
@@ -251,7 +248,7 @@ def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtyp
 
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    torch_dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    torch_dtype = str(dtype or model.head_weight.dtype).removeprefix("torch.")
     write_json(folder / MANIFEST, checksums(sorted(folder.glob("*.safetensors"))))
     write_json(folder / "config.json", model.config.to_dict() | {"torch_dtype": torch_dtype})
     for name, content in files.items():

@@ -71,14 +71,14 @@ def test_wilson_interval_by_hand():
 
 
 @torch.no_grad()
-def test_generation_is_greedy_and_independent_of_the_batch():
-    model = tiny_model(initializer_range=0.5)
+def test_generation_is_greedy_and_independent_of_the_batch(device):
+    model = tiny_model(initializer_range=0.5).to(device)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7, 8]]
     expected = []
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(12):
-            ids.append(int(model.logits(model(torch.tensor(ids))[-1]).argmax()))
+            ids.append(int(model.logits(model(torch.tensor(ids, device=device))[-1]).argmax()))
         expected.append(ids[len(prompt) :])
     for batch_size in (1, 3, 64):
         assert generate(model, prompts, 12, batch_size=batch_size) == expected
@@ -104,8 +104,23 @@ def test_generation_ends_where_the_model_does(limit):
     assert [len(answer) for answer in generate(model, prompts, 30, batch_size=1)] == [16, 3, 1]
 
 
-def test_draws_are_a_function_of_seed_and_prompt_alone():
-    model = tiny_model(initializer_range=0.5)
+def test_generation_takes_no_kernel_that_plans_for_each_length(monkeypatch):
+    model, enabled = tiny_model(), []
+    forward = model.forward
+
+    def recorded(*args, **kwargs):
+        sdp = torch.backends.cuda
+        enabled.append((sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled()))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", recorded)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    generate(model, [[5, 6, 7]], 3)
+    assert enabled == [(False, True, True)] * 3 and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_draws_are_a_function_of_seed_and_prompt_alone(device):
+    model = tiny_model(initializer_range=0.5).to(device)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7, 8]]
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=3)
     expected = generate(model, prompts, 12, sampling=sampling)

@@ -38,7 +38,31 @@ def test_an_adapter_by_hand():
     with torch.no_grad():
         for parameter, values in zip(layer.parameters(), ([[1, 2]], [5], [[1, 1]], [[3]]), strict=True):
             parameter.copy_(torch.tensor(values))
-    assert layer(torch.tensor([10.0, 1.0])).tolist() == [13 * 10 + 14 * 1 + 5]
+    assert layer(torch.tensor([[10.0, 1.0]])).tolist() == [[13 * 10 + 14 * 1 + 5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_equals_its_formula(device, dtype):
+    """W x + b + (α/r) B A x and its gradients, from one matmul that adds to the output of another."""
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(24, 40).requires_grad_(False), rank=3, alpha=5.0)
+    for parameter in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, weights = torch.randn(17, 24), torch.randn(17, 40)
+    merged = layer.weight + 5 / 3 * layer.lora_B @ layer.lora_A
+    expected = torch.nn.functional.linear(x, merged, layer.bias)
+    (expected * weights).sum().backward()
+    wanted = [expected, layer.lora_A.grad, layer.lora_B.grad]
+
+    layer = layer.to(device)
+    layer.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = layer(x.to(device))
+    assert out.dtype == dtype
+    (out.float() * weights.to(device)).sum().backward()
+    for actual, value in zip([out, layer.lora_A.grad, layer.lora_B.grad], wanted, strict=True):
+        bound = 0.02 if dtype == torch.bfloat16 else 1e-5
+        assert (actual.float().cpu() - value).norm() < bound * value.norm()
 
 
 def test_training_starts_from_the_model_as_it_was(tmp_path):
@@ -83,7 +107,8 @@ def test_merged_weights_give_the_same_logits(tmp_path, model_type):
 
 def test_frozen_weights_stay_as_the_folder_keeps_them_where_matmuls_are_in_bf16(tmp_path):
     model = with_adapters(tmp_path, dtype=torch.bfloat16)
-    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+    dtypes = {(p.requires_grad, p.dim(), p.dtype) for p in model.parameters()}
+    assert dtypes == {(True, 2, torch.float32), (False, 2, torch.bfloat16), (False, 1, torch.float32)}  # 1: norms
     save_model(model, tmp_path / "merged", dtype=torch.float32)
     base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     name = "model.layers.0.self_attn.q_proj"

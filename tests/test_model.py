@@ -2,12 +2,16 @@
 
 import json
 import math
+import random
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from benchmarks.scaling import peak_of
 from infra.cli import ArgumentParser
 from infra.hf import load_config, load_model, save_model, stored_dtype
@@ -16,6 +20,8 @@ from model import (
     ModelConfig,
     Transformer,
     VarlenMetadata,
+    _flash_attention,
+    _sdpa_per_example,
     apply_rotary_emb,
     rope_cos_sin,
     rope_inv_freq,
@@ -31,12 +37,18 @@ LLAMA3_SCALING = {
 }
 
 
-def packed(lengths):
-    """tokens, positions, cu_seqlens of examples of these lengths."""
+def packed(lengths, device="cpu"):
+    """tokens, positions, cu_seqlens of examples of these lengths, the last of them always on the CPU."""
     generator = torch.Generator().manual_seed(sum(lengths))
     tokens = torch.randint(0, 300, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).int()
+    return tokens.to(device), positions.to(device), torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def assert_near(actual, expected):
+    """Equal up to rounding in float32, of which the kernels of a GPU do more."""
+    bound = 1e-5 if actual.device.type == "cpu" else 1e-4
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
 
 # --- Attention and packing --------------------------------------------------------------------------------------------
@@ -44,18 +56,24 @@ def packed(lengths):
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-def test_packed_examples_equal_each_alone(heads):
-    model = tiny_model(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+def test_packed_examples_equal_each_alone(heads, device):
+    model = tiny_model(num_attention_heads=heads[0], num_key_value_heads=heads[1]).to(device)
     lengths = [7, 1, 30, 12]
-    tokens, positions, cu_seqlens = packed(lengths)
+    tokens, positions, cu_seqlens = packed(lengths, device)
     alone = torch.cat([model(example) for example in tokens.split(lengths)])
-    torch.testing.assert_close(model(tokens, positions, cu_seqlens), alone, rtol=1e-5, atol=1e-5)
+    assert_near(model(tokens, positions, cu_seqlens), alone)
+    assert torch.equal(model(tokens, positions, cu_seqlens.tolist()), model(tokens, positions, cu_seqlens))
+    model.compute_dtype = torch.bfloat16  # with CUDA, this takes another kernel
+    hidden = model(tokens, positions, cu_seqlens)
+    assert hidden.dtype == torch.bfloat16 and (hidden - alone).norm() < 0.03 * alone.norm()
 
 
 @torch.no_grad()
-def test_one_example_does_not_see_another():
-    model = tiny_model()
-    tokens, positions, cu_seqlens = packed([5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_example_does_not_see_another(device, dtype):
+    model = tiny_model().to(device)
+    model.compute_dtype = dtype
+    tokens, positions, cu_seqlens = packed([5, 9], device)
     before = model(tokens, positions, cu_seqlens)
     changed = tokens.clone()
     changed[:5] = (changed[:5] + 1) % 300
@@ -65,26 +83,84 @@ def test_one_example_does_not_see_another():
 
 
 @torch.no_grad()
-def test_attention_is_causal():
-    model = tiny_model()
-    tokens, _, _ = packed([20])
+def test_attention_is_causal(device):
+    model = tiny_model().to(device)
+    tokens, _, _ = packed([20], device)
     changed = tokens.clone()
     changed[12:] = (changed[12:] + 1) % 300
-    torch.testing.assert_close(model(tokens)[:12], model(changed)[:12], rtol=1e-5, atol=1e-5)
+    assert_near(model(tokens)[:12], model(changed)[:12])
 
 
-def test_varlen_attention_equals_softmax_written_out():
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_varlen_attention_equals_softmax_written_out(device, dtype, bound):
+    if dtype == torch.float64 and device.type == "mps":
+        pytest.skip("MPS has no float64")
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(5, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(5, heads, 8, generator=generator, dtype=dtype) for heads in (4, 2, 2))
+    q_device, k_device, v_device = (x.to(device) for x in (q, k, v))
+    q, k, v = q.double(), k.double(), v.double()
     expected = torch.zeros_like(q)
     for start, end in ((0, 3), (3, 5)):
         for head in range(4):
             for t in range(start, end):
                 scores = k[start : t + 1, head // 2] @ q[t, head] / math.sqrt(8)
                 expected[t, head] = scores.softmax(0) @ v[start : t + 1, head // 2]
-    cu_seqlens = torch.tensor([0, 3, 5])
-    varlen = VarlenMetadata(None, None, None, cu_seqlens, cu_seqlens, max_seqlen=4)
-    torch.testing.assert_close(varlen_attention(q, k, v, varlen), expected)
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    varlen = VarlenMetadata(None, None, None, cu_seqlens, cu_seqlens.to(device), max_seqlen=4)
+    out = varlen_attention(q_device, k_device, v_device, varlen)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=bound, atol=bound)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor in main memory that says that it is on a GPU."""
+
+    device = torch.device("mps")
+
+
+def test_a_gpu_gets_a_key_head_for_each_query_head(monkeypatch):
+    """Its kernels that share key heads keep the scores of all pairs of tokens."""
+    q, k, v = (torch.randn(9, heads, 8) for heads in (4, 2, 2))
+    cu_seqlens, shapes = torch.tensor([0, 4, 9]), []
+    expected = _sdpa_per_example(q, k, v, cu_seqlens)
+    attention = F.scaled_dot_product_attention
+
+    def recorded(q, k, v, **options):
+        shapes.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    out = _sdpa_per_example(*(x.as_subclass(OnGPU) for x in (q, k, v)), cu_seqlens)
+    assert shapes == [(4, 4, 4, False)] * 2
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected)
+    shapes.clear()
+    _sdpa_per_example(q, k, v, cu_seqlens)
+    assert shapes == [(4, 2, 2, True)] * 2
+
+
+def test_blocks_are_compiled_four_times_at_most(monkeypatch):
+    """With and without gradients, and each of these again for a row of one token, whatever the rows hold."""
+    graphs = []
+
+    def count(graph_module, inputs):  # instead of FlashAttention, which a CPU does not have: something of its shape
+        for node in graph_module.graph.nodes:
+            if "varlen_attn" in str(node.target):
+                node.target = lambda q, *others: (q + 1, None, None)
+                graphs.append(graph_module)
+        graph_module.recompile()
+        return graph_module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    monkeypatch.setattr(model_module, "varlen_attention", _flash_attention)
+    model_module._compiled_block.cache_clear()
+    rng, model = random.Random(0), tiny_model()
+    model.compile_blocks()
+    for number in range(200):
+        lengths = [rng.randint(1, 40) for _ in range(rng.randint(1, 5))] if number % 20 else [1]
+        with torch.set_grad_enabled(number % 3 > 0):
+            model(*packed(lengths))
+    model_module._compiled_block.cache_clear()
+    assert 2 <= len(graphs) <= 4
 
 
 def test_rotation_by_hand():
@@ -106,34 +182,34 @@ def test_rotation_depends_on_distance_alone():
 
 
 @torch.no_grad()
-def test_cache_equals_the_whole_sequence():
-    model = tiny_model()
+def test_cache_equals_the_whole_sequence(device):
+    model = tiny_model().to(device)
     lengths, new = [6, 2, 9], 4
-    rows = [torch.randint(0, 300, (n + new,)) for n in lengths]
+    rows = [torch.randint(0, 300, (n + new,), device=device) for n in lengths]
     tokens = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
-    _, positions, cu_seqlens = packed(lengths)
+    _, positions, cu_seqlens = packed(lengths, device)
     cache = KVCache(model.config, 3, max(lengths) + new)
     hidden = model(tokens, positions, cu_seqlens, cache)[cu_seqlens[1:].long() - 1]
     for step in range(new):
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            torch.testing.assert_close(hidden[b], model(row[: n + step])[-1], rtol=1e-5, atol=1e-5)
+            assert_near(hidden[b], model(row[: n + step])[-1])
         following = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])
-        hidden = model(following, torch.tensor(lengths) + step, cache=cache)
+        hidden = model(following, torch.tensor(lengths, device=device) + step, cache=cache)
 
 
 @torch.no_grad()
-def test_cache_of_a_single_token_prompt():
-    model = tiny_model()
-    row = torch.tensor([5, 6, 7])
+def test_cache_of_a_single_token_prompt(device):
+    model = tiny_model().to(device)
+    row, positions = torch.tensor([5, 6, 7], device=device), torch.arange(3, device=device)
     cache = KVCache(model.config, 1, 3)
-    model(row[:1], torch.tensor([0]), torch.tensor([0, 1]).int(), cache)
-    hidden = [model(row[t : t + 1], torch.tensor([t]), cache=cache) for t in (1, 2)]
-    torch.testing.assert_close(hidden[-1][0], model(row)[-1], rtol=1e-5, atol=1e-5)
+    model(row[:1], positions[:1], torch.tensor([0, 1]).int(), cache)
+    hidden = [model(row[t : t + 1], positions[t : t + 1], cache=cache) for t in (1, 2)]
+    assert_near(hidden[-1][0], model(row)[-1])
 
 
-def test_gradients_in_bf16_are_those_in_float32_to_a_few_percent():
-    model = tiny_model()
-    tokens, positions, cu_seqlens = packed([9, 20])
+def test_gradients_in_bf16_are_those_in_float32_to_a_few_percent(device):
+    model = tiny_model().to(device)
+    tokens, positions, cu_seqlens = packed([9, 20], device)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         model.zero_grad()
@@ -443,9 +519,25 @@ def test_weights_in_half_precision_load_as_float32_masters(tmp_path):
 
 
 @torch.no_grad()
-def test_a_bf16_model_runs_without_autocast():
-    model = tiny_model()
-    tokens = torch.arange(30)
+def test_weights_opened_in_bf16_give_what_autocast_gives(tmp_path, device):
+    """Weights of matmuls are rounded once and not at each use; those of norms are not rounded."""
+    model = tiny_model(model_type="qwen3", head_dim=8, tie_word_embeddings=False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    embedding = model.model.embed_tokens.weight
+    embedding.copy_(embedding.bfloat16())  # autocast does not round it
+    save_model(model, tmp_path / "m")
+    masters = load_model(tmp_path / "m", device=device, compute_dtype=torch.bfloat16)
+    opened = load_model(tmp_path / "m", torch.bfloat16, device, compute_dtype=torch.bfloat16)
+    assert {(p.dim(), p.dtype) for p in opened.parameters()} == {(1, torch.float32), (2, torch.bfloat16)}
+    row = packed([9, 20], device)
+    assert torch.equal(opened.logits(opened(*row)), masters.logits(masters(*row)))
+
+
+@torch.no_grad()
+def test_a_bf16_model_runs_without_autocast(device):
+    model = tiny_model().to(device)
+    tokens = torch.arange(30, device=device)
     expected = model.logits(model(tokens)).log_softmax(-1)
     half = model.to(torch.bfloat16)
     actual = half.logits(half(tokens)).float().log_softmax(-1)

@@ -19,8 +19,9 @@ import infra.savepoints
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
 from eval import generate
+from infra.device import DTYPES
 from infra.distributed import (
-    DTYPES,
+    apply_fsdp,
     full_tensor,
     gather_objects,
     init_distributed,
@@ -34,6 +35,7 @@ from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.plan import estimate_communication
 from infra.savepoints import Savepoints
+from model import RMSNorm, add_lora
 from train import TrainConfig, forward_backward, make_optimizer
 
 LENGTHS = [40, 3, 17, 8, 25, 60, 2]  # three pairs and an odd one out
@@ -53,8 +55,6 @@ CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or 
     "lora, accumulated, whole": {"micro_batch_tokens": 70, "lora_rank": 4, "zero_stage": 1},
     "recomputed, weights whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 2},
     "recomputed, whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 1},
-}
-BF16_CASES = {
     "bf16": {"micro_batch_tokens": 70, "dtype": "bf16"},
     "bf16, whole": {"micro_batch_tokens": 70, "dtype": "bf16", "zero_stage": 1},
 }
@@ -133,13 +133,39 @@ def save_savepoint(model, folder: Path) -> None:
         (folder / "hashed.json").write_text(json.dumps(names))
 
 
+def seen_in_forward(model_type: str, lora_rank: int | None = None) -> dict:
+    """What a sharded model that computes in bf16 sees: the dtypes of its weights by kind, and cu_seqlens."""
+    model, seen = tiny_model(model_type=model_type), {}
+    model.compute_dtype = torch.bfloat16
+    if lora_rank:
+        add_lora(model, lora_rank, 4.0)
+    apply_fsdp(model, "cpu")
+
+    def record(module, args):
+        for name, parameter in module.named_parameters(recurse=False):
+            seen.setdefault("norm" if isinstance(module, RMSNorm) else name, set()).add(parameter.dtype)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(record)
+    metadata = model._varlen_metadata
+
+    def recorded(positions, cu_seqlens):
+        seen["cu_seqlens"] = cu_seqlens
+        return metadata(positions, cu_seqlens)
+
+    model._varlen_metadata = recorded
+    tokens, positions, cu_seqlens = torch.arange(5), torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 5]).int()
+    model(tokens, positions, cu_seqlens=cu_seqlens, head=lambda hidden: model.logits(hidden).sum()).backward()
+    return seen
+
+
 def in_processes(folder: Path) -> None:
     """What every number of processes does; process 0 writes it down."""
     results, local_bytes = {}, {}
     with init_distributed():
         for model_name in MODELS:
-            cases = {case: CASES[case] for case in CASES_OF[world_size()]}
-            for case, settings in (cases | BF16_CASES if world_size() == 2 else cases).items():
+            for case in CASES_OF[world_size()]:
+                settings = CASES[case]
                 name = f"{model_name}, {case}"
                 *results[name], local_bytes[name] = train_two_steps(folder / model_name, **settings)
             model = load_model(folder / model_name)
@@ -153,6 +179,7 @@ def in_processes(folder: Path) -> None:
             save_model(model, folder / f"{model_name}-saved-by-{world_size()}", max_shard_bytes=20_000)
         if world_size() == 2:
             save_savepoint(load_model(folder / "tied"), folder)
+            results["seen"] = [seen_in_forward("llama"), seen_in_forward("qwen3"), seen_in_forward("llama", 2)]
         if world_size() == 4:
             opened = load_model(folder / "tied-saved-by-2")
             results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
@@ -168,6 +195,8 @@ def folder(tmp_path_factory):
         model = tiny_model(**changes)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)  # biases too
+            if parameter.dim() == 2:  # with bf16, FSDP rounds the embedding, and autocast in one process does not
+                parameter.data = parameter.data.bfloat16().float()
         save_model(model, folder / name)
     in_processes(folder)
     for number in (2, 4):
@@ -189,7 +218,15 @@ def test_updates_equal_those_of_one_process(folder, several, model, case):
         assert all(one[name].abs().max() > 0 for name in trained)
         assert all(one[name].abs().max() == 0 for name in one if name not in trained)
         one, many = (torch.cat([of[name].flatten() for name in trained]) for of in (one, many))
-        assert (one - many).norm() <= 1e-5 * one.norm()
+        assert (one - many).norm() <= (0.04 if "bf16" in case else 1e-5) * one.norm()
+
+
+def test_in_bf16_the_weights_of_norms_are_float32_and_boundaries_no_tensor(folder):
+    """FSDP moves tensors to its device, and waits for that."""
+    for seen in torch.load(folder / "results-2.pt")["seen"]:
+        assert seen.pop("cu_seqlens") == [0, 2, 5]
+        assert seen.pop("norm") == {torch.float32} and len(seen) >= 1
+        assert set.union(*seen.values()) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("model", MODELS)
