@@ -204,9 +204,11 @@ def stored_dtype(path) -> torch.dtype:
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
+MAX_SHARD_BYTES = 5 * 10**9  # of a file of weights
+
 
 def save_model(
-    model: Transformer, path, files: dict[str, bytes] | None = None, dtype=None, max_shard_bytes: int = 5 * 10**9
+    model: Transformer, path, files: dict[str, bytes] | None = None, dtype=None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write a model folder that `transformers.AutoModelForCausalLM` opens and that gives the same logits there.
 

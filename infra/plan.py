@@ -10,12 +10,11 @@ from typing import NamedTuple
 from data import ARRAY_DTYPES, IGNORE_INDEX, Dataset, assign_micro_batches, epoch_order, steps_per_epoch
 from infra.device import DTYPES
 from infra.distributed import print0
+from infra.hf import MAX_SHARD_BYTES
 from infra.savepoints import MAX_PART_BYTES
 from mixup import chunk_size
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-
-MODEL_FILE_BYTES = 5 * 10**9  # of a file of weights, at most: the default of `infra.hf.save_model`
 
 
 class LargestMicroBatch(NamedTuple):
@@ -94,15 +93,13 @@ def estimate_memory(
     docs/scaling.md compares the estimate with measured runs.
     """
     vocab_size, num_layers = model.config.vocab_size, len(model.model.layers)
-    _, trainable, head, _ = parameter_counts(model)
+    trainable = parameter_counts(model)[1]
     whole_weights, whole_gradients = whole_bytes(model, config, world_size, largest.passes, device_type)
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
     # The logits of the rows, and of half as many mixed rows.
     chunk = rows * vocab_size * (8 if config.dtype == "bf16" else 6)
-    if not config.lora_rank:
-        chunk = max(chunk, 4 * head)  # after the last chunk, the head's gradient exists twice for a moment
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed
         activations = largest.tokens * (other_bytes + 4 * model.config.hidden_size * num_layers)
         chunk = max(chunk, largest.tokens * block_bytes)
@@ -151,7 +148,7 @@ def estimate_main_memory(model: Transformer, config, world_size: int, device_typ
     return {
         "loading": max(p.numel() * p.element_size() for p in model.parameters()) // world_size,
         "savepoints": part * (2 if device_type == "cpu" else 3),
-        "saving models": max(min(MODEL_FILE_BYTES, sum(sizes)), max(sizes)),
+        "saving models": max(min(MAX_SHARD_BYTES, sum(sizes)), max(sizes)),
     }
 
 
