@@ -207,7 +207,7 @@ def test_the_extremes_are_named_in_the_data_map_and_names_do_not_overlap(folder,
 def test_a_data_map_of_one_example_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     one = TrainingDynamics(["a"], np.array([[0.5]]), np.array([[2.0]]))
-    data_map.plot_data_map(one, split_by_confidence(one.confidence), tmp_path / "one.png", {0: "costs $5 or $6"})
+    data_map.plot_data_map(one, split_by_confidence(one.confidence), tmp_path / "one.png", {0: "from $\\5 to $6"})
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
