@@ -17,8 +17,10 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,7 @@ from infra.distributed import (
 )
 from infra.files import atomic_write, check_file
 from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
+from infra.metrics import log_checkpoint
 from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
@@ -172,9 +175,15 @@ class ScoreAccumulator:
 
 
 def score_checkpoints(
-    folders, dataset: Dataset, micro_batch_tokens: int, compute_dtype, device, cache_dir: Path | None = None, file=None
+    folders,
+    dataset: Dataset,
+    micro_batch_tokens: int,
+    compute_dtype,
+    device,
+    cache_dir: Path | None = None,
+    log: Callable[[dict], None] = log_checkpoint,
 ) -> "TrainingDynamics":
-    """Score all examples with each checkpoint, oldest first, and print a line to `file` for each one that is scored.
+    """Score all examples with each checkpoint, oldest first. `log` receives a record for each one that is scored.
 
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
     continues with the next checkpoint.
@@ -182,7 +191,7 @@ def score_checkpoints(
     paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
     cached = {folder for folder, path in paths.items() if path.is_file()}
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
-    scores = []
+    scores, start, num_scored = [], time.perf_counter(), 0
     for folder in folders:
         if folder in cached:
             scores.append(load(paths[folder].read_bytes())["scores"])
@@ -193,7 +202,9 @@ def score_checkpoints(
             with atomic_write(paths[folder]) as tmp:
                 tmp.write_bytes(save({"scores": scores[-1]}))
         barrier()
-        print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
+        num_scored += 1
+        progress = {"done": num_scored, "total": len(folders) - len(cached), "seconds": time.perf_counter() - start}
+        log({"checkpoint": str(folder), "probability": scores[-1][0].mean(), **progress})
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
 
@@ -344,12 +355,15 @@ def plot_data_map(dynamics: TrainingDynamics, path) -> None:
 
 def main(argv=None) -> None:
     """Score the examples of a file with the checkpoints of a run, or draw the data map of existing scores."""
-    parser = ArgumentParser(description="How confidently a run's checkpoints predict each example of a file.")
-    parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
+    usage = "%(prog)s --checkpoints DIR ... --data FILE --output FILE [flags]\n       %(prog)s --scores FILE --plot PNG"
+    about = "How confidently a run's checkpoints predict each example of a file."
+    parser = ArgumentParser(usage, description=about)
+    data, saving = parser.group("data"), parser.group("saving")
+    data.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
     add_data_flag(parser, "the examples", required=False)
-    parser.add_argument("--output", metavar="FILE", help="file for the scores, a JSON line for each example")
-    parser.add_argument("--scores", metavar="FILE", help="existing scores to draw; replaces these three")
-    parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
+    data.add_argument("--scores", metavar="FILE", help="existing scores to draw; replaces these two and --output")
+    saving.add_argument("--output", metavar="FILE", help="file for the scores, a JSON line for each example")
+    saving.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib)")
     add_model_flags(parser)
     add_data_flags(parser)
     args = parser.parse_args(argv)
@@ -376,7 +390,8 @@ def main(argv=None) -> None:
                 args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr
             )
             settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
-            dynamics = score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
+            log = partial(log_checkpoint, file=sys.stderr)
+            dynamics = score_checkpoints(args.checkpoints, dataset, *settings, log=log)
             if rank() == 0:
                 dynamics.save(args.output)
         if args.plot and rank() == 0:
