@@ -19,8 +19,10 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,7 @@ from infra.distributed import (
 )
 from infra.files import atomic_write, check_file
 from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
+from infra.metrics import log_checkpoint
 from infra.selection import (
     add_selection_flags,
     check_flags,
@@ -183,9 +186,15 @@ class ScoreAccumulator:
 
 
 def score_checkpoints(
-    folders, dataset: Dataset, micro_batch_tokens: int, compute_dtype, device, cache_dir: Path | None = None, file=None
+    folders,
+    dataset: Dataset,
+    micro_batch_tokens: int,
+    compute_dtype,
+    device,
+    cache_dir: Path | None = None,
+    log: Callable[[dict], None] = log_checkpoint,
 ) -> "TrainingDynamics":
-    """Score all examples with each checkpoint, oldest first, and print a line to `file` for each one that is scored.
+    """Score all examples with each checkpoint, oldest first. `log` receives a record for each one that is scored.
 
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
     continues with the next checkpoint.
@@ -193,7 +202,7 @@ def score_checkpoints(
     paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
     cached = {folder for folder, path in paths.items() if path.is_file()}
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
-    scores = []
+    scores, start, num_scored = [], time.perf_counter(), 0
     for folder in folders:
         if folder in cached:
             scores.append(load(paths[folder].read_bytes())["scores"])
@@ -204,7 +213,9 @@ def score_checkpoints(
             with atomic_write(paths[folder]) as tmp:
                 tmp.write_bytes(save({"scores": scores[-1]}))
         barrier()
-        print0(f"confidence  {folder}: mean gold-token probability {scores[-1][0].mean():.4f}", file)
+        num_scored += 1
+        progress = {"done": num_scored, "total": len(folders) - len(cached), "seconds": time.perf_counter() - start}
+        log({"checkpoint": str(folder), "probability": scores[-1][0].mean(), **progress})
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
 
 
@@ -332,12 +343,21 @@ def roc_auc(scores, positive) -> float:
 
 def parse_args(argv=None):
     """Parse the command line. Flags that are missing or do not go together are one line on stderr and exit code 2."""
-    parser = ArgumentParser(description="How confidently a run's checkpoints predict each example of a file.")
-    parser.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
+    usage = (
+        "%(prog)s --checkpoints DIR ... --data FILE --output FILE [flags]\n"
+        "       %(prog)s --scores FILE --data FILE --show N\n"
+        "       %(prog)s --scores FILE --data FILE --keep SHARE --output FILE\n"
+        "       %(prog)s --scores FILE --plot PNG"
+    )
+    about = "How confidently a run's checkpoints predict each example of a file."
+    parser = ArgumentParser(usage, description=about)
+    data, saving = parser.group("data"), parser.group("saving")
+    data.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
     add_data_flag(parser, "the examples", required=False)
-    parser.add_argument("--output", metavar="FILE", help="file for the scores, or with --keep for the records kept")
-    parser.add_argument("--scores", metavar="FILE", help="existing scores, instead of --checkpoints")
-    parser.add_argument("--plot", metavar="PNG", help="draw the data map (needs matplotlib); --data names its extremes")
+    data.add_argument("--scores", metavar="FILE", help="existing scores, instead of --checkpoints")
+    saving.add_argument("--output", metavar="FILE", help="file for the scores, or with --keep for the records kept")
+    help = "draw the data map (needs matplotlib); --data names its extremes"
+    saving.add_argument("--plot", metavar="PNG", help=help)
     add_selection_flags(parser)
     add_model_flags(parser)
     add_data_flags(parser)
@@ -370,7 +390,7 @@ def score_files(args, device) -> TrainingDynamics:
     template = choose_template(tokenizer, args.template, sys.stderr)
     dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
     settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
-    return score_checkpoints(args.checkpoints, dataset, *settings, file=sys.stderr)
+    return score_checkpoints(args.checkpoints, dataset, *settings, log=partial(log_checkpoint, file=sys.stderr))
 
 
 def report(dynamics: TrainingDynamics, args) -> None:

@@ -504,7 +504,7 @@ def generate_answers(args, device) -> None:
             append_answers(file, new_answers)
             answers |= new_answers
             num_cut += cut
-            print0(f"{len(answers)}/{len(records)} answered", sys.stderr)
+            print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
         if num_cut:
             print0(f"warning: {num_cut} answers were cut at --max_new_tokens or the model's last position", sys.stderr)
         write_answers(args, records, answers)
@@ -559,38 +559,42 @@ def print_text(new_tokens: Iterator[torch.Tensor], tokenizer: Tokenizer, stop_id
 
 def main(argv=None) -> None:
     """Evaluate a model folder, or generate with it. Results go to stdout as JSON, progress goes to stderr."""
-    parser = ArgumentParser(description="Evaluate a model, or let it answer; figures are JSON on stdout.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = ArgumentParser(description="Evaluate a model, or let it answer; COMMAND --help lists the flags.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def add_command(name: str, run: Callable, help: str, data: str | None, templates=TEMPLATES) -> ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
-        command.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
+        group = command.group("data")
+        group.add_argument("--model", required=True, metavar="DIR", help="model folder in Hugging Face layout")
         if data:
             add_data_flag(command, data, required=True)
         add_model_flags(command, templates)
         return command
 
     def add_sampling_flags(command: ArgumentParser, temperature: float | None, help: str) -> None:
-        command.add_argument("--max_new_tokens", type=parser.positive, default=512)
-        command.add_argument("--temperature", type=parser.number(0, 100), default=temperature, help=help)
+        add_argument = command.group("generation").add_argument
+        add_argument("--max_new_tokens", type=parser.positive, default=512, metavar="N", help="(default 512)")
+        add_argument("--temperature", type=parser.number(0, 100), default=temperature, metavar="X", help=help)
         top_p_help = "of the probability to draw from (default 1)"
-        command.add_argument("--top_p", type=parser.number(1e-6, 1), default=1.0, help=top_p_help)
-        command.add_argument("--seed", type=parser.number(0, 2**63 - 1, int), default=0)
+        add_argument("--top_p", type=parser.number(1e-6, 1), default=1.0, metavar="X", help=top_p_help)
+        add_argument("--seed", type=parser.number(0, 2**63 - 1, int), default=0, metavar="N", help="(default 0)")
 
     for name, help in (("perplexity", "held-out loss and perplexity"), ("match", "exact match by greedy generation")):
         add_data_flags(add_command(name, perplexity_or_match, help, "the examples"))
     help, data = "multiple choice by log-likelihood", "questions with choices"
     command = add_command("choice", multiple_choice, help, data, (*TEMPLATES, PLAIN))
-    command.add_argument("--by", choices=("letter", "text"), default="letter", help="what is scored (default letter)")
-    command.add_argument("--output", metavar="FILE", help="where a line for each question goes")
-    command.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS)
+    group = command.group("data")
+    group.add_argument("--by", choices=("letter", "text"), default="letter", help="what is scored (default letter)")
+    group = command.group("hardware")
+    group.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS, metavar="N")
+    command.group("saving").add_argument("--output", metavar="FILE", help="where a line for each question goes")
     help, data = "answer the records of a file", "the records"
     command = add_command("generate", generate_answers, help, data)
     add_answer_flags(command)
     add_sampling_flags(command, None, "(default 0; for mt_bench by category, as FastChat has it)")
     command = add_command("chat", chat, "talk with a model", None)
-    command.add_argument("--system", metavar="TEXT", help="what it is told before all else")
+    command.group("data").add_argument("--system", metavar="TEXT", help="what it is told before all else")
     add_sampling_flags(command, 0.7, "(default 0.7)")
     args = parser.parse_args(argv)
     with init_distributed(args.device) as device:

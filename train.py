@@ -1,18 +1,21 @@
-"""The whole recipe: a reference run, the confidence of its checkpoints, the split, the SFTMix run, the comparison.
+"""SFTMix: a reference run, the confidence of its checkpoints, the Mixup run.
 
-    torchrun train.py                                                        the demo, which needs no files
-    torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR  your model and data
+    torchrun train.py                                   the demo needs no file
+    torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR
 
-A run has four stages, each of which writes a part of the output folder:
+A run has four stages. Each of them writes a part of the output folder:
 
-    base         the model to start from: given, or pretrained on the demo's text         base/ (demo only)
-    reference    plain next-token prediction (μ = 0), saving checkpoints                  reference/
-    confidence   how well those checkpoints predict each training example                 confidence.jsonl
-    sftmix       from the base again, L = L_NTP + μ L_Mixup between the two halves        sftmix/
+    base         the model to start from: given, or pretrained by the demo
+    reference    plain next-token prediction (μ = 0), saving checkpoints
+    confidence   how well those checkpoints predict each training example
+    sftmix       from the base again: L = L_NTP + μ L_Mixup, with Mixup
+                 between the confident and the unconfident half
 
-A checkpoint is a model, which can be scored and opened elsewhere; a savepoint is the whole state of training. A stopped
-run continues from its last savepoint with --resume; on the same machine it ends at the same weights, bit for bit.
-Each model is evaluated on the held-out data; `results.json` and a table at the end compare them.
+A checkpoint is a model, which can be scored and opened elsewhere; a savepoint
+is the whole state of training. A stopped run continues from its last
+savepoint with --resume; on the same machine it ends at the same weights, bit
+for bit. Each model is evaluated on the held-out data; results.json and a
+table at the end compare them.
 """
 
 import contextlib
@@ -76,13 +79,12 @@ from infra.hf import (
     stored_dtype,
     verify_weights,
 )
-from infra.metrics import StepMetrics
+from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
-    check_not_started,
     check_saved_tokenizer,
-    load_results,
     lock_output,
+    place_of,
     print_report,
     record_stage,
     reference_checkpoints,
@@ -91,6 +93,7 @@ from infra.output import (
     save_skipped,
     stage_log,
     stage_savepoints,
+    stages_to_run,
 )
 from infra.plan import print_example, print_plan
 from infra.savepoints import Savepoints, check_model_unchanged, check_resume_config, input_checksums
@@ -117,12 +120,17 @@ class TrainConfig:
         deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
     )
 
-    model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs")
+    model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs", group="data")
     data: str | tuple[str, ...] | None = flag(None, f"training examples: {DATA_HELP}")
     eval_data: str | tuple[str, ...] | None = flag(None, "held-out examples to evaluate every model on, likewise")
     skip_bad_records: bool = flag(False, "leave out records that cannot be read, and list them in skipped.jsonl")
-    output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)")
-    stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES))
+    template: str | None = flag(
+        None, "chat template (default: the model folder's chat_template, else alpaca)", choices=tuple(TEMPLATES)
+    )
+    max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
+    cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
+
+    stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES), group="recipe")
     confidence: str | None = flag(
         None,
         "file of scores to split by, instead of the reference run's; or the word 'online': split by the probabilities "
@@ -139,51 +147,49 @@ class TrainConfig:
     mu: float = flag(0.2, "weight of the Mixup term", at_least=0)
     alpha: float = flag(0.5, "λ ~ Beta(alpha, alpha)", above=0)
     ntp_weight: float = flag(1.0, "weight of L_NTP in the SFTMix run (1 in the paper; 0: Mixup alone)", at_least=0)
-    epochs: int = flag(3, "passes over the data", at_least=1)
+    num_checkpoints: int = flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
+
+    epochs: int = flag(3, "passes over the data", at_least=1, group="optimizer")
     batch_size: int = flag(32, "examples per optimizer step, over all processes", at_least=1)
+    lr: float = flag(2e-6, "peak learning rate", above=0)
+    weight_decay: float = flag(0.1, "weight decay of AdamW, on matrices only", at_least=0)
+    warmup_ratio: float = flag(0.1, "share of the steps that warm up", at_least=0, below=1)
+    lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
+    lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
+    seed: int = flag(0, "seed of all random numbers", at_least=0, below=2**63)
+    max_skipped: int = flag(10, "end the run after N steps in a row without finite loss and gradient", at_least=1)
+
     micro_batch_tokens: int = flag(
         MICRO_BATCH_TOKENS,
         "tokens in a forward pass of a process; fewer take less memory, with the same result",
         at_least=1,
-    )
-    lr: float = flag(2e-6, "peak learning rate", above=0)
-    weight_decay: float = flag(0.1, "weight decay of AdamW, on matrices only", at_least=0)
-    warmup_ratio: float = flag(0.1, "share of the steps that warm up", at_least=0, below=1)
-    num_checkpoints: int = flag(5, "checkpoints of the reference run that are kept and scored", at_least=1)
-    max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
-    template: str | None = flag(
-        None, "chat template (default: the model folder's chat_template, else alpaca)", choices=tuple(TEMPLATES)
+        group="hardware",
     )
     dtype: str | None = flag(
         None,
         "dtype of matmuls; trained weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
         choices=("bf16", "fp32"),
     )
-    save_dtype: str = flag("fp32", "dtype of the weights in saved models", choices=("bf16", "fp32"))
     zero_stage: int = flag(
         3, "what a step keeps in shards: 1 optimizer state, 2 also gradients, 3 also weights", at_least=1, below=4
     )
-    lora_rank: int | None = flag(None, "train adapters of this rank instead of the weights (LoRA)", at_least=1)
-    lora_alpha: float = flag(16.0, "an adapter's output is scaled by lora_alpha / lora_rank", above=0)
-    activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
     device: str | None = flag(None, "what to train on (default: the best there is)", choices=DEVICE_TYPES)
+    activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
     compile: bool | None = flag(
         None, "torch.compile the blocks: half a minute at the start, then faster (default: on an NVIDIA GPU)"
     )
     deterministic: bool = flag(False, "give the same bits in each run on the same GPU, more slowly; a CPU always does")
     tf32: bool = flag(False, "let float32 matmuls on a GPU round their inputs to TF32's 10 bits: faster")
-    cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
-    seed: int = flag(0, "seed of all random numbers", at_least=0, below=2**63)
+    dry_run: int | None = flag(
+        None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
+    )
+
+    output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)", group="saving")
+    save_dtype: str = flag("fp32", "dtype of the weights in saved models", choices=("bf16", "fp32"))
     log_every: int = flag(10, "steps between log lines", at_least=1)
     save_every: int = flag(500, "steps between savepoints, from which --resume continues", at_least=1)
     keep_last: int = flag(2, "how many savepoints are kept", at_least=1)
     resume: bool = flag(False, "continue the run in --output from its newest savepoint (start it, if there is none)")
-    max_skipped: int = flag(
-        10, "end the run after this many consecutive steps without a finite loss and gradient", at_least=1
-    )
-    dry_run: int | None = flag(
-        None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
-    )
 
     def __post_init__(self):
         check_values(self)
@@ -208,7 +214,7 @@ class TrainConfig:
 
 def parse_config(argv=None) -> TrainConfig:
     """Parse the command line. An unknown flag or a value that is not allowed is one line on stderr and exit code 2."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser("%(prog)s [--model DIR --data FILE --output DIR] [flags]", description=__doc__)
     add_flags(parser, TrainConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given |= {name: tuple(value) if value[1:] else value[0] for name, value in given.items() if isinstance(value, list)}
@@ -511,7 +517,7 @@ def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
         step: partial(save_checkpoint, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
         for step in steps
     }
-    log, savepoints = stage_log(config, "reference"), stage_savepoints(config, "reference")
+    log, savepoints = stage_log(config, "reference", inputs), stage_savepoints(config, "reference")
     train_stats = train(model, inputs.train, config, ntp_sampler(inputs.train, config), log, saves, savepoints)
     save_result(model, folder, inputs.tokenizer, config)
     return evaluate_model(model, inputs, config) | train_stats
@@ -520,9 +526,9 @@ def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
     checkpoints, cache_dir = reference_checkpoints(config), Path(config.output) / "resume" / "confidence"
-    start = time.perf_counter()
-    dtype = DTYPES[config.dtype]
-    dynamics = score_checkpoints(checkpoints, inputs.train, config.micro_batch_tokens, dtype, device, cache_dir)
+    start, settings = time.perf_counter(), (config.micro_batch_tokens, DTYPES[config.dtype], device)
+    log = partial(log_checkpoint, place=place_of(config, "confidence", inputs))
+    dynamics = score_checkpoints(checkpoints, inputs.train, *settings, cache_dir, log)
     return record_scores(dynamics, config) | {"seconds": time.perf_counter() - start}
 
 
@@ -577,7 +583,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]
     """Train the base again, with Mixup. -> entries of results.json by stage: sftmix, and online also confidence"""
     sampler = sftmix_sampler(config, inputs, device)
     model = load_trainable(config, device)
-    log, savepoints = stage_log(config, "sftmix"), stage_savepoints(config, "sftmix")
+    log, savepoints = stage_log(config, "sftmix", inputs), stage_savepoints(config, "sftmix")
     train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
     save_result(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     entries = {"sftmix": evaluate_model(model, inputs, config) | train_stats}
@@ -610,27 +616,6 @@ def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
     """Warn if a batch has too few pairs to give every process one."""
     if config.batch_size < 2 * num_processes:
         print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
-
-
-def stages_to_run(config: TrainConfig) -> list[str]:
-    """The stages asked for; for a resumed run, those of them that are not finished.
-
-    Raises FileExistsError if a run that is not resumed finds something of these stages in the output folder.
-    """
-    output = Path(config.output)
-    stages = list(STAGES if config.stage == "all" else (config.stage,))
-    # With a file of scores, the reference run is still made, to compare with. An online run needs neither.
-    if config.confidence is not None:
-        without = ("reference", "confidence") if config.online and config.stage == "all" else ("confidence",)
-        stages = [stage for stage in stages if stage not in without]
-    if config.resume:
-        finished = load_results(output)
-        stages = [stage for stage in stages if STAGES[stage].result not in finished]
-    else:
-        online_scores = ["confidence"] if config.online and "sftmix" in stages else []
-        check_not_started(output, [*stages, *online_scores])
-    barrier()  # all processes have looked before rank 0 writes
-    return stages
 
 
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:

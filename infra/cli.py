@@ -6,6 +6,8 @@ import difflib
 import math
 import operator
 import os
+import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
@@ -39,11 +41,34 @@ FLAGS_OF_PEERS = {  # of transformers, TRL and LLaMA-Factory, and what they are 
 }
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of at most 100 columns, or of the width of a narrower terminal."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100) - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The description: its lines stay as they are if they fit."""
+        return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) for line in text.splitlines()) + "\n"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line on stderr; for an unknown flag the line suggests a known one."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, usage: str | None = None, **kwargs):
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def group(self, title: str):
+        """The group of flags with this title, to which flags can be added."""
+        groups = (group for group in self._action_groups if group.title == title)
+        return next(groups, None) or self.add_argument_group(title)
+
+    def format_help(self) -> str:
+        """The help; without a `usage`, its first line names what is required."""
+        if self.usage is None:
+            required = [word for a in self._actions if a.required for word in (*a.option_strings, a.metavar)]
+            self.usage = " ".join(["%(prog)s", *required, "[flags]"])
+        return super().format_help()
 
     @staticmethod
     def positive(text: str) -> int:
@@ -76,9 +101,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     """Add the flags of each script that opens a model."""
-    parser.add_argument("--template", choices=templates, help="(default: the model folder's, else alpaca)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
-    parser.add_argument("--device", choices=DEVICE_TYPES, help="(default: the best there is)")
+    help = f"chat template: {', '.join(templates)} (default: the model folder's, else alpaca)"
+    parser.group("data").add_argument("--template", choices=templates, metavar="NAME", help=help)
+    hardware = parser.group("hardware")
+    hardware.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
+    hardware.add_argument("--device", choices=DEVICE_TYPES, help="what to run on (default: the best there is)")
 
 
 DATA_HELP = "files (.jsonl, .json, also as .gz; .parquet), folders or patterns of them"
@@ -86,46 +113,57 @@ DATA_HELP = "files (.jsonl, .json, also as .gz; .parquet), folders or patterns o
 
 def add_data_flag(parser: ArgumentParser, what: str, required: bool) -> None:
     """Add --data, for a script that reads `what` from data files."""
-    parser.add_argument("--data", nargs="+", required=required, metavar="FILE", help=f"{what}: {DATA_HELP}")
+    help = f"{what}: {DATA_HELP}"
+    parser.group("data").add_argument("--data", nargs="+", required=required, metavar="FILE", help=help)
 
 
 def add_data_flags(parser: ArgumentParser) -> None:
     """Add the flags of each script that reads examples, with the defaults of training."""
-    parser.add_argument("--skip_bad_records", action="store_true", help="leave out records that cannot be read")
-    parser.add_argument("--max_length", type=parser.positive)
-    parser.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS)
-    parser.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
+    data = parser.group("data")
+    data.add_argument("--skip_bad_records", action="store_true", help="leave out records that cannot be read")
+    help = "truncate longer examples (default: the model's, at most 1024)"
+    data.add_argument("--max_length", type=parser.positive, metavar="N", help=help)
+    data.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
+    help = f"tokens in a forward pass; fewer take less memory (default {MICRO_BATCH_TOKENS})"
+    settings = {"type": parser.positive, "default": MICRO_BATCH_TOKENS, "metavar": "N"}
+    parser.group("hardware").add_argument("--micro_batch_tokens", **settings, help=help)
 
 
 # --- A configuration whose fields are flags ---------------------------------------------------------------------------
 
 
-def flag(default, help: str, choices=None, above=None, at_least=None, below=None):
+def flag(default, help: str, choices=None, group=None, **bounds):
     """A field of a configuration dataclass that is a command-line flag too.
 
-    `choices`, or `above`, `at_least` and `below`, say which values are allowed.
+    `choices`, or the bounds `above`, `at_least` and `below`, say which values are allowed. `group` is the title of a
+    group of flags in the help, which this field and those after it are in.
     """
-    bounds = {"above": above, "at_least": at_least, "below": below}
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "bounds": bounds})
 
 
 def add_flags(parser: ArgumentParser, config_class: type) -> None:
     """Add a flag for each field of a configuration class. A flag that is not given parses to None."""
+    group = parser
     for field_ in fields(config_class):
-        kind = {int: int, int | None: int, float: float}.get(field_.type, str)
-        nargs = "+" if field_.type == str | tuple[str, ...] | None else None
-        choices = field_.metadata["choices"]
-        metavar = "{" + ",".join(choices) + "}" if choices else field_.name.upper()
-        text = field_.metadata["help"] + ("" if field_.default is None else f" (default {field_.default})")
+        if field_.metadata["group"]:
+            group = parser.group(field_.metadata["group"])
+        name, text, choices = f"--{field_.name}", field_.metadata["help"], field_.metadata["choices"]
         if field_.type in (bool, bool | None):
-            parser.add_argument(f"--{field_.name}", action="store_const", const=True, help=field_.metadata["help"])
+            group.add_argument(name, action="store_const", const=True, help=text)
             if field_.type == bool | None:  # its default depends on the machine
                 off = {"dest": field_.name, "action": "store_const", "const": False}
-                parser.add_argument(f"--no_{field_.name}", **off, help=f"turn --{field_.name} off")
-        elif field_.name == "dry_run":
-            parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="N", help=text)
-        else:
-            parser.add_argument(f"--{field_.name}", type=kind, nargs=nargs, metavar=metavar, help=text)
+                group.add_argument(f"--no_{field_.name}", **off, help=f"turn {name} off")
+            continue
+        if choices:
+            text += f"; one of {', '.join(choices)}"
+        text += "" if field_.default is None else f" (default {field_.default})"
+        if field_.name == "dry_run":
+            group.add_argument(name, type=int, nargs="?", const=0, metavar="N", help=text)
+            continue
+        kind = {int: int, int | None: int, float: float}.get(field_.type, str)
+        nargs = "+" if field_.type == str | tuple[str, ...] | None else None
+        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
+        group.add_argument(name, type=kind, nargs=nargs, metavar=metavar, help=text)
 
 
 def check_values(config) -> None:
@@ -141,7 +179,7 @@ def check_values(config) -> None:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError(f"--{name}: a number of {len(str(value))} digits; must be below 2**63")
         for relation, holds in (("above", operator.gt), ("at_least", operator.ge), ("below", operator.lt)):
-            bound = field_.metadata["bounds"][relation]
+            bound = field_.metadata["bounds"].get(relation)
             if None not in (bound, value) and not holds(value, bound):
                 raise ValueError(f"--{name} {value}: must be {relation.replace('_', ' ')} {bound}")
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from infra.device import choose_device, local_rank
+from infra.terminal import below_progress, render, style
 
 # --- The environment of a process -------------------------------------------------------------------------------------
 
@@ -108,6 +109,9 @@ def init_distributed(device_type: str | None = None):
 def _report(error: BaseException) -> int:
     """Print one line on stderr for an error that the user can mend, else a traceback. -> the exit code"""
     text = str(error)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            print(below_progress(stream), end="", file=stream, flush=True)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -140,7 +144,7 @@ def _print_error(message: str, wait: bool = False) -> None:
     message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # no control codes
     message = message if len(message) <= 2000 else message[:2000] + " …"
     with contextlib.suppress(OSError):  # stderr may be a closed pipe
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {style('error:', 'red', sys.stderr)} {message}", file=sys.stderr, flush=True)
 
 
 def is_local_rank_zero() -> bool:
@@ -236,12 +240,15 @@ def gather_objects(value) -> list:
     return values or []
 
 
-def print0(text: str, file=None) -> None:
-    """Print progress on rank 0. If `file` (default: stdout) is closed or full, the run goes on without it."""
+def print0(text: str, file=None, progress: float | None = None) -> None:
+    """Print a line on rank 0. If `file` (default: stdout) is closed or full, the run goes on without it.
+
+    `progress` is the share of the work that is done. On a terminal, the next line replaces a line with a share below 1.
+    """
     if rank() != 0:
         return
     try:
-        print(text, file=file, flush=True)
+        print(render(text, file or sys.stdout, progress), end="", file=file, flush=True)
     except BlockingIOError:  # a pipe that is full at the moment
         pass
     except OSError as error:

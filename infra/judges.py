@@ -26,10 +26,13 @@ from infra.records import data_checksums, describe, read_records
 
 def add_answer_flags(parser: ArgumentParser) -> None:
     """Add the flags that say where answers go, and in which format."""
-    parser.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); goes on if stopped")
-    parser.add_argument("--format", choices=("jsonl", "alpaca_eval", "mt_bench"), default="jsonl")
-    parser.add_argument("--name", help="of the model, for a judge (default: its folder's)")
-    parser.add_argument("--batch_size", type=parser.positive, default=32, help="records a process answers at once")
+    saving = parser.group("saving")
+    saving.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); goes on if stopped")
+    help = "what to write (default jsonl)"
+    saving.add_argument("--format", choices=("jsonl", "alpaca_eval", "mt_bench"), default="jsonl", help=help)
+    saving.add_argument("--name", help="of the model, for a judge (default: its folder's)")
+    help = "records a process answers at once (default 32)"
+    parser.group("hardware").add_argument("--batch_size", type=parser.positive, default=32, metavar="N", help=help)
 
 
 def check_answer_flags(args) -> None:

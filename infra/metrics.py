@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -101,6 +102,7 @@ class StepMetrics:
         record = {"step": step, "total_steps": self.total_steps, **more, "loss": loss, "ntp": ntp, "mix": mix}
         record["grad_norm"] = self.grad_norm
         record["tokens_per_second"] = self.tokens / elapsed
+        record["seconds"] = self.seconds
         record["seconds_left"] = self.seconds / step * (self.total_steps - step)
         self.tokens, self.num_steps, self.sums, self.seconds_since_log = 0, 0, [0.0, 0.0, 0.0], 0.0
         return record
@@ -116,22 +118,73 @@ class StepMetrics:
         self._start, self._last_log = self._start + pause, self._last_log + pause
 
 
-def log_step(file: Path, stage: str, record: dict) -> None:
+# --- What is logged ---------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a stage is in a run."""
+
+    stage: str
+    number: int = 1  # of `num_stages`
+    num_stages: int = 1
+    work_after: float = 0.0  # all that follows its training or scoring, as a multiple of it; 0 if that is not known
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.num_stages} {self.stage}"
+
+    def format_time(self, seconds: float, done: int, total: int) -> str:
+        """The time left, by the time that `done` of `total` parts took: for the stage and, if known, for the run.
+
+        >>> Place("reference", 2, 4, work_after=1.5).format_time(seconds=20.0, done=2, total=8)
+        '60 s left, 3 min in all'
+        """
+        if done == total:
+            return f"took {format_seconds(seconds)}"
+        each = seconds / done
+        stage, run = (format_seconds(each * (n - done)) for n in (total, total + self.work_after * total))
+        return f"{stage} left" + (f", {run} in all" if run != stage else "")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in seconds, minutes or hours.
+
+    >>> [format_seconds(seconds) for seconds in (8.4, 119, 120, 9000)]
+    ['8 s', '119 s', '2 min', '2.5 h']
+    """
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def log_step(file: Path, place: Place, record: dict) -> None:
     """Append a record to `metrics.jsonl` and print it as a line."""
     if rank() == 0:
         with open(file, "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps({"stage": stage, **record}) + "\n")
+            metrics.write(json.dumps({"stage": place.stage, **record}) + "\n")
     if "skipped" in record:
         examples = ", ".join(record["examples"][:4]) + (" …" if len(record["examples"]) > 4 else "")
         print0(
-            f"{stage:>10}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
+            f"{place}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
             f"{record['grad_norm']}; among its examples is the cause: {examples} (all in {file.name})"
         )
         return
+    step, total_steps = record["step"], record["total_steps"]
     losses = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
-    seconds = record["seconds_left"]
-    left = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    # A narrow terminal shows the first fields only.
     print0(
-        f"{stage:>10}  step {record['step']:>{len(str(record['total_steps']))}}/{record['total_steps']}  "
-        f"loss {record['loss'] or math.nan:.4f}  {losses}{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+        f"{place}  step {step:>{len(str(total_steps))}}/{total_steps}  "
+        f"{place.format_time(record['seconds'], step, total_steps)}  "
+        f"loss {record['loss'] or math.nan:.4f}  {losses}{record['tokens_per_second']:,.0f} tokens/s",
+        progress=step / total_steps,
+    )
+
+
+def log_checkpoint(record: dict, place: Place = Place("confidence"), file=None) -> None:  # noqa: B008
+    """Print a checkpoint that has been scored as a line."""
+    done, total = record["done"], record["total"]
+    print0(
+        f"{place}  {done}/{total} checkpoints  {place.format_time(record['seconds'], done, total)}  "
+        f"mean gold-token probability {record['probability']:.4f}  {record['checkpoint']}",
+        file,
+        progress=done / total,
     )

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from data import Dataset, encode_examples, to_example
+from data import Dataset, encode_examples, steps_per_epoch, to_example
 from infra.demo import least_confident
 from infra.device import DTYPES
 from infra.distributed import barrier, print0, rank
 from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, load_config, save_adapter, save_model
 from infra.locks import file_lock
-from infra.metrics import log_step
+from infra.metrics import Place, log_step
 from infra.records import Reading, describe, split_files
 from infra.savepoints import Savepoints, check_finite
 from model import Transformer
@@ -83,6 +83,53 @@ def check_not_started(output: Path, stages: list[str]) -> None:
         raise FileExistsError(f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output")
 
 
+# --- Stages -----------------------------------------------------------------------------------------------------------
+
+
+def stages_of(config) -> list[str]:
+    """The stages of a run, in order, finished ones included."""
+    # With a file of scores, the reference run is still made, to compare with. An online run needs neither.
+    unused = {None: (), "online": ("reference", "confidence")}.get(config.confidence, ("confidence",))
+    return [stage for stage in STAGES if stage not in unused] if config.stage == "all" else [config.stage]
+
+
+def stages_to_run(config) -> list[str]:
+    """The stages asked for; for a resumed run, those of them that are not finished.
+
+    Raises FileExistsError if a run that is not resumed finds something of these stages in the output folder.
+    """
+    output, stages = Path(config.output), stages_of(config)
+    if config.resume:
+        finished = load_results(output)
+        stages = [stage for stage in stages if STAGES[stage].result not in finished]
+    else:
+        online_scores = ["confidence"] if config.online and "sftmix" in stages else []
+        check_not_started(output, [*stages, *online_scores])
+    barrier()  # all processes have looked before rank 0 writes
+    return stages
+
+
+def place_of(config, stage: str, inputs=None) -> Place:
+    """Where a stage is in the run and, from the `train.Inputs`, how much work follows its training or scoring.
+
+    Work is counted in tokens times passes. Training takes a forward pass and a backward pass, which counts as two where
+    the weights get gradients, and another pass if blocks are recomputed. Scoring takes a pass for each checkpoint, and
+    evaluation takes one. Saving, and generating answers to evaluate a model, are left out.
+    """
+    stages = stages_of(config)
+    index = stages.index(stage)
+    if inputs is None:
+        return Place(stage, index + 1, len(stages))
+    num_tokens = int(inputs.train.lengths.sum())
+    evaluation = int(inputs.held_out.lengths.sum()) if inputs.held_out else 0
+    total_steps = config.epochs * steps_per_epoch(len(inputs.train), config.batch_size)
+    training = config.epochs * num_tokens * (2 + (not config.lora_rank) + config.activation_checkpointing)
+    scoring = min(config.num_checkpoints, total_steps) * num_tokens
+    work = {"reference": training, "confidence": scoring, "sftmix": training}
+    whole = sum(work[name] + (0 if name == "confidence" else evaluation) for name in stages[index:])
+    return Place(stage, index + 1, len(stages), whole / work[stage] - 1)
+
+
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,9 +152,9 @@ def stage_savepoints(config, stage: str) -> Savepoints:
     return Savepoints(Path(config.output), stage, config.save_every, config.keep_last)
 
 
-def stage_log(config, stage: str) -> Callable[[dict], None]:
+def stage_log(config, stage: str, inputs=None) -> Callable[[dict], None]:
     """The `log` of `train.train` for a stage: it prints records and appends them to metrics.jsonl."""
-    return partial(log_step, Path(config.output) / "metrics.jsonl", stage)
+    return partial(log_step, Path(config.output) / "metrics.jsonl", place_of(config, stage, inputs))
 
 
 def print_report(output: Path, demo: bool) -> None:

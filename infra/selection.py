@@ -28,10 +28,11 @@ LABEL_CHARACTERS = 34  # of a prompt and of a response in the data map
 
 def add_selection_flags(parser) -> None:
     """Add the flags that say which records to show or keep."""
-    parser.add_argument("--show", type=parser.positive, metavar="N", help="print the N least confident examples")
-    parser.add_argument("--most", action="store_true", help="with --show: the most confident ones")
-    parser.add_argument("--keep", type=parser.number(0, 1), metavar="SHARE", help="write the most confident records")
-    parser.add_argument("--by", choices=("probability", "perplexity"), help="of --show, --keep (default: probability)")
+    group = parser.group("selection")
+    group.add_argument("--show", type=parser.positive, metavar="N", help="print the N least confident examples")
+    group.add_argument("--most", action="store_true", help="with --show: the most confident ones")
+    group.add_argument("--keep", type=parser.number(0, 1), metavar="SHARE", help="write the most confident records")
+    group.add_argument("--by", choices=("probability", "perplexity"), help="of --show, --keep (default: probability)")
 
 
 def check_flags(parser, args) -> None:

@@ -19,9 +19,10 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
     "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
     "infra.device": {"torch"},
-    "infra.distributed": {"torch", "infra.device"},
+    "infra.distributed": {"torch", "infra.device", "infra.terminal"},
     "infra.files": set(),
     "infra.records": {"pyarrow", "infra.files"},
+    "infra.terminal": set(),
 }
 SEVEN = {"mixup", "model", "tokenizer", "data", "confidence", "eval", "train"}
 MODULES = [

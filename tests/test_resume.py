@@ -51,7 +51,8 @@ def outcome(output):
     models = {f: load_file(output / f / "model.safetensors") for f in ("reference", "sftmix") if (output / f).exists()}
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:
-        record.pop("tokens_per_second", None), record.pop("seconds_left", None)
+        for key in ("tokens_per_second", "seconds", "seconds_left"):
+            record.pop(key, None)
     return models, metrics, (output / "confidence.jsonl").read_text()
 
 
