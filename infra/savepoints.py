@@ -205,24 +205,28 @@ def check_finite(model: Transformer) -> None:
 # --- The same run -----------------------------------------------------------------------------
 
 
+RESOLVED = ("max_length", "template", "dtype")  # flags whose defaults depend on the model folder and the device
+
+
 def check_resume_config(config, checksums_now: dict | None = None):
     """Compare a `train.TrainConfig` with that of the run in its output folder. -> config, completed from that run
 
-    What no flag sets but the earlier run has resolved (max_length, template, dtype) is taken from it. Raises ValueError
-    for the first flag that has another value, if results depend on it, or the first input file with another content.
+    What no flag sets but the earlier run has resolved is taken from it. Raises ValueError for the first flag that has
+    another value, if results depend on it, or the first input file with another content.
     """
     file = Path(config.output) / "config.json"
     if not file.is_file():
         return config
     before = read_json(file)
-    resolved = {name: before.get(name) for name in ("max_length", "template", "dtype") if getattr(config, name) is None}
+    resolved = {name: before.get(name) for name in RESOLVED if getattr(config, name) is None}
     try:
         config = replace(config, **resolved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: changed since it was written ({error})") from None
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in config.RESUME_MAY_CHANGE and value != before.get(field.name):
+        is_open = field.name in RESOLVED and before.get(field.name) is None  # the demo resolves them after its base
+        if field.name not in config.RESUME_MAY_CHANGE and value != before.get(field.name) and not is_open:
             raise ValueError(
                 f"--{field.name} {value}: the run in {config.output} was begun with {before.get(field.name)}, and "
                 "would become another one; give it as it was, or choose another --output"

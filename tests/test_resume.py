@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.output import lock_output
-from infra.savepoints import Savepoints
+from infra.savepoints import Savepoints, check_resume_config
 from train import TrainConfig, main, make_optimizer
 
 
@@ -426,3 +427,13 @@ def test_what_is_written_aside_is_whole_or_not_there(tmp_path):
     with atomic_write(file) as aside:
         aside.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_demo_that_was_stopped_before_its_template_was_chosen_goes_on(tmp_path):
+    begun = TrainConfig(output=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(begun)))
+    chosen = replace(begun, template="alpaca")
+    assert check_resume_config(chosen).template == "alpaca"
+    (tmp_path / "config.json").write_text(json.dumps(asdict(chosen)))
+    with pytest.raises(ValueError, match="--template chatml: the run in .* was begun with alpaca"):
+        check_resume_config(replace(begun, template="chatml"))
