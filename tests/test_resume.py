@@ -435,5 +435,5 @@ def test_a_demo_that_was_stopped_before_its_template_was_chosen_goes_on(tmp_path
     chosen = replace(begun, template="alpaca")
     assert check_resume_config(chosen).template == "alpaca"
     (tmp_path / "config.json").write_text(json.dumps(asdict(chosen)))
-    with pytest.raises(ValueError, match="--template chatml: the run in .* was begun with alpaca"):
+    with pytest.raises(ValueError, match=r"--template chatml: the run in .* was begun with alpaca"):
         check_resume_config(replace(begun, template="chatml"))
