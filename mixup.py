@@ -170,8 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient = _compiled_logits_gradient(device, matmul_dtype, width) if hidden.is_cuda else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
-                # torch.compile recompiles a view for other sizes of its base, hence detach.
-                s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]
+                s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]: views recompile
                 z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
                 logits = W.new_empty(len(s), width)  # [R, V], and padding of which softmax makes 0
                 logits[:, V:] = torch.finfo(matmul_dtype).min

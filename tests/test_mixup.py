@@ -338,7 +338,8 @@ def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_w
     widths = []
 
     def backend(graph, examples):
-        widths.extend(x.shape[1] for x in examples if isinstance(x, torch.Tensor) and x.shape[1:] == (24,))
+        columns = [x.shape[1] for x in examples if isinstance(x, torch.Tensor) and x.dim() == 2]
+        widths.extend(n for n in columns if type(n) is not int or n != 1)  # of the logits alone
         return graph.forward
 
     real = torch.compile
