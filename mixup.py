@@ -22,7 +22,6 @@ positions in a chunk.
 
 import functools
 import os
-import shutil
 import sys
 
 import torch
@@ -256,12 +255,6 @@ def _compiled_logits_gradient(device, dtype, width: int):
             reason = getattr(error, "inner_exception", error)
             print(f"sftmix_loss is slower, because torch.compile fails here: {reason!r:.300}", file=sys.stderr)
         return _logits_gradient
-
-
-def has_compiler(variable: str, *names: str) -> bool:
-    """Whether the compiler that an environment variable names, or else one of these, can be found."""
-    chosen = os.environ.get(variable)
-    return any(shutil.which(name) for name in ([chosen] if chosen else names))
 
 
 def to_device(tensor, device):
