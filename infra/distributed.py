@@ -87,6 +87,7 @@ def init_distributed(device_type: str | None = None):
         device = choose_device(device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # parts of sums stay float32
         if "RANK" in os.environ:
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)

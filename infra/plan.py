@@ -98,8 +98,10 @@ def estimate_memory(
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
-    # The logits of the rows, and of half as many mixed rows.
-    chunk = rows * vocab_size * (8 if config.dtype == "bf16" else 6)
+    # The logits of the rows in the dtype of matmuls and in float32, and in float32 those of half as many mixed rows; on
+    # a GPU without torch.compile also their gradient in bf16, or with it the gradient in float32.
+    chunk_bytes = {"cuda": (10, 8)}.get(device_type, (8, 6))[config.dtype == "fp32"]
+    chunk = rows * vocab_size * chunk_bytes
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed
         activations = largest.tokens * (other_bytes + 4 * model.config.hidden_size * num_layers)
         chunk = max(chunk, largest.tokens * block_bytes)
