@@ -242,11 +242,11 @@ def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch
     main(flags(folder, tmp_path / "o", "--stage", "reference"))
     opened, real = [], infra.hf.load_model
 
-    def load_model(path, **more):
+    def load_model(path, *settings, **more):
         opened.append(path.name)
         if len(opened) == 2:
             raise Killed
-        return real(path, **more)
+        return real(path, *settings, **more)
 
     monkeypatch.setattr(infra.hf, "load_model", load_model)
     with pytest.raises(Killed):

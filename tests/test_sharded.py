@@ -46,14 +46,11 @@ MODELS = {
 CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or more
     "full": {},
     "accumulated": {"micro_batch_tokens": 70},
-    "lora": {"lora_rank": 4},
     "lora, accumulated": {"micro_batch_tokens": 70, "lora_rank": 4},
     "recomputed": {"micro_batch_tokens": 70, "activation_checkpointing": True},
-    "full, weights whole": {"zero_stage": 2},
     "accumulated, weights whole": {"micro_batch_tokens": 70, "zero_stage": 2},
     "accumulated, whole": {"micro_batch_tokens": 70, "zero_stage": 1},
     "lora, accumulated, whole": {"micro_batch_tokens": 70, "lora_rank": 4, "zero_stage": 1},
-    "recomputed, weights whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 2},
     "recomputed, whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 1},
     "bf16": {"micro_batch_tokens": 70, "dtype": "bf16"},
     "bf16, whole": {"micro_batch_tokens": 70, "dtype": "bf16", "zero_stage": 1},
@@ -61,7 +58,7 @@ CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or 
 CASES_OF = {  # by number of processes
     1: list(CASES),
     2: list(CASES),
-    4: ["full", "lora, accumulated", "accumulated, whole"],
+    4: ["full", "lora, accumulated"],
 }
 
 
@@ -261,7 +258,7 @@ def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
 def test_weights_and_optimizer_state_fall_with_the_number_of_processes(folder, several, model):
     one, many = (json.loads((folder / f"bytes-{number}.json").read_text()) for number in (1, several))
     assert many[f"{model}, full"][0] == pytest.approx(one[f"{model}, full"][0] / several, rel=0.02)
-    assert one[f"{model}, lora"][0] < 0.7 * one[f"{model}, full"][0]  # adapters alone have optimizer state
+    assert one[f"{model}, lora, accumulated"][0] < 0.7 * one[f"{model}, full"][0]  # adapters alone have optimizer state
 
 
 @pytest.mark.parametrize("several, case", [(number, case) for number in (2, 4) for case in CASES_OF[number]])
