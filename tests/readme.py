@@ -1,4 +1,4 @@
-"""Run every command of the README and of docs/paper.md as it stands there, on a small model and little data.
+"""Run every command of the README, the guide and docs/paper.md as it stands there, on a small model and little data.
 
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = {"README.md": 2, "docs/paper.md": 1}  # how many processes stand for eight
+DOCUMENTS = {"README.md": 2, "docs/guide.md": 2, "docs/paper.md": 1}  # how many processes stand for eight
 MODELS = ("stories3M-hf", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-14B", "gemma-2b")
 DATA = ("data.jsonl", "alpaca_train.jsonl", "alpaca_test.jsonl", "ultrachat.jsonl", "tulu3.jsonl")
 LISTS = ("alpaca.json", "medalpaca.json")
@@ -46,7 +46,7 @@ def made_small(command: str, number: int, processes: int) -> str:
     """The command with folders, files and numbers of processes that are at hand."""
     command = command.replace(" …", " --model DIR --data FILE --output DIR").replace("DIR…", "DIR")
     command = command.replace("--nproc_per_node 8", f"--nproc_per_node {processes}")
-    command = re.sub(r"--output DIR\b", f"--output runs/readme-{number}", command)
+    command = re.sub(r"(--output(?:_dir)?) DIR\b", rf"\1 runs/readme-{number}", command)
     return re.sub(r"\bFILE\b", DATA[0], re.sub(r"\bDIR\b", MODELS[0], command))
 
 
