@@ -145,6 +145,7 @@ class ScoreAccumulator:
         Raises ValueError if each example has a token without a finite probability; warns if some have.
         """
         sums = all_reduce_sum(self.sums).cpu().numpy()
+        # p_c(i) = (1/N) Σ_n p_c(y_n), and the same of log p
         probability, log_probability = sums[:2] / self.num_supervised
         broken = np.flatnonzero(sums[2])
         self.sums.zero_()

@@ -1,14 +1,15 @@
 """SFTMix's loss (Xiao et al., arXiv 2410.05248): next-token prediction plus Mixup between two halves of the data.
 
-The confidence of a reference model in each training example splits the data at the median into a confident and an
-unconfident half. Example i has the supervised tokens y_1 … y_N; z_n is the output of the last layer, after the final
-norm, at the position that predicts y_n, and W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A pair is a confident
-example c and an unconfident example u:
+Training examples are sorted by how confidently a reference model predicts them, and cut at the median into a confident
+and an unconfident half. Example i has the supervised tokens y_1 … y_N; z_n is the output of the last layer, after the
+final norm, at the position that predicts y_n, and W is `lm_head`, so p(y_n) = softmax(W z_n)[y_n]. A pair is a
+confident example c and an unconfident example u:
 
-    L_NTP   = mean over supervised positions of −log p(y_n)
+    L_NTP   = mean over all supervised positions of −log p(y_n)
     z̃_n     = λ z^c_n + (1−λ) z^u_n                            for n ≤ min(N^c, N^u), one λ ~ Beta(α, α) per pair
-    ỹ_n     = λ y^c_n + (1−λ) y^u_n                            (one-hot)
-    L_Mixup = mean over mixed positions of H(ỹ_n, softmax(W z̃_n)),  H(ỹ, p) = −Σ_v ỹ_v log p_v
+    ỹ_n     = λ y^c_n + (1−λ) y^u_n                            with y^c_n and y^u_n one-hot
+    p̃_n     = softmax(W z̃_n)
+    L_Mixup = mean over all mixed positions of H(ỹ_n, p̃_n),    H(ỹ, p) = −Σ_v ỹ_v log p_v
     L       = L_NTP + μ L_Mixup
 
 `mixup` and `sftmix_loss_literal` compute the equations as they are written, `pair_positions` says which positions are
@@ -45,8 +46,10 @@ def mixup(z_c, z_u, y_c, y_u, lam, vocab_size: int):
     ([[3.0, 2.0]], [[0.75, 0.0, 0.25]])
     """
     lam = torch.as_tensor(lam, dtype=z_c.dtype, device=z_c.device).reshape(-1, 1)  # [M, 1], or [1, 1]
-    one_hot_c, one_hot_u = F.one_hot(y_c, vocab_size).to(z_c.dtype), F.one_hot(y_u, vocab_size).to(z_c.dtype)  # [M, V]
-    return lam * z_c + (1 - lam) * z_u, lam * one_hot_c + (1 - lam) * one_hot_u
+    y_c, y_u = (F.one_hot(y, vocab_size).to(z_c.dtype) for y in (y_c, y_u))  # [M, V]
+    z_mixed = lam * z_c + (1 - lam) * z_u
+    y_mixed = lam * y_c + (1 - lam) * y_u
+    return z_mixed, y_mixed
 
 
 def sftmix_loss_literal(hidden, weight, targets, index_c, index_u, lam, mu):
@@ -70,8 +73,8 @@ def pair_positions(targets, cu_seqlens, pairs):
 
     targets int64 [T]: the next token at each position of a packed row, or IGNORE_INDEX; cu_seqlens int32 [B+1]: where
     each example starts, and T; pairs int64 [P, 2]: index in the row of a confident and of an unconfident example.
-    -> (index_c [M], index_u [M], pair [M]): the paired positions, counting supervised positions only, from 0 to S−1,
-    and the pair that each belongs to, so that λ at each mixed position is lam[pair].
+    -> (index_c [M], index_u [M], pair [M]): the paired positions, as indices into the S supervised ones, and the pair
+    that each belongs to, so that λ at each mixed position is lam[pair].
 
     In a row of two examples with 2 and 3 supervised positions, the first two of each are mixed:
 
@@ -85,7 +88,7 @@ def pair_positions(targets, cu_seqlens, pairs):
     first, count = bounds[:-1], bounds.diff()  # [B]
     confident, unconfident = pairs.unbind(1)  # [P]
     length = torch.minimum(count[confident], count[unconfident])  # [P]: min(N^c, N^u)
-    pair = torch.repeat_interleave(length)  # [M]: 0 length[0] times, 1 length[1] times, …
+    pair = torch.repeat_interleave(length)  # [M]: [0] * length[0] + [1] * length[1] + …
     start = length.cumsum(0) - length  # [P]: the first mixed position of each pair
     n = torch.arange(len(pair), device=pair.device) - start[pair]  # [M]: 0 … length−1 in each pair
     return first[confident][pair] + n, first[unconfident][pair] + n, pair
@@ -97,7 +100,7 @@ def pair_positions(targets, cu_seqlens, pairs):
 def sftmix_loss(
     hidden, weight, targets, index_c, index_u, lam, mu, ntp_weight=1.0, num_supervised=None, num_mixed=None, log_p=None
 ):
-    """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal` with one `lm_head` matmul.
+    """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal`, with a matmul by W for both.
 
     Args:
         hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16 (float16 would underflow)
@@ -115,8 +118,8 @@ def sftmix_loss(
         (loss, ntp, mix): loss carries gradients to hidden and weight; ntp and mix are detached means.
 
     Three facts make it cheap:
-      1. Cross-entropy is linear in its target: H(ỹ, p) = λ CE(y^c) + (1−λ) CE(y^u). So no one-hot target is needed.
-      2. `lm_head` has no bias: W z̃ = λ W z^c + (1−λ) W z^u. So the logits that NTP needs give the mixed logits too.
+      1. H is linear in its target: H(ỹ, p̃) = −λ log p̃(y^c) − (1−λ) log p̃(y^u). So no one-hot target is needed.
+      2. `lm_head` is linear: W z̃ = λ W z^c + (1−λ) W z^u. So the logits that NTP needs give the mixed logits too.
       3. The gradient of cross-entropy with respect to logits is softmax minus target, known in the forward pass. So
          positions are processed in chunks, each adds to the gradients, and the logits [S, V] never exist at once. The
          gradients, [S, D] and [V, D] in float32, are kept until the backward pass.

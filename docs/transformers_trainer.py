@@ -2,8 +2,8 @@
 
     python docs/transformers_trainer.py --model DIR --data FILE --output_dir DIR --save_steps 0.2 [Trainer's flags]
 
-Your script needs `PairSampler`, `collate` and `SFTMixTrainer`, and one process for each GPU. If FSDP or ZeRO-3 shards
-lm_head, gather its weight for `sftmix_loss`. For TRL's SFTTrainer, uncomment the two lines marked TRL.
+In your script: SFTMixTrainer(model, args, partial(collate, your_collator), data, halves=split_by_confidence(scores)).
+One process for each GPU; where FSDP or ZeRO-3 shards lm_head, gather its weight for `sftmix_loss`. TRL: see below.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers as hf
 from transformers import Trainer, TrainingArguments
 
-# import datasets; from trl import SFTConfig as TrainingArguments, SFTTrainer as Trainer  # TRL
+# import datasets; from trl import SFTConfig as TrainingArguments, SFTTrainer as Trainer  # for TRL, uncomment
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
@@ -37,7 +37,7 @@ class PairSampler(list):
 def collate(collator, features: list[dict]) -> dict:
     """The batch of another collator, padded or packed, and `mix`: what is learned and mixed in it, seen as one row."""
     batch = dict(collator(features))
-    packed, width = "attention_mask" not in batch, batch["labels"].shape[1]
+    packed, width = len(batch["labels"]) < len(features), batch["labels"].shape[1]
     lengths = torch.tensor([len(f["labels"]) if packed else width for f in features])  # padded: the longest one's
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # labels are not shifted
     pairs = torch.arange(len(features) // 2 * 2).view(-1, 2)  # neighbours
@@ -54,8 +54,9 @@ class SFTMixTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.halves, self.mu, self.alpha = halves, mu, alpha
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # no division by accumulation steps
-        if self.args.per_device_train_batch_size % 2:
-            raise ValueError("--per_device_train_batch_size must be even, or pairs are separated")
+        complete = sorted(torch.cat([*halves]).tolist()) == [*range(len(self.train_dataset))]
+        if self.args.per_device_train_batch_size % 2 or not complete:
+            raise ValueError("--per_device_train_batch_size must be even, and halves must have each example once")
 
     def _get_train_sampler(self, *args):
         return PairSampler(self.halves, self.args.seed)
@@ -91,10 +92,9 @@ class SFTMixTrainer(Trainer):
 
 @torch.no_grad()
 def score(model, example: dict) -> list[float]:
-    """The mean gold-token probability and the perplexity of an example."""
     ids, labels = (torch.tensor(example[name], device=model.device) for name in ("input_ids", "labels"))
     log_p = -F.cross_entropy(model(ids[None]).logits[0, :-1].float(), labels[1:], reduction="none")[labels[1:] != -100]
-    return [log_p.exp().mean().item(), (-log_p.mean()).exp().item()]
+    return [log_p.exp().mean().item(), (-log_p.mean()).exp().item()]  # mean gold-token probability, perplexity
 
 
 if __name__ == "__main__":
@@ -102,11 +102,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     args, flags = parser.parse_args_into_dataclasses()
-    tokenizer = Tokenizer.from_pretrained(flags.model)
+    assert not list(Path(args.output_dir).glob("checkpoint-*")), "--output_dir has checkpoints of an earlier run"
+    tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), max_length=1024)
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
-    # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # TRL
-    padding = hf.AutoTokenizer.from_pretrained(flags.model)
+    # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # for TRL, too
     padding.pad_token = padding.pad_token or padding.eos_token
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
