@@ -47,7 +47,7 @@ def check_flags(parser, args) -> None:
     if selects and not args.data:
         parser.error("--show, --keep: need --data, the examples that were scored")
     if args.scores and (args.keep is None) != (args.output is None):
-        parser.error("--keep and --output: one needs the other, where --scores is given")
+        parser.error("--output: is for --keep, while --show prints" if args.output else "--keep: needs --output")
     if args.keep is not None and args.output.endswith((".parquet", ".gz", ".json")):
         parser.error(f"--output {args.output}: is written as JSON lines; call it .jsonl")
     if (args.most and args.show is None) or (args.by and not selects):
