@@ -308,7 +308,8 @@ def effects(results: Results, axes, cells: list[str], arms: list[str], measure: 
     axes.axvline(0, color="black", lw=1)
     seeds = [len(results.of([cell], arms[0], measure)) for cell in cells]
     axes.set_yticks(range(len(cells)), [f"{cell}\n{n} seeds" for cell, n in zip(cells, seeds, strict=True)])
-    axes.invert_yaxis()
+    empty = max(6 - len(cells), 0) / 2  # rows are as high in a panel of few
+    axes.set_ylim(len(cells) - 0.5 + empty, -0.5 - empty)  # the first on top
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
