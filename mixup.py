@@ -103,7 +103,7 @@ def sftmix_loss(
     """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal`, with a matmul by W for both.
 
     Args:
-        hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16 (float16 would underflow)
+        hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16, also by autocast
         weight [V, D]: the weight of `lm_head`
         targets int64 [S]: the target tokens, without IGNORE_INDEX
         index_c, index_u int64 [M]: the paired positions, from `pair_positions`; in main memory, even if hidden is on a
@@ -154,6 +154,8 @@ class _ChunkedLoss(torch.autograd.Function):
         device, device_type = hidden.device, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        if matmul_dtype == torch.float16:
+            raise ValueError("float16: gradients of the loss would underflow; use bfloat16 or float32")
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
         grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype  # elsewhere only float32 matmuls add in place
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if ctx.needs_input_grad[0] else None  # [S, D]
@@ -172,7 +174,7 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient = _compiled_logits_gradient(device, matmul_dtype, width) if hidden.is_cuda else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
-                s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]: views recompile
+                s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]
                 z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
                 logits = W.new_empty(len(s), width)  # [R, V], and padding of which softmax makes 0
                 logits[:, V:] = torch.finfo(matmul_dtype).min
@@ -253,6 +255,8 @@ def _compiled_logits_gradient(device, dtype, width: int):
         torch._dynamo.mark_static(logits, 1)  # a kernel that knows the width knows that rows are aligned
         compiled(logits, scale.long(), scale[:2].detach(), scale, scale.sum(), dtype)
         return compiled
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no Triton, no C compiler, no Python.h, or a GPU that Triton does not know
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says it
             reason = getattr(error, "inner_exception", error)
@@ -275,6 +279,8 @@ def _add_matmul_(total, a, b):
         return total.addmm_(a, b)
     try:  # from bf16 to float32 on NVIDIA GPUs, so nothing is rounded to bf16 and no temporary is allocated
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):
         return total.add_(a @ b)
 

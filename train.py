@@ -423,8 +423,16 @@ class Inputs(NamedTuple):
     scores: TrainingDynamics | None = None  # to split by, unless the run computes them itself
 
 
-def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]:
-    """Fill in what the model folder and the device decide. -> (configuration, tokenizer of the folder)
+def resolve_hardware(config: TrainConfig, device) -> TrainConfig:
+    """Fill in what the device decides. ValueError for what it cannot do."""
+    dtype = resolve_dtype(config.dtype, device)
+    if config.tf32 and (device.type != "cuda" or dtype != "fp32"):
+        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
+    return replace(config, dtype=dtype, compile=resolve_compile(config.compile, device))
+
+
+def resolve_model(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
+    """Fill in what the model folder decides. -> (configuration, tokenizer of the folder)
 
     Raises FileNotFoundError or ValueError if the folder is not complete.
     """
@@ -433,11 +441,7 @@ def resolve_config(config: TrainConfig, device) -> tuple[TrainConfig, Tokenizer]
     max_length = resolve_max_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
     template = choose_template(tokenizer, config.template)
-    resolved = {"max_length": max_length, "template": template, "dtype": resolve_dtype(config.dtype, device)}
-    if config.tf32 and (device.type != "cuda" or resolved["dtype"] != "fp32"):
-        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
-    resolved["compile"] = resolve_compile(config.compile, device)
-    return replace(config, **resolved), tokenizer
+    return replace(config, max_length=max_length, template=template), tokenizer
 
 
 def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
@@ -623,6 +627,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     output = Path(config.output)
     if config.resume:
         config = check_resume_config(config)
+    config = resolve_hardware(config, device)
     train_stats = {"seconds": None, "peak_memory_bytes": None}
     if config.model is None:
         if rank() == 0 and not (config.resume and (output / "config.json").exists()):
@@ -631,7 +636,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
             train_stats = base_stage(config, device)
         paths = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{name: str(output / path) for name, path in paths.items()})
-    config, tokenizer = resolve_config(config, device)
+    config, tokenizer = resolve_model(config)
     inputs = load_inputs(config, tokenizer)
     if "confidence" in stages and "reference" not in stages:  # raises now, and not hours later
         reference_checkpoints(config)
@@ -647,7 +652,8 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "base" in stages:
         model = None
         if inputs.held_out:
-            model = load_model(config.model, DTYPES[config.dtype], device, compute_dtype=DTYPES[config.dtype])
+            # In float32 like the models that it is compared with.
+            model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
         record_stage(config, "base", evaluate_model(model, inputs, config) | train_stats)
         del model
     if "reference" in stages:
@@ -663,7 +669,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
 
 def dry_run(config: TrainConfig, device) -> None:
     """Print what a run would take, and an example as it would be trained on. Only the data cache is written."""
-    config, tokenizer = resolve_config(config, device)
+    config, tokenizer = resolve_model(resolve_hardware(config, device))
     dataset, num_processes = load_inputs(config, tokenizer).train, config.dry_run or world_size()
     model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
     if config.confidence is not None and not config.online:

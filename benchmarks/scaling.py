@@ -195,7 +195,7 @@ def measure(folder: Path, settings: dict) -> dict:
 
 def worker(folder: Path) -> None:
     """Measure every case. Rank 0 prints a JSON line for each."""
-    with init_distributed():
+    with init_distributed("cpu"):
         for name, _, settings in MEASURED:
             if world_size() == 1 and "zero_stage" in settings:
                 continue

@@ -54,8 +54,7 @@ class SFTMixTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.halves, self.mu, self.alpha = halves, mu, alpha
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # no division by accumulation steps
-        complete = sorted(torch.cat([*halves]).tolist()) == [*range(len(self.train_dataset))]
-        if self.args.per_device_train_batch_size % 2 or not complete:
+        if self.args.per_device_train_batch_size % 2 or sum(map(len, halves)) != len(self.train_dataset):
             raise ValueError("--per_device_train_batch_size must be even, and halves must have each example once")
 
     def _get_train_sampler(self, *args):
@@ -110,7 +109,8 @@ if __name__ == "__main__":
     padding.pad_token = padding.pad_token or padding.eos_token
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
-    Trainer(load(flags.model), args, collator, data).train()
+    (trainer := Trainer(load(flags.model), args, collator, data)).train()
+    trainer.accelerator.wait_for_everyone()  # for process 0, which writes the checkpoints
     folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     scores = torch.tensor([[score(model.eval(), example) for example in data] for model in map(load, folders)])
     dynamics = TrainingDynamics(encoded.ids, *scores.permute(2, 0, 1).numpy())  # from [C, N, 2]

@@ -22,19 +22,19 @@ def choose_device(device_type: str | None) -> torch.device:
     Raises ValueError if PyTorch cannot use the device, or cannot use the NVIDIA GPU that the machine has: training on
     the CPU instead would only look like a slow GPU.
     """
-    flag = f"--device {device_type}: " if device_type else ""
+    prefix = f"--device {device_type}: " if device_type else ""
     device_type = device_type or best_device_type()
     if device_type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"{flag}PyTorch finds no Apple GPU here")
+        raise ValueError(f"{prefix}PyTorch finds no Apple GPU here")
     if device_type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{flag}an Apple GPU runs a single process; --device cpu runs several")
+        raise ValueError(f"{prefix}an Apple GPU runs a single process; --device cpu runs several")
     if device_type != "cuda":
         return torch.device(device_type)
     if not torch.cuda.is_available():
-        raise ValueError(f"{flag}PyTorch cannot use a GPU here ({_why_no_cuda()}); --device cpu does without one")
+        raise ValueError(f"{prefix}PyTorch cannot use a GPU here ({_why_no_cuda()}); --device cpu does without one")
     if local_rank() >= (count := torch.cuda.device_count()):
         raise ValueError(
-            f"{flag}process {local_rank()} of this machine has no GPU of its own: PyTorch sees {count}; "
+            f"{prefix}process {local_rank()} of this machine has no GPU of its own: PyTorch sees {count}; "
             f"--nproc_per_node {count} starts as many processes"
         )
     return torch.device("cuda", local_rank())
@@ -68,7 +68,9 @@ def resolve_dtype(name: str | None, device) -> str:
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         if name == "bf16" and not has_bf16:
             gpu = torch.cuda.get_device_name(device)
-            raise ValueError(f"--dtype bf16: {gpu} has no bf16 matmuls (GPUs since Ampere do); --dtype fp32 works")
+            raise ValueError(
+                f"--dtype bf16: {gpu} has no bf16 matmuls (GPUs since Ampere do); --dtype fp32 works, in a new run"
+            )
     else:
         has_bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return name or ("bf16" if has_bf16 else "fp32")
@@ -93,6 +95,8 @@ def resolve_compile(compile: bool | None, device) -> bool:
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or repr(error)).partition("\n")[0]
         if compile:

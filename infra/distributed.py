@@ -73,6 +73,7 @@ def _discard(stream) -> None:
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
+PEER_ERRORS = "by peer|Broken pipe|timed? ?out"  # how gloo says that another process does not answer
 TIMEOUT = timedelta(minutes=30)  # of collectives; what rank 0 does meanwhile, such as hashing a model, is shorter
 
 
@@ -118,13 +119,18 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _print_error("stopped")
         return 128 + signal.SIGINT
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        reason = text.partition(". ")[0]
+    no_memory = [line for line in text.splitlines() if re.search("out of memory|can't allocate memory", line)]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
+        reason = (no_memory or [text])[-1].partition(". ")[0]
         _print_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")
     elif isinstance(error, ValueError | OSError):
         _print_error(re.sub(r"\n(?!  )", " ", text))  # one line, or one with an indented list below it
-    elif isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|timed? ?out", text):
-        _print_error("another process of this run has ended, and without it this one cannot go on", wait=True)
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search(PEER_ERRORS, text)):
+        reason = text.strip().splitlines()[-1]
+        if dist.is_initialized():
+            _print_error(f"without another process, which has ended, this one cannot go on ({reason})", wait=True)
+        else:
+            _print_error(f"the processes do not find one another ({reason})")
     elif "does not have a deterministic implementation" in text:
         operation = text.partition(" does not")[0]
         _print_error(f"--deterministic: PyTorch has no deterministic {operation} on this device; leave the flag out")
@@ -333,9 +339,10 @@ def _cu_seqlens_as_list(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 def set_zero_stage(model: nn.Module, stage: int, is_last: bool) -> None:
     """Say what a sharded model keeps whole after its next forward and backward pass, if that is not the step's last.
 
-    The stages are those of ZeRO (Rajbhandari et al. 2020). 3 keeps nothing: each pass gathers the weights twice, before
-    its forward and its backward part, and reduces the gradients. 2 keeps the weights, which are gathered once a step.
-    1 keeps the gradients too, in float32, and the last pass reduces their sum. After the last pass, all is in shards.
+    The stages are those of ZeRO (Rajbhandari et al. 2020). 3 keeps nothing: each pass gathers the weights of blocks
+    twice, before its forward and its backward part, and reduces the gradients. 2 keeps the weights, which are gathered
+    once a step. 1 keeps the gradients too, in float32, and the last pass reduces their sum. After the last pass, all is
+    in shards.
     """
     if not hasattr(model, "set_requires_gradient_sync"):  # one process
         return

@@ -17,7 +17,7 @@ import torch
 from data import Dataset, encode_examples, steps_per_epoch, to_example
 from infra.demo import least_confident
 from infra.device import DTYPES
-from infra.distributed import barrier, print0, rank
+from infra.distributed import barrier, broadcast_object, print0, rank, wait_for_rank0
 from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, load_config, save_adapter, save_model
 from infra.locks import file_lock
@@ -244,18 +244,16 @@ def fixed_conversations() -> list[list[dict]]:
 
 def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
     """Save a model, on all processes together. A model that is there already, from before a restart, stays."""
-    if (path / "config.json").exists():
+    if broadcast_object((path / "config.json").exists()):  # other nodes may see it later
         return
-    barrier()  # all processes have looked before rank 0 writes
     check_finite(model)
     save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
-    barrier()
+    wait_for_rank0()
 
 
 def save_result(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
     """Save the final model of a stage. With LoRA, the adapters are merged into it and saved beside it too."""
-    if config.lora_rank and not (path / "adapter").exists():
-        barrier()
+    if config.lora_rank and not broadcast_object((path / "adapter").exists()):
         save_adapter(model, path / "adapter", config.model)
     save_checkpoint(model, path, tokenizer, config)
 

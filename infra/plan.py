@@ -49,9 +49,7 @@ def activation_bytes(shape: ModelConfig, config, device_type: str) -> tuple[int,
     cpu, bf16, lora = device_type == "cpu", config.dtype == "bf16", config.lora_rank is not None
     D, F, element = shape.hidden_size, shape.intermediate_size, 2 if bf16 else 4
     Q, K = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    norm = (
-        4 * D * (2 if cpu and not lora else 1)
-    )  # its input; on a CPU also the normed input, for the weight's gradient
+    norm = 4 * D * (2 if cpu and not lora else 1)  # its input; on a CPU also the normed one, for the weight's gradient
     inputs = element * 2 * D  # the outputs of the norms: the inputs of q, k, v and of gate, up
     if device_type == "cuda" and not bf16:
         K = Q
@@ -100,8 +98,8 @@ def estimate_memory(
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
     # The logits of the rows in the dtype of matmuls and in float32, and in float32 those of half as many mixed rows; on
     # a GPU without torch.compile also their gradient in bf16, or with it the gradient in float32.
-    chunk_bytes = {"cuda": (10, 8)}.get(device_type, (8, 6))[config.dtype == "fp32"]
-    chunk = rows * vocab_size * chunk_bytes
+    element = DTYPES[config.dtype].itemsize
+    chunk = rows * vocab_size * {"cuda": {2: 10, 4: 8}}.get(device_type, {2: 8, 4: 6})[element]
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed
         activations = largest.tokens * (other_bytes + 4 * model.config.hidden_size * num_layers)
         chunk = max(chunk, largest.tokens * block_bytes)
@@ -132,7 +130,7 @@ def estimate_communication(model: Transformer, config, world_size: int, passes: 
     parameters, trainable, head, _ = parameter_counts(model)
     gathered, reduced = parameters, trainable
     if config.zero_stage == 3:
-        gathered = passes * (2 * parameters - head - model.config.hidden_size)  # the latter: the final norm
+        gathered = passes * (2 * parameters - head)  # norms, gathered once, are too small to count
     if config.zero_stage > 1:
         reduced = passes * trainable
     return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size

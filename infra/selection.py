@@ -159,7 +159,8 @@ def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bo
 
 def label_records(records: ScoredRecords, dynamics, count: int) -> dict[int, str]:
     """Short names for the `count` least and most confident records: the row of the scores -> prompt → response"""
-    chosen = [n for most in (False, True) for n in extreme_records(records, dynamics, "probability", count, most)]
+    extremes = (extreme_records(records, dynamics, "probability", count, most) for most in (False, True))
+    chosen = list(dict.fromkeys(number for numbers in extremes for number in numbers))  # few records: they overlap
     labels = {}
     for record, (_, example) in zip(chosen, _read_examples(records, chosen), strict=True):
         texts = [" ".join(message["content"].split()) for message in example.messages[-2:]]

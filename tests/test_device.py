@@ -162,6 +162,23 @@ def test_an_operation_without_a_deterministic_form_is_named(capsys):
     assert exit.value.code == 1 and capsys.readouterr().err.endswith(f"error: {told}")
 
 
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (RuntimeError("a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), "out of memory ("),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). More."), "out of memory (MPS backend"),
+        (dist.DistNetworkError("The client socket has timed out"), "the processes do not find one another (The client"),
+        (AttributeError("no attribute '_set_timeout'"), "Traceback"),
+        (KeyError("timeout"), "Traceback"),
+    ],
+)
+def test_what_an_error_is_called(error, told, capsys):
+    with pytest.raises(SystemExit), init_distributed():
+        raise error
+    printed = capsys.readouterr().err
+    assert printed.startswith(told) if told == "Traceback" else f"error: {told}" in printed
+
+
 # --- One of several processes fails -----------------------------------------------------------------------------------
 
 FAILURES = {

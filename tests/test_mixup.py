@@ -240,6 +240,22 @@ def test_one_number_may_stand_for_every_lambda(lam, device):
     assert_equal_to_literal((hidden, weight, targets, index_c, index_u, lam), 0.5)
 
 
+def test_float16_is_refused_since_gradients_would_underflow():
+    hidden, weight, *rest = case(dtype=torch.float32)
+    with pytest.raises(ValueError, match="float16: gradients"):
+        sftmix_loss(hidden.half(), weight.half(), *rest, 0.2)
+
+
+def test_running_out_of_memory_is_no_reason_for_another_kernel(monkeypatch):
+    def addmm(*arguments, **named):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    a, b = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3, 2, dtype=torch.bfloat16)
+    with pytest.raises(torch.OutOfMemoryError):
+        mixup_module._add_matmul_(torch.zeros(2, 2), a, b)
+
+
 def test_halves_that_do_not_pair_up_are_refused():
     hidden, weight, targets, index_c, index_u, lam = case()
     with pytest.raises(ValueError, match="index_c and index_u must pair up, but are 8 and 7 long"):

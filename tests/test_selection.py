@@ -11,6 +11,7 @@ from data import load_examples
 from infra import data_map, records
 from infra.demo import least_confident
 from infra.output import print_report
+from infra.selection import label_records, match_scores
 
 # Record n has the confidence n/10 and the perplexity 1 + 2n. Lines are spaced as no program would write them.
 LINES = [b'{ "prompt":"ask %d",  "completion" : "say \xc3\xa9 %d", "extra": null}' % (n, n) for n in range(1, 9)]
@@ -225,3 +226,12 @@ def test_the_demo_ends_with_what_it_is_least_sure_of(folder, capsys):
         told = capsys.readouterr().out
         assert (rows[0] in told) == (folder / "data" / "wrong.json").exists()
         assert f"--scores {folder}/confidence.jsonl --data {folder}/data/train.jsonl --show 20\n" in told
+
+
+def test_names_of_few_records_are_each_given_once(tmp_path):
+    lines = [json.dumps({"instruction": f"q {i}", "output": f"a {i}"}) + "\n" for i in range(4)]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    ids = [example.id for example in load_examples(tmp_path / "few.jsonl")]
+    dynamics = TrainingDynamics(ids, np.array([[0.1, 0.2, 0.3, 0.4]]), np.ones((1, 4)))
+    found = match_scores(str(tmp_path / "few.jsonl"), ids, False)
+    assert list(label_records(found, dynamics, count=3)) == [0, 1, 2, 3]
