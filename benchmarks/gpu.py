@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py, before PyTorch is imported
+
 import torch
 from safetensors.torch import load_file
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import best_device_type, run_script, write_model_and_records
+from conftest import ROOT, best_device_type, run_script, write_model_and_records
 
 import infra.device
 import infra.distributed
@@ -132,6 +132,12 @@ def test_flags_of_the_device_are_parsed():
     assert (config.device, config.deterministic, config.tf32) == ("cpu", True, True)
     with pytest.raises(SystemExit):
         parse_config([*given, "--device", "tpu"])
+
+
+def test_the_allocator_is_configured_before_pytorch_is_imported():
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    (configured,) = (i for i, line in enumerate(lines) if "expandable_segments" in line)
+    assert configured < lines.index("import torch") and lines[configured].startswith("os.environ.setdefault(")
 
 
 def test_tf32_is_refused_where_it_has_no_effect(tmp_path, tokenizer, capsys):
