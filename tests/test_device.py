@@ -209,12 +209,11 @@ def test_where_one_process_fails_all_end_soon_and_one_line_says_why(tmp_path, fa
         "from infra.distributed import all_reduce_sum, defer_signals, exit_on_signals, init_distributed, rank\n"
         "with init_distributed(), exit_on_signals() if rank() == 1 else defer_signals():\n"
         "    all_reduce_sum(torch.ones(1))\n"
-        f"    if rank() == {number}:\n        {statement}\n"
+        f"    if rank() == {number}:\n        open('failed', 'w').write(str(time.time()))\n        {statement}\n"
         "    all_reduce_sum(torch.ones(1))  # waits for the process that failed\n"
     )
-    start = time.monotonic()
-    done = run_script(script, processes=2, timeout=60)
-    assert done.returncode != 0 and time.monotonic() - start < 30
+    done = run_script(script, processes=2, cwd=tmp_path)
+    assert done.returncode != 0 and time.time() - float((tmp_path / "failed").read_text()) < 30
     told = [line for line in done.stderr.splitlines() if line.startswith("script.py: error: ")]
     assert told == ([f"script.py: error: {TOLD[failure]}"] if TOLD[failure] else []), done.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(script) not in done.stderr
