@@ -99,13 +99,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, args.demo.resolve())
-        lines = [
-            (line, processes)
-            for document, processes in DOCUMENTS.items()
-            for line in commands((ROOT / document).read_text(encoding="utf-8"))
-            if not line.startswith(LEFT_OUT)
-        ]
-        for line, processes in lines:
+        lines: dict[str, int] = {}  # a command that stands in two documents is run once
+        for document, processes in DOCUMENTS.items():
+            for line in commands((ROOT / document).read_text(encoding="utf-8")):
+                if not line.startswith(LEFT_OUT):
+                    lines.setdefault(line, processes)
+        for line, processes in lines.items():
             began = time.perf_counter()
             run(made_small(line, next(number), processes), folder)
             print(f"{time.perf_counter() - began:5.0f} s  {line}", flush=True)
