@@ -178,7 +178,7 @@ class Real(NamedTuple):
 RIVALS = ["unigram smoothing, ε = 0.04", "IR-DRO", "NEFTune", "DFT", "EAFT"]
 BASE_135M = [  # what is registered in docs/study.md, the most important first
     "NTP",
-    "random pairs",  # which needs no scores, so that it can run beside NTP
+    "random pairs",  # needs no scores, so that it can run beside NTP
     "SFTMix, by perplexity",
     "NTP in SFTMix's order, by perplexity",
     "SFTMix",
