@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from infra.device import choose_device, local_rank
-from infra.terminal import below_progress, render, style
+from infra.terminal import below_progress, printable, render, style
 
 # --- The environment of a process -------------------------------------------------------------------------------------
 
@@ -119,18 +119,18 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _print_error("stopped")
         return 128 + signal.SIGINT
+    is_peer_error = isinstance(error, dist.DistError) or re.search(PEER_ERRORS, text)
     no_memory = [line for line in text.splitlines() if re.search("out of memory|can't allocate memory", line)]
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
         reason = (no_memory or [text])[-1].partition(". ")[0]
         _print_error(f"out of memory ({reason}); a lower --micro_batch_tokens or --batch_size takes less")
     elif isinstance(error, ValueError | OSError):
         _print_error(re.sub(r"\n(?!  )", " ", text))  # one line, or one with an indented list below it
-    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search(PEER_ERRORS, text)):
+    elif isinstance(error, dist.DistError) and not dist.is_initialized():
+        _print_error(f"the processes do not find one another ({text.strip().splitlines()[-1]})")
+    elif isinstance(error, RuntimeError) and dist.is_initialized() and is_peer_error:
         reason = text.strip().splitlines()[-1]
-        if dist.is_initialized():
-            _print_error(f"without another process, which has ended, this one cannot go on ({reason})", wait=True)
-        else:
-            _print_error(f"the processes do not find one another ({reason})")
+        _print_error(f"without another process, which has ended, this one cannot go on ({reason})", wait=True)
     elif "does not have a deterministic implementation" in text:
         operation = text.partition(" does not")[0]
         _print_error(f"--deterministic: PyTorch has no deterministic {operation} on this device; leave the flag out")
@@ -148,7 +148,7 @@ def _print_error(message: str, wait: bool = False) -> None:
     if wait or not is_local_rank_zero():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # no control codes
+    message = printable(message)
     message = message if len(message) <= 2000 else message[:2000] + " …"
     with contextlib.suppress(OSError):  # stderr may be a closed pipe
         print(f"{Path(sys.argv[0]).name}: {style('error:', 'red', sys.stderr)} {message}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from data import Example, to_example, unique_ids
 from infra.distributed import print0
 from infra.files import atomic_write
 from infra.records import Reading, describe, find_files, is_conversation, split_files
+from infra.terminal import printable
 
 NUM_NAMED = 5  # records without a score
 SHOWN_CHARACTERS = 600  # of a message
@@ -152,7 +153,7 @@ def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bo
         for message in example.messages:
             text = message["content"]
             cut = f" … ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
-            text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:SHOWN_CHARACTERS])
+            text = printable(text[:SHOWN_CHARACTERS])
             lines.append(f"    {message['role']}: " + (text + cut).replace("\n", "\n        "))
         yield "\n".join(lines) + "\n"
 

@@ -27,6 +27,11 @@ def style(text: str, name: str, stream) -> str:
     return f"\x1b[{STYLES[name]}m{text}\x1b[m"
 
 
+def printable(text: str) -> str:
+    """`text` with control characters other than line ends escaped, so that none of them reaches a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def fit(text: str, width: int) -> str:
     """Remove fields, which two spaces separate, from the end of a line until it takes at most `width` columns.
 

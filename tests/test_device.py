@@ -176,6 +176,7 @@ def test_an_operation_without_a_deterministic_form_is_named(capsys):
         (dist.DistNetworkError("The client socket has timed out"), "the processes do not find one another (The client"),
         (AttributeError("no attribute '_set_timeout'"), "Traceback"),
         (KeyError("timeout"), "Traceback"),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), "Traceback"),
     ],
 )
 def test_what_an_error_is_called(error, told, capsys):
