@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -427,48 +427,80 @@ def run_folder(cell: Path, arm: str) -> Path:
     return cell / f"run-{NAMES.index(arm)}"
 
 
-def make_cell(args, corpus: str, seed: int, dtype: str) -> tuple[Path, dict]:
-    """The folder of a cell's base and data, and the settings of its runs."""
-    cell = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
+class Cell(NamedTuple):
+    """A corpus and a seed: the folder of their base and data, and the settings of their runs."""
+
+    corpus: str
+    seed: int
+    folder: Path
+    settings: dict
+
+
+def find_cell(args, corpus: str, seed: int, dtype: str) -> Cell:
+    """Where a cell is, and its settings."""
     if corpus in REALS:
         real = REALS[corpus]
-        make_real_cell(cell, seed, real, args)
         settings = SETTINGS | {"lr": real.lr, "max_length": real.max_length, "dtype": dtype, "epochs": real.epochs}
     else:
-        make_demo_cell(cell, seed, DEMOS[corpus])
         settings = DEMO_SETTINGS | {"epochs": DEMOS[corpus].epochs}
-    settings["seed"] = seed
-    made_with = json.dumps({**settings, "data": sha256_of(cell / "train.jsonl"), "model": sha256_of(cell / "base")})
-    if not (cell / "made-with.json").exists():
-        (cell / "made-with.json").write_text(made_with)
-    if (cell / "made-with.json").read_text() != made_with:
-        sys.exit(f"{cell}: made with other settings, data or model; choose another --work")
-    return cell, settings
+    folder = args.work / f"{corpus.replace(', ', '-').replace(' ', '-')}-{seed}"
+    return Cell(corpus, seed, folder, settings | {"seed": seed})
 
 
-def run_seed(args, pool: Executor, corpus: str, arms: Iterable[str], seed: int) -> list[Future]:
-    """Submit the arms that have not been run. NTP comes first; those that need the scores it leaves wait for it."""
+def make_cell(args, cell: Cell) -> None:
+    """Write the base and the data of a cell."""
+    corpus, seed, folder, settings = cell
+    if corpus in REALS:
+        make_real_cell(folder, seed, REALS[corpus], args)
+    else:
+        make_demo_cell(folder, seed, DEMOS[corpus])
+    made_with = json.dumps({**settings, "data": sha256_of(folder / "train.jsonl"), "model": sha256_of(folder / "base")})
+    if not (folder / "made-with.json").exists():
+        (folder / "made-with.json").write_text(made_with)
+    if (folder / "made-with.json").read_text() != made_with:
+        sys.exit(f"{folder}: made with other settings, data or model; choose another --work")
+
+
+class Task(NamedTuple):
+    """Something to do, once the task of another name is done."""
+
+    call: Callable[[], None]
+    after: tuple | None
+
+
+def tasks_of_seed(args, corpus: str, arms: Iterable[str], seed: int) -> dict[tuple, Task]:
+    """The arms that have not been run, by name. Those that need the scores that NTP leaves wait for it."""
     dtypes = {n["arm"]: n.get("dtype") for n in read_results() if (n["corpus"], n["seed"]) == (corpus, seed)}
     waiting = [arm for arm in arms if arm not in dtypes]
     if not waiting:
-        return []
+        return {}
     dtype = next(filter(None, dtypes.values()), args.dtype)  # runs that are compared compute in one dtype
-    cell = after = pool.submit(make_cell, args, corpus, seed, dtype)
-    futures = []
+    cell, start, ntp = find_cell(args, corpus, seed, dtype), (corpus, seed), (corpus, seed, "NTP")
+    tasks = {start: Task(partial(make_cell, args, cell), None)}
     if "NTP" in waiting or any(ARMS[arm].needs_scores for arm in waiting):
-        after = pool.submit(run_one, corpus, seed, "NTP", cell, cell, "NTP" in waiting)
-        futures.append(after)
+        tasks[ntp] = Task(partial(run_one, cell, "NTP", "NTP" in waiting), start)
     for arm in waiting:
         if arm != "NTP":
-            start = after if ARMS[arm].needs_scores else cell
-            futures.append(pool.submit(run_one, corpus, seed, arm, cell, start, True))
-    return futures
+            tasks[(corpus, seed, arm)] = Task(partial(run_one, cell, arm), ntp if ARMS[arm].needs_scores else start)
+    return tasks
 
 
-def run_one(corpus: str, seed: int, arm: str, cell: Future, after: Future, record: bool) -> None:
-    """Run an arm of a cell in a process of its own, once `after` is done, and record what it says."""
-    after.result()
-    folder, settings = cell.result()
+def run_tasks(tasks: dict[tuple, Task], jobs: int) -> None:
+    """Run `jobs` tasks at once, always the first of those that wait for nothing."""
+    waiting, running, done = dict(tasks), {}, {None}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            ready = [name for name, task in waiting.items() if task.after in done]
+            for name in ready[: jobs - len(running)]:
+                running[pool.submit(waiting.pop(name).call)] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done.add(running.pop(future))
+                future.result()
+
+
+def run_one(cell: Cell, arm: str, record: bool = True) -> None:
+    """Run an arm of a cell in a process of its own, and record what it says."""
+    corpus, seed, folder, settings = cell
     output, scores = run_folder(folder, arm), folder / "confidence.jsonl"
     if arm == "NTP" and not record and (scores.exists() or restore_scores(corpus, seed, folder)):
         keep_scores(corpus, seed, folder)
@@ -534,17 +566,14 @@ def run(args) -> None:
     if args.corpus in REALS:
         real = REALS[args.corpus]
         arms = list(dict.fromkeys(arm for arm in real.arms if args.weaker or not ARMS[arm].weaker))
-        plan, seeds = [(args.corpus, arms[:4]), (args.corpus, arms)], real.seeds  # the most important with all seeds
+        plan, seeds = [(args.corpus, arms[:3]), (args.corpus, arms)], real.seeds  # the registered contrasts come first
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [future for seed in range(seeds) for future in run_seed(args, pool, corpus, arms, seed)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        tasks = {}
+        for seed in range(seeds):
+            tasks |= tasks_of_seed(args, corpus, arms, seed)
+        run_tasks(tasks, args.jobs)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

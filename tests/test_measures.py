@@ -1,6 +1,9 @@
-"""The study's measures, against numbers worked by hand and against plain formulas."""
+"""The study's measures, against numbers worked by hand and against plain formulas; the order of its runs."""
 
 import math
+import sys
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from conftest import random_encoded, tiny_model
 
 from benchmarks.measures import fit_temperature, measure, supervised_states
+from benchmarks.study import Task, run_tasks
 from data import Dataset
 
 
@@ -58,3 +62,30 @@ def test_states_are_those_of_each_example_alone():
     assert len(hidden) == len(targets) == count
     assert measure(model, hidden, targets, 1.0)["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert np.isfinite(fit_temperature(model, hidden, targets))
+
+
+def test_no_core_idles_while_an_arm_waits_for_ntp():
+    """The NTP of the next seed is run before an arm that waits for the NTP of this one."""
+    order, next_ntp_has_run = [], threading.Event()
+
+    def first_ntp():
+        assert next_ntp_has_run.wait(timeout=60)
+        order.append("NTP 0")
+
+    def next_ntp():
+        order.append("NTP 1")
+        next_ntp_has_run.set()
+
+    tasks = {
+        "NTP 0": Task(first_ntp, None),
+        "SFTMix 0": Task(partial(order.append, "SFTMix 0"), "NTP 0"),
+        "NTP 1": Task(next_ntp, None),
+    }
+    run_tasks(tasks, jobs=2)
+    assert order == ["NTP 1", "NTP 0", "SFTMix 0"]
+
+
+def test_an_arm_that_fails_ends_the_study():
+    tasks = {"NTP": Task(partial(sys.exit, "it failed"), None), "SFTMix": Task(pytest.fail, "NTP")}
+    with pytest.raises(SystemExit, match="it failed"):
+        run_tasks(tasks, jobs=2)
