@@ -3,8 +3,9 @@
     python tests/readme.py --demo runs/demo        after torchrun train.py, whose base and data stand in for real ones
 
 The files that these documents take for granted are made of these; eight processes become two or one, and two nodes
-become two on this machine. The caller runs the commands that install, the tests and the demo. The study is left out,
-because it takes hours. A command that fails ends the script.
+become two on this machine. The README and the guide, which build on each other, run beside docs/paper.md. The caller
+runs the commands that install, the tests and the demo. The study is left out, because it takes hours. A command that
+fails ends the script.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = {"README.md": 2, "docs/guide.md": 2, "docs/paper.md": 1}  # how many processes stand for eight
+DOCUMENTS = {("README.md", "docs/guide.md"): 2, ("docs/paper.md",): 1}  # how many processes stand for eight
 MODELS = ("stories3M-hf", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-14B", "gemma-2b")
 DATA = ("data.jsonl", "alpaca_train.jsonl", "alpaca_test.jsonl", "ultrachat.jsonl", "tulu3.jsonl")
 LISTS = ("alpaca.json", "medalpaca.json")
@@ -83,6 +85,7 @@ def run(command: str, folder: Path) -> None:
         port = free.getsockname()[1]
     command = command.replace("HOST:29500", f"localhost:{port}")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PET_MASTER_PORT"] = str(port)  # torchrun's --master_port
     settings = {"cwd": folder, "env": environment, "text": True, "shell": True}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     begun = [subprocess.Popen(command, **settings, **pipes) for _ in range(copies)]
@@ -91,23 +94,24 @@ def run(command: str, folder: Path) -> None:
         raise SystemExit(f"{command}\n{''.join(said)[-3000:]}")
 
 
+def run_documents(names: tuple[str, ...], processes: int, demo: Path) -> None:
+    """Run the commands of these documents one after another, each once, and print how long each takes."""
+    lines = [line for name in names for line in commands((ROOT / name).read_text(encoding="utf-8"))]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), demo)
+        for number, line in enumerate(dict.fromkeys(line for line in lines if not line.startswith(LEFT_OUT))):
+            began = time.perf_counter()
+            run(made_small(line, number, processes), Path(folder))
+            print(f"{time.perf_counter() - began:5.0f} s  {line}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="output folder of the demo")
     args = parser.parse_args()
-    number = itertools.count()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder, args.demo.resolve())
-        lines: dict[str, int] = {}  # a command that stands in two documents is run once
-        for document, processes in DOCUMENTS.items():
-            for line in commands((ROOT / document).read_text(encoding="utf-8")):
-                if not line.startswith(LEFT_OUT):
-                    lines.setdefault(line, processes)
-        for line, processes in lines.items():
-            began = time.perf_counter()
-            run(made_small(line, next(number), processes), folder)
-            print(f"{time.perf_counter() - began:5.0f} s  {line}", flush=True)
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(run_documents, DOCUMENTS, DOCUMENTS.values(), itertools.repeat(args.demo.resolve())):
+            pass  # raises what a command raised
 
 
 if __name__ == "__main__":
