@@ -87,25 +87,24 @@ def mean_gold_probs(
     """Means of p(y_n) and of log p(y_n) over the supervised tokens of each example: -> two of float64 [N]"""
     device = model.head_weight.device
     lengths, num_supervised = count_tokens(encoded)
-    scores = ScoreAccumulator(num_supervised, device)
+    accumulator = ScoreAccumulator(num_supervised, device)
     assignment = make_micro_batches(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
 
     def prepare(examples: list[int]) -> MicroBatch:
-        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), lam=torch.zeros(0)).to(
-            device
-        )  # nothing is mixed
+        no_pairs = torch.zeros(0)
+        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), no_pairs).to(device)
 
     for micro_batch in prefetch(prepare, assignment[rank() :: world_size()]):
-        scores.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
-    return scores.means()
+        accumulator.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
+    return accumulator.pop_means()
 
 
 def gold_log_probs(model: Transformer, micro_batch: MicroBatch, chunk: int = 256):
     """log p(y_n) at the supervised positions of a packed row, from the logits of `chunk` at once. -> float32 [S]"""
-    row = micro_batch.batch
+    row = micro_batch.row
 
     def head(hidden):
-        log_p = [hidden.new_zeros(0, dtype=torch.float32)]
+        log_p = []
         for positions in micro_batch.supervised.split(chunk):
             logits = model.logits(hidden[positions]).float()  # [chunk, V]
             top = logits.amax(-1)
@@ -139,8 +138,8 @@ class ScoreAccumulator:
         log_p = log_p.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
         self.sums.index_add_(1, example_index, torch.stack([log_p.exp(), log_p, broken.double()]))
 
-    def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means of p and of log p, [N] each, over what all processes have added. The sums start at zero again.
+    def pop_means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means of p and of log p, [N] each, over what all processes have added; then start again at zero.
 
         Raises ValueError if each example has a token without a finite probability; warns if some have.
         """
@@ -149,7 +148,7 @@ class ScoreAccumulator:
         probability, log_probability = sums[:2] / self.num_supervised
         broken = np.flatnonzero(sums[2])
         self.sums.zero_()
-        if len(broken) == len(probability):
+        if 0 < len(broken) == len(probability):
             raise ValueError(
                 "a model's predictions are not finite numbers: are its weights? (a diverged run needs a lower --lr)"
             )
@@ -163,11 +162,11 @@ class ScoreAccumulator:
 
     def end_epoch(self) -> None:
         """Append the scores of the epoch that ends to the history."""
-        probability, log_probability = self.means()
+        probability, log_probability = self.pop_means()
         self.history[self.num_epochs] = torch.from_numpy(np.stack([probability, np.exp(-log_probability)]))
         self.num_epochs += 1
 
-    def epochs(self) -> tuple[np.ndarray, np.ndarray]:
+    def epoch_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """(probability [C, N], perplexity [C, N]) of the C epochs that have ended."""
         return tuple(self.history[: self.num_epochs].transpose(0, 1).numpy())
 
@@ -250,8 +249,9 @@ class TrainingDynamics:
 
     def score(self, measure: str) -> np.ndarray:
         """The score to split by, higher for more confident: `probability`, or the paper's `perplexity`. -> [N]"""
-        paper = -self.mean_perplexity  # Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))
-        return {"probability": self.confidence, "perplexity": paper}[measure]
+        if measure == "perplexity":
+            return -self.mean_perplexity  # Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))
+        return self.confidence
 
     def save(self, path) -> None:
         """Write JSON lines, one object for each example."""
@@ -267,7 +267,9 @@ class TrainingDynamics:
         """Read what `save` wrote. FileNotFoundError or ValueError name the file, the line and what is wrong."""
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"{path}: not found; --stage confidence makes it")
+            raise FileNotFoundError(
+                f"{path}: not found; train.py --stage confidence makes it, or confidence.py --checkpoints"
+            )
         check_file(path)
         ids, probability, perplexity = [], [], []
         try:

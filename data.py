@@ -71,14 +71,10 @@ class Format(NamedTuple):
     response: str | None = None  # without: the first key holds all turns
 
 
-TURN_LISTS = (
+FORMATS = (  # the first one whose keys a record has is taken
     Format("messages"),  # OpenAI, UltraChat 200K, Tulu 3
     Format("conversations"),  # ShareGPT, LIMA
     Format("conversation"),  # Capybara
-    Format("data"),  # UltraChat
-)
-FORMATS = (  # the first one whose keys a record has is taken
-    *TURN_LISTS[:3],
     Format("instruction", "output"),  # Alpaca, MedAlpaca
     Format("instruction", "response"),  # Dolly
     Format("prompt", "completion"),  # TRL; texts, or lists of turns
@@ -87,9 +83,10 @@ FORMATS = (  # the first one whose keys a record has is taken
     Format("question", "response"),  # OpenOrca
     Format("question", "answer"),  # GSM8K
     Format("problem", "solution"),
-    TURN_LISTS[3],
+    Format("data"),  # UltraChat
     Format("text"),  # a document, all of it supervised
 )
+TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 # Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
 # prompt that is a text may have `input` or `context`, which follows it under a heading.
 ROLES = {
@@ -136,13 +133,14 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
     if form.prompt == "turns":
         if not isinstance(record["turns"], list) or not record["turns"]:
             raise ValueError("turns must be a list of texts")
-        return [], [require_text(turn, f"turns[{number}]") for number, turn in enumerate(record["turns"])]
+        turns = [require_text(turn, f"turns[{number}]") for number, turn in enumerate(record["turns"])]
+        return _take_system(record) + _take_history(record), turns
     *before, last = _conversation(record, form, [], last="user")
     return before, [last["content"]]
 
 
 def _drop_missing(record: dict) -> dict:
-    """The keys of a record that have a value. Data sets that were merged have null in the columns of the others."""
+    """The keys of a record or a turn that have a value. Merged data sets have null in the columns of the others."""
     return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
 
 
@@ -165,18 +163,28 @@ def _conversation(record: dict, form: Format, notes: list[str], last: str = "ass
     """
     messages = _read_turns(_take_turns(record, form), form.prompt, notes, last)
     has_system = messages[0]["role"] == "system"
-    if system := record.pop("system", None) or record.pop("system_prompt", None):
-        if has_system:
-            raise ValueError("system is given twice, as a key and as a turn")
-        messages.insert(0, {"role": "system", "content": require_text(system, "system")})
-        has_system = True
-    earlier = []
-    for number, pair in enumerate(record.pop("history", ())):
+    if has_system and (record.get("system") or record.get("system_prompt")):
+        raise ValueError("system is given twice, as a key and as a turn")
+    return _take_system(record) + messages[:has_system] + _take_history(record) + messages[has_system:]
+
+
+def _take_system(record: dict) -> list[dict]:
+    """The system turn under the key `system` or `system_prompt`, if there is one."""
+    system = record.pop("system", None) or record.pop("system_prompt", None)
+    return [{"role": "system", "content": require_text(system, "system")}] if system else []
+
+
+def _take_history(record: dict) -> list[dict]:
+    """The earlier turns under the key `history`."""
+    history, messages = record.pop("history", ()), []
+    if not isinstance(history, (list, tuple)):
+        raise ValueError(f"history must be a list of prompts and their responses, not {type(history).__name__}")
+    for number, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"history[{number}] must be a prompt and its response")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            earlier.append({"role": role, "content": require_text(text, f"history[{number}]")})
-    return messages[:has_system] + earlier + messages[has_system:]
+            messages.append({"role": role, "content": require_text(text, f"history[{number}]")})
+    return messages
 
 
 def _take_turns(record: dict, form: Format) -> list:
@@ -185,11 +193,12 @@ def _take_turns(record: dict, form: Format) -> list:
     if isinstance(turns, list):
         answer = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
         return turns + answer if form.response else turns
-    if form in TURN_LISTS:
+    if form.prompt in TURN_KEYS:
         raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
-    prompt, extra = require_text(turns, form.prompt), record.pop("input" if "input" in record else "context", "")
+    key = "input" if "input" in record else "context"
+    prompt, extra = require_text(turns, form.prompt), record.pop(key, "")
     if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
-        prompt += INPUT_HEADING + require_text(extra, "input")
+        prompt += INPUT_HEADING + require_text(extra, key)
     turns = [{"role": "user", "content": prompt}]
     if form.response:
         turns.append({"role": "assistant", "content": require_text(response, form.response)})
@@ -203,6 +212,7 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
     elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
         pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in turns]
         turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+    turns = [_drop_missing(turn) if isinstance(turn, dict) else turn for turn in turns]
     roles = [_role(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
     start = roles.index("user") if "user" in roles else len(roles)
     end = max((n + 1 for n, role in enumerate(roles) if role == last), default=0)
@@ -244,14 +254,14 @@ def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
     message = {"role": role, "content": require_text(turn.get(key := _content_key(turn)), f"{place}.{key}")}
     list_name = place.partition("[")[0]
     for key, value in turn.items():
-        if key in LOSS_KEYS and value is not None:
+        if key in LOSS_KEYS:
             if value not in (0, 1):
                 raise ValueError(f"{place}.{key} is {value!r}; only 0 and 1 are supported")
             if role == "assistant" and not value:
                 message["weight"] = 0
             elif role != "assistant" and value:
                 notes.append(f"ignored key {list_name}[].{key} of a turn that is not the assistant's")
-        elif key not in ("role", "from", "content", "value") and value not in (None, "", [], {}):
+        elif key not in ("role", "from", "content", "value") and value not in ("", [], {}):
             notes.append(f"ignored key {list_name}[].{key}")
     return message
 
@@ -474,16 +484,17 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 class MicroBatch:
     """The input of one forward and backward pass."""
 
-    batch: Batch
-    supervised: torch.Tensor  # int64 [S]: the supervised positions of the batch
+    row: Batch
+    supervised: torch.Tensor  # int64 [S]: the supervised positions of the row
     example_index: torch.Tensor  # int64 [S]: the number in the dataset of the example that each belongs to
-    mix_indices: tuple  # index_c and index_u of `mixup.pair_positions`, int64 [M] each, always in main memory
+    index_c: torch.Tensor  # int64 [M]: the mixed positions, from `mixup.pair_positions`; always in main memory
+    index_u: torch.Tensor  # int64 [M]: and those that they are mixed with
     lam: torch.Tensor  # float32 [M]: λ at each mixed position
 
     def to(self, device) -> "MicroBatch":
         """Copy to `device` without waiting for it."""
-        supervised, example_index, lam = (to_device(x, device) for x in (self.supervised, self.example_index, self.lam))
-        return MicroBatch(self.batch.to(device), supervised, example_index, self.mix_indices, lam)
+        moved = {name: to_device(getattr(self, name), device) for name in ("supervised", "example_index", "lam")}
+        return replace(self, row=self.row.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -503,12 +514,12 @@ class GlobalBatch:
 
 def build_micro_batch(encoded: Sequence[tuple], indices: np.ndarray, lam: torch.Tensor) -> MicroBatch:
     """Pack the examples `indices` [B]. Of these, 0 and 1, 2 and 3, … are mixed, one pair for each λ in lam [P]."""
-    batch = pack([encoded[i] for i in indices])
-    supervised = batch.supervised
-    example_index = torch.from_numpy(indices)[batch.segment_ids[supervised]]
+    row = pack([encoded[i] for i in indices])
+    supervised = row.supervised
+    example_index = torch.from_numpy(indices)[row.segment_ids[supervised]]
     pairs = torch.arange(2 * len(lam)).view(-1, 2)  # [P, 2]: (0, 1), (2, 3), …
-    *mix_indices, pair = pair_positions(batch.targets, batch.cu_seqlens, pairs)
-    return MicroBatch(batch, supervised, example_index, tuple(mix_indices), lam[pair])
+    index_c, index_u, pair = pair_positions(row.targets, row.cu_seqlens, pairs)
+    return MicroBatch(row, supervised, example_index, index_c, index_u, lam[pair])
 
 
 def build_batch(
@@ -550,7 +561,7 @@ def assign_micro_batches(lengths: list[int], num_pairs: int, max_tokens: int, wo
 
 
 def make_micro_batches(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Distribute items of `sizes` tokens over micro-batches of at most `max_tokens` tokens of about equal size.
+    """Assign the numbers of items of `sizes` tokens to micro-batches of at most `max_tokens`, about equal in tokens.
 
     The number of micro-batches is a multiple of `multiple`, and some may be empty. An item larger than `max_tokens` has
     a micro-batch to itself. Greedy: the largest item first, each to the micro-batch with the fewest tokens so far.

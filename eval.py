@@ -33,7 +33,14 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write
-from infra.hf import check_models, choose_template, load_model, load_tokenizer, resolve_max_length, verify_weights
+from infra.hf import (
+    check_models,
+    choose_template,
+    load_for_inference,
+    load_tokenizer,
+    resolve_max_length,
+    verify_weights,
+)
 from infra.judges import (
     PromptRecord,
     add_answer_flags,
@@ -161,7 +168,8 @@ def generate(
     """
     device = model.head_weight.device
     max_new_tokens = min(max_new_tokens, model.config.max_length)
-    # The row of a prompt holds 1 + each new id, then zeros. In all other processes it is zero, so a sum gathers rows.
+    # Row i holds the new ids of prompt i, plus 1, then zeros. Each process fills in the rows of its own prompts and
+    # leaves the others zero, so a sum gathers all rows.
     results = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a batch has prompts of similar lengths
     own = by_length[rank() :: world_size()]
@@ -374,7 +382,7 @@ def choice_report(questions: list[Question], chosen: list[int]) -> dict:
     for position in range(max(len(question.choices) for question in questions)):
         correct_here = accuracy([i for i in every if questions[i].answer == position])
         by_position[LETTERS[position]] = {
-            "right": correct_here["questions"],
+            "correct": correct_here["questions"],
             "chosen": sum(choice == position for choice in chosen),
             "accuracy": correct_here["accuracy"],
         }
@@ -398,7 +406,7 @@ def answer_turns(
     """
     conversations = [list(record.history) for record in records]
     answers: list[list[str]] = [[] for _ in records]
-    stop_ids, num_cut = tokenizer.stop_ids(template), 0
+    stop_ids, num_truncated = tokenizer.stop_ids(template), 0
     for turn in range(max((len(record.turns) for record in records), default=0)):
         indices = [i for i, record in enumerate(records) if turn < len(record.turns)]
         for i in indices:
@@ -409,8 +417,8 @@ def answer_turns(
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             answers[i].append(answer)
             conversations[i].append({"role": "assistant", "content": answer})
-            num_cut += bool(ids) and ids[-1] not in stop_ids
-    return answers, num_cut
+            num_truncated += bool(ids) and ids[-1] not in stop_ids
+    return answers, num_truncated
 
 
 # --- Evaluating the models of a run -----------------------------------------------------------------------------------
@@ -459,7 +467,7 @@ def perplexity_or_match(args, device) -> None:
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
     dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
-    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
+    model = load_for_inference(args.model, DTYPES[dtype], device)
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
         result["perplexity"] = math.exp(result["loss"])
@@ -474,8 +482,8 @@ def multiple_choice(args, device) -> None:
         check_output_path(args.output)
     tokenizer, template, dtype = load_setup(args, device)
     questions = load_questions(args.data)
-    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
-    scores, num_cut = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
+    model = load_for_inference(args.model, DTYPES[dtype], device)
+    scores, num_truncated = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
     chosen = [int(score.argmax()) for score in scores]
     report = choice_report(questions, chosen)
     if args.output and rank() == 0:
@@ -485,7 +493,7 @@ def multiple_choice(args, device) -> None:
         ]
         with atomic_write(Path(args.output)) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_cut": num_cut}))
+    print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_truncated": num_truncated}))
 
 
 def generate_answers(args, device) -> None:
@@ -493,20 +501,23 @@ def generate_answers(args, device) -> None:
     check_answer_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
     records = load_prompt_records(args)
-    num_cut = 0
+    num_truncated = 0
     with progress_file(args, records, template, dtype) as file:
         answers = load_answers(file, records)
-        model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
+        model = load_for_inference(args.model, DTYPES[dtype], device)
         for temperature, indices in unanswered_batches(args, records, answers):
             batch, sampling = [records[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
             texts, cut = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
             new_answers = dict(zip(indices, texts, strict=True))
             append_answers(file, new_answers)
             answers |= new_answers
-            num_cut += cut
+            num_truncated += cut
             print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
-        if num_cut:
-            print0(f"warning: {num_cut} answers were cut at --max_new_tokens or the model's last position", sys.stderr)
+        if num_truncated:
+            print0(
+                f"warning: {num_truncated} answers were cut at --max_new_tokens or the model's last position",
+                sys.stderr,
+            )
         write_answers(args, records, answers)
 
 
@@ -515,7 +526,7 @@ def chat(args, device) -> None:
     if world_size() > 1:
         raise ValueError("chat: is for one process; start it without torchrun")
     tokenizer, template, dtype = load_setup(args, device)
-    model = load_model(args.model, DTYPES[dtype], device, compute_dtype=DTYPES[dtype])
+    model = load_for_inference(args.model, DTYPES[dtype], device)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
     messages = list(system)

@@ -131,6 +131,8 @@ def sftmix_loss(
         raise ValueError(f"index_c and index_u must pair up, but are {len(index_c)} and {len(index_u)} long")
     lam = torch.as_tensor(lam, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     lam = lam.expand(len(index_c))
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad ignores no_grad: the gradients would be computed
+        hidden, weight = hidden.detach(), weight.detach()
     loss, ntp_sum, mix_sum = _ChunkedLoss.apply(
         hidden, weight, targets, index_c, index_u, lam, ntp_weight / num_supervised, mu / num_mixed, log_p
     )
@@ -138,7 +140,7 @@ def sftmix_loss(
 
 
 def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
-    """The number of positions whose logits `sftmix_loss` holds at once: fewer are slower, more only take memory."""
+    """The number of positions whose logits `sftmix_loss` holds at once. Fewer are slower, more are no faster."""
     if device_type != "cuda":
         return max(256, 2**22 // vocab_size)
     # Adding to an entry of W's gradient takes 2 FLOPs a position and 8 bytes a chunk; an H100 has time for 300 FLOPs
@@ -157,7 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if matmul_dtype == torch.float16:
             raise ValueError("float16: gradients of the loss would underflow; use bfloat16 or float32")
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
-        grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype  # elsewhere only float32 matmuls add in place
+        grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype  # on others only a float32 matmul can add to float32
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if ctx.needs_input_grad[0] else None  # [S, D]
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None  # [V, D]
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
@@ -165,12 +167,12 @@ class _ChunkedLoss(torch.autograd.Function):
         V = len(weight)
         order, uses, chunks = _chunks(len(hidden), index_c.cpu(), index_u.cpu(), chunk_size(V, device_type))
         order, uses = to_device(order, device), to_device(uses, device)
-        share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]: of an appearance of a position in `order`
+        share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]: the weight of each appearance of a position in `order`
         # A tensor, because torch.compile would recompile for each new number.
         pair_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
         with torch.autocast(device_type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
-            width = V + -V % ROW_MULTIPLE.get(device_type, 1)
+            width = V + (-V) % ROW_MULTIPLE.get(device_type, 1)  # the next multiple
             gradient = _compiled_logits_gradient(device, matmul_dtype, width) if hidden.is_cuda else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.

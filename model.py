@@ -344,7 +344,7 @@ def _flash_attention(q, k, v, varlen: VarlenMetadata):
 def _sdpa_per_example(q, k, v, cu_seqlens):
     lengths, out = cu_seqlens.diff().tolist(), []
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.device.type != "cpu":  # in float32, kernels of GPUs that share keys keep the scores [H, T, T]
+    if group > 1 and q.device.type != "cpu":  # with enable_gqa in float32, a GPU keeps the scores [H, T, T]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # [N, H, d]
     for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]

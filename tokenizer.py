@@ -162,7 +162,7 @@ class Tokenizer:
                 new_ids = self.encode(segment.text, continues or not may_add_prefix)
             continues = not segment.is_special
             ids += new_ids
-            loss_mask += [bool(segment.in_loss)] * len(new_ids)
+            loss_mask += [segment.weight == 1] * len(new_ids)
         return ids, loss_mask
 
     def _template_token_ids(self, token: str, template: str) -> list[int]:
@@ -200,12 +200,12 @@ class Tokenizer:
         if name is None and jinja:
             known = [name for name in TEMPLATES if jinja == self.chat_template(name)]
             known += [name for name, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
-            known.sort(key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
             if not known:
                 raise ValueError(f"the model's chat_template is not known; choose --template: {', '.join(TEMPLATES)}")
-            name = known[0]
-        self._check_template(name or "alpaca")
-        return name or "alpaca"
+            name = min(known, key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
+        name = name or "alpaca"
+        self._check_template(name)
+        return name
 
     def _check_template(self, name: str) -> None:
         """Raise ValueError if the tokenizer lacks a special token of the template, or has one for a text in it."""
@@ -491,7 +491,8 @@ _QWEN3_PROMPT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 TEMPLATES["qwen3"] = TEMPLATES["chatml"]._replace(last_generation_prompt=_QWEN3_PROMPT)
 _TEMPLATE_TOKENS = {token for template in TEMPLATES.values() for token in template.special_tokens}
 
-# A model's chat_template resembles the first of these templates whose marker it contains and whose tokens there are.
+# `Tokenizer.choose_template` takes the first of these whose marker is in the model's chat_template, but prefers those
+# whose special tokens the tokenizer has.
 TEMPLATE_MARKERS = {
     "llama3": "<|start_header_id|>",
     "qwen3": r"<think>\n\n</think>\n\n",
@@ -506,14 +507,14 @@ TEMPLATE_MARKERS = {
 }
 
 
-def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], bool | None]]:
-    """For each turn, yield the template's text, the contents that belong in it, and whether it is in the loss.
+def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], int | None]]:
+    """For each turn, yield the template's text, the contents that belong in it, and its weight in the loss.
 
-    None stands for an assistant turn that is not: it is cut off from the others as if it were, and gets the same ids.
+    The weight is 0 or 1 for an assistant turn and None for a prompt.
     """
     if messages[0]["role"] == "text":  # a plain document
-        yield "{bos}", {}, False
-        yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, True
+        yield "{bos}", {}, None
+        yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, 1
         return
     contents = {}
     for number, message in enumerate(messages):
@@ -522,7 +523,7 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
         if message["role"] == "assistant":
             if template.last_generation_prompt and message is messages[-1] and content.startswith("<think>"):
                 raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
-            yield template.assistant, contents, message.get("weight", 1) != 0 or None
+            yield template.assistant, contents, int(message.get("weight", 1) != 0)
         elif message["role"] == "user":
             if "system" in contents and number == 1:
                 text = template.first_user_with_system
@@ -532,38 +533,38 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
                 text = template.first_user_with_input
             else:
                 text = template.first_user
-            yield text, contents, False
+            yield text, contents, None
             is_last = number >= len(messages) - 2  # at most an answer follows
-            yield (is_last and template.last_generation_prompt) or template.generation_prompt, contents, False
+            yield (is_last and template.last_generation_prompt) or template.generation_prompt, contents, None
 
 
 class _Segment(NamedTuple):
     text: str  # ordinary text, or the name of a special token
     is_special: bool
-    in_loss: bool | None
+    weight: int | None  # in the loss, of an answer; None for a prompt
 
 
 def _segments(messages: list[dict], template: Template) -> Iterable[_Segment]:
-    """Cut a conversation into segments, at every special token and wherever the loss mask changes.
+    """Cut a conversation into segments, at every special token and wherever the weight changes.
 
     Contents are filled in after the cut, so that nothing in them is taken for a special token.
 
     >>> messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
-    >>> [(segment.text, segment.in_loss) for segment in _segments(messages, TEMPLATES["mistral"])]
-    [('{bos}', False), ('[INST] Hi! [/INST]', False), (' Hello.', True), ('{eos}', True)]
+    >>> [(segment.text, segment.weight) for segment in _segments(messages, TEMPLATES["mistral"])]
+    [('{bos}', None), ('[INST] Hi! [/INST]', None), (' Hello.', 1), ('{eos}', 1)]
     """
-    text, text_in_loss = "", False
-    for turn, contents, in_loss in _render_turns(messages, template):
+    text, text_weight = "", None
+    for turn, contents, weight in _render_turns(messages, template):
         for part, is_special in template.split(turn):
-            if text and (is_special or in_loss != text_in_loss):
-                yield _Segment(text, False, text_in_loss)
+            if text and (is_special or weight != text_weight):
+                yield _Segment(text, False, text_weight)
                 text = ""
             if is_special:
-                yield _Segment(part, True, in_loss)
+                yield _Segment(part, True, weight)
             else:
-                text, text_in_loss = text + part.format(**contents), in_loss
+                text, text_weight = text + part.format(**contents), weight
     if text:
-        yield _Segment(text, False, text_in_loss)
+        yield _Segment(text, False, text_weight)
 
 
 def _to_jinja(template: Template, space_after_bos: bool) -> str:

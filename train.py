@@ -114,7 +114,7 @@ class TrainConfig:
     Raises ValueError with the flag, its value and what is allowed.
     """
 
-    # A resumed run may change these: results depend on them up to rounding at most. The content of files is compared.
+    # A resumed run may change these: results depend on them up to rounding at most. Of files, the content is compared.
     RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
         """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
         deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
@@ -258,38 +258,39 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
 
 
 def forward_backward(
-    model: Transformer, batch: GlobalBatch, mu: float, ntp_weight: float, scores=None, zero_stage: int = 3
+    model: Transformer, batch: GlobalBatch, mu: float, ntp_weight: float, accumulator=None, zero_stage: int = 3
 ) -> torch.Tensor:
     """Compute the gradient of the global batch's loss. -> this process's part of (loss, ntp, mix), [3]
 
     The sums of each micro-batch are divided by the counts of the **global** batch. So gradients are summed and never
     averaged, over micro-batches here and over processes in FSDP (`apply_fsdp` turns averaging off): the result is the
-    gradient of the global mean, for any number of either. `scores`, a ScoreAccumulator or None,
-    accumulates log p(y) of what is trained on; `infra.distributed.set_zero_stage` explains `zero_stage`.
+    gradient of the global mean, for any number of either. `accumulator`, a ScoreAccumulator or
+    None, gets log p(y) of what is trained on; `infra.distributed.set_zero_stage` explains `zero_stage`.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in batch.micro_batches:
         set_zero_stage(model, zero_stage, is_last=micro_batch is batch.micro_batches[-1])
-        loss, ntp, mix = compute_loss(model, micro_batch, batch, mu, ntp_weight, scores)
+        loss, ntp, mix = compute_loss(model, micro_batch, batch, mu, ntp_weight, accumulator)
         loss.backward()
         losses += torch.stack([loss.detach(), ntp, mix])
     return losses
 
 
 def compute_loss(
-    model: Transformer, micro_batch: MicroBatch, batch: GlobalBatch, mu: float, ntp_weight: float, scores=None
+    model: Transformer, micro_batch: MicroBatch, batch: GlobalBatch, mu: float, ntp_weight: float, accumulator=None
 ):
     """A micro-batch's part of L = L_NTP + μ L_Mixup. -> (loss, ntp, mix), of which loss carries gradients"""
-    row, supervised = micro_batch.batch, micro_batch.supervised
+    row, supervised = micro_batch.row, micro_batch.supervised
 
     def head(hidden):  # called at the end of the forward pass, where FSDP has gathered the weight of lm_head
         targets = row.targets[supervised]  # [S]
-        log_p = None if scores is None else torch.empty(len(targets), device=targets.device)
+        log_p = None if accumulator is None else torch.empty(len(targets), device=targets.device)
         loss = sftmix_loss(
             hidden[supervised],  # [S, D]
             model.head_weight,
             targets,
-            *micro_batch.mix_indices,
+            micro_batch.index_c,
+            micro_batch.index_u,
             micro_batch.lam,
             mu=mu,
             ntp_weight=ntp_weight,
@@ -297,8 +298,8 @@ def compute_loss(
             num_mixed=batch.num_mixed,
             log_p=log_p,
         )
-        if scores is not None:
-            scores.add(micro_batch.example_index, log_p)
+        if accumulator is not None:
+            accumulator.add(micro_batch.example_index, log_p)
         return loss
 
     return model(row.tokens, row.positions, row.cu_seqlens, head=head)
@@ -329,9 +330,9 @@ def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals
 class Sampler(NamedTuple):
     """The order in which each epoch goes through the examples, and whether they are mixed in it."""
 
-    order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called when all earlier epochs have ended
+    order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called at the start of the epoch
     is_mixed: Callable[[int], bool]  # epoch -> whether examples 0 and 1, 2 and 3, … of the order are mixed
-    scores: ScoreAccumulator | None = None  # accumulates log p(y) of what is trained on, for the orders to come
+    accumulator: ScoreAccumulator | None = None  # gets log p(y) of what is trained on, for the orders to come
 
 
 def train(
@@ -354,8 +355,8 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     epoch_steps = steps_per_epoch(len(dataset), config.batch_size)
     total_steps = epoch_steps * config.epochs
-    metrics, scores = StepMetrics(total_steps, device), sampler.scores
-    done = savepoints.load(model, optimizer, metrics, scores) if savepoints else 0
+    metrics, accumulator = StepMetrics(total_steps, device), sampler.accumulator
+    done = savepoints.load(model, optimizer, metrics, accumulator) if savepoints else 0
     model.train()
     with defer_signals() if savepoints else contextlib.nullcontext([]) as signals:
         for epoch in range(done // epoch_steps, config.epochs):
@@ -364,7 +365,7 @@ def train(
             prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
-                losses = forward_backward(model, batch, mu, ntp_weight, scores, config.zero_stage)
+                losses = forward_backward(model, batch, mu, ntp_weight, accumulator, config.zero_stage)
                 values = optimizer_step(model, optimizer, lr, losses, len(signals))
                 done += 1
                 metrics.add(done, values, batch)
@@ -375,15 +376,15 @@ def train(
                 check_skipped_steps(metrics, dataset, config, log, wait=should_log or should_save)
                 if should_log:
                     log(metrics.record(done, epoch=epoch, lr=lr))
-                if scores and done == (epoch + 1) * epoch_steps:
-                    scores.end_epoch()
+                if accumulator and done == (epoch + 1) * epoch_steps:
+                    accumulator.end_epoch()
                 if after_step and done in after_step:
                     with metrics.paused():
                         after_step[done]()
-                if savepoints and (should_save or metrics.stop):
+                if should_save or metrics.stop:  # only with savepoints are signals deferred
                     with metrics.paused():
-                        savepoints.save(done, model, optimizer, metrics, scores)
-                if savepoints and metrics.stop:
+                        savepoints.save(done, model, optimizer, metrics, accumulator)
+                if metrics.stop:
                     print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
                     sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # or another process got the signal
     model.eval()
@@ -420,7 +421,7 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     train: Dataset
     held_out: Dataset | None  # None without --eval_data: no model is evaluated
-    scores: TrainingDynamics | None = None  # to split by, unless the run computes them itself
+    dynamics: TrainingDynamics | None = None  # to split by, unless the run computes them itself
 
 
 def resolve_hardware(config: TrainConfig, device) -> TrainConfig:
@@ -460,7 +461,7 @@ def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """float32 for weights that are trained, since bf16 would round small updates away; frozen ones may stay bf16."""
+    """float32 for weights that are trained, since bf16 would round small updates away; frozen ones stay as stored."""
     return stored_dtype(config.model) if config.lora_rank and config.dtype == "bf16" else torch.float32
 
 
@@ -484,7 +485,7 @@ def evaluate_model(model: Transformer | None, inputs: Inputs, config: TrainConfi
 # --- The stages -------------------------------------------------------------------------------------------------------
 
 
-def base_stage(config: TrainConfig, device) -> dict:
+def pretrain_demo_base(config: TrainConfig, device) -> dict:
     """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
     output = Path(config.output)
     if rank() == 0:
@@ -504,6 +505,14 @@ def base_stage(config: TrainConfig, device) -> dict:
     train_stats = train(model, dataset, base_config, ntp_sampler(dataset, base_config), log, savepoints=savepoints)
     save_checkpoint(model, output / "base", tokenizer, config)
     return train_stats
+
+
+def base_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+    """Evaluate the base, in float32 like the models that it is compared with."""
+    model = None
+    if inputs.held_out:
+        model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
+    return evaluate_model(model, inputs, config)
 
 
 def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
@@ -529,15 +538,21 @@ def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
-    checkpoints, cache_dir = reference_checkpoints(config), Path(config.output) / "resume" / "confidence"
-    start, settings = time.perf_counter(), (config.micro_batch_tokens, DTYPES[config.dtype], device)
-    log = partial(log_checkpoint, place=place_of(config, "confidence", inputs))
-    dynamics = score_checkpoints(checkpoints, inputs.train, *settings, cache_dir, log)
-    return record_scores(dynamics, config) | {"seconds": time.perf_counter() - start}
+    start = time.perf_counter()
+    dynamics = score_checkpoints(
+        reference_checkpoints(config),
+        inputs.train,
+        config.micro_batch_tokens,
+        DTYPES[config.dtype],
+        device,
+        cache_dir=Path(config.output) / "resume" / "confidence",
+        log=partial(log_checkpoint, place=place_of(config, "confidence", inputs)),
+    )
+    return record_dynamics(dynamics, config) | {"seconds": time.perf_counter() - start}
 
 
-def record_scores(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
-    """Save the scores of a run. -> their entry in results.json"""
+def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
+    """Save the training dynamics of a run. -> their entry in results.json"""
     if rank() == 0:
         dynamics.save(Path(config.output) / "confidence.jsonl")
     barrier()
@@ -549,17 +564,15 @@ def record_scores(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     return entry
 
 
-def load_scores(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
-    """The scores of the examples, from the file of --confidence or from the run itself."""
+def load_dynamics(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
+    """The training dynamics of the examples, from the file of --confidence or from the run itself."""
     file = config.confidence or Path(config.output) / "confidence.jsonl"
     return TrainingDynamics.load(file).select(dataset.ids)
 
 
-def paired_epoch_order(scores: TrainingDynamics, config: TrainConfig, epoch: int) -> np.ndarray:
+def paired_epoch_order(dynamics: TrainingDynamics, config: TrainConfig, epoch: int) -> np.ndarray:
     """An epoch's order in which each confident example is followed by an unconfident one."""
-    confident, unconfident = split_by_confidence(scores.score(config.confidence_by))
-    if epoch == 0 or config.online:
-        print0(f"{len(confident):,} confident and {len(unconfident):,} unconfident examples, by {config.confidence_by}")
+    confident, unconfident = split_by_confidence(dynamics.score(config.confidence_by))
     return paired_order(confident, unconfident, config.seed, epoch)
 
 
@@ -570,17 +583,17 @@ def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
     if config.pairing == "random":
         return Sampler(random_order, is_mixed=lambda epoch: True)  # neighbours in a random order are random pairs
     if not config.online:
-        scores = inputs.scores or load_scores(config, dataset)
-        return Sampler(partial(paired_epoch_order, scores, config), is_mixed=lambda epoch: True)
-    scores = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
+        dynamics = inputs.dynamics or load_dynamics(config, dataset)
+        return Sampler(partial(paired_epoch_order, dynamics, config), is_mixed=lambda epoch: True)
+    accumulator = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
     def online_order(epoch: int) -> np.ndarray:
         """The first epoch is NTP. Each later epoch is split by the mean over the epochs before it."""
         if epoch == 0:
             return random_order(epoch)
-        return paired_epoch_order(TrainingDynamics(dataset.ids, *scores.epochs()), config, epoch)
+        return paired_epoch_order(TrainingDynamics(dataset.ids, *accumulator.epoch_scores()), config, epoch)
 
-    return Sampler(online_order, is_mixed=lambda epoch: epoch > 0, scores=scores)
+    return Sampler(online_order, is_mixed=lambda epoch: epoch > 0, accumulator=accumulator)
 
 
 def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
@@ -591,9 +604,9 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]
     train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
     save_result(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
     entries = {"sftmix": evaluate_model(model, inputs, config) | train_stats}
-    if sampler.scores:
-        dynamics = TrainingDynamics(inputs.train.ids, *sampler.scores.epochs())
-        entries = {"confidence": record_scores(dynamics, config), **entries}
+    if sampler.accumulator:
+        dynamics = TrainingDynamics(inputs.train.ids, *sampler.accumulator.epoch_scores())
+        entries = {"confidence": record_dynamics(dynamics, config), **entries}
     return entries
 
 
@@ -633,15 +646,16 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         if rank() == 0 and not (config.resume and (output / "config.json").exists()):
             write_json(output / "config.json", asdict(config))
         if "base" in stages:
-            train_stats = base_stage(config, device)
+            train_stats = pretrain_demo_base(config, device)
         paths = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{name: str(output / path) for name, path in paths.items()})
     config, tokenizer = resolve_model(config)
     inputs = load_inputs(config, tokenizer)
-    if "confidence" in stages and "reference" not in stages:  # raises now, and not hours later
+    # What a later stage reads is looked for now, and not after hours of the stages before.
+    if "confidence" in stages and "reference" not in stages:
         reference_checkpoints(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
-        inputs = inputs._replace(scores=load_scores(config, inputs.train))
+        inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     if rank() == 0:
         content = input_checksums(config)
         if config.resume:
@@ -650,12 +664,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         save_skipped(output, inputs.train, inputs.held_out)
 
     if "base" in stages:
-        model = None
-        if inputs.held_out:
-            # In float32 like the models that it is compared with.
-            model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
-        record_stage(config, "base", evaluate_model(model, inputs, config) | train_stats)
-        del model
+        record_stage(config, "base", base_stage(config, inputs, device) | train_stats)
     if "reference" in stages:
         record_stage(config, "reference", reference_stage(config, inputs, device))
     if "confidence" in stages:
@@ -673,7 +682,7 @@ def dry_run(config: TrainConfig, device) -> None:
     dataset, num_processes = load_inputs(config, tokenizer).train, config.dry_run or world_size()
     model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
     if config.confidence is not None and not config.online:
-        load_scores(config, dataset)
+        load_dynamics(config, dataset)
     warn_if_idle(config, num_processes)
     print_plan(model, dataset, config, num_processes, device.type)
     print_example(dataset, tokenizer)

@@ -134,7 +134,7 @@ def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
         "accuracy": sum(one == q.answer for one, q in zip(ours, questions, strict=True)) / len(questions),
         "accuracy_of_lm_eval": metric,
         "largest_difference_of_scores": largest_difference,
-        "prompts_cut": cut,
+        "prompts_truncated": cut,
     }
 
 

@@ -138,7 +138,7 @@ def parity(sizes: Sizes) -> Iterator[Row]:
     def outcome(device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         moved, moved_batch = copy.deepcopy(model).to(device), batch.to(device)
         moved.compute_dtype = dtype
-        row = moved_batch.micro_batches[0].batch
+        row = moved_batch.micro_batches[0].row
         with torch.no_grad():
             logits = moved.logits(moved(row.tokens, row.positions, row.cu_seqlens)).float().cpu()
         forward_backward(moved, moved_batch, 0.2, 1.0)

@@ -24,7 +24,7 @@ def supervised_states(model: Transformer, dataset: Dataset) -> tuple[torch.Tenso
     hidden, targets = [], []
     for examples in make_micro_batches(dataset.lengths.tolist(), MICRO_BATCH_TOKENS):
         micro_batch = build_micro_batch(dataset, np.array(examples), lam=torch.zeros(0))
-        row, supervised = micro_batch.batch, micro_batch.supervised
+        row, supervised = micro_batch.row, micro_batch.supervised
         hidden.append(model(row.tokens, row.positions, row.cu_seqlens)[supervised].float())
         targets.append(row.targets[supervised])
     return torch.cat(hidden), torch.cat(targets)

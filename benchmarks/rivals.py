@@ -71,10 +71,10 @@ def with_loss(loss_function: Callable) -> Callable:
     Losses such as `ir_dro_loss` weigh the examples of a batch against each other, so they must be in one pass.
     """
 
-    def compute_loss(model: Transformer, micro_batch, batch, mu, ntp_weight, scores=None):
+    def compute_loss(model: Transformer, micro_batch, batch, mu, ntp_weight, accumulator=None):
         if len(batch.micro_batches) != 1:
             raise ValueError("this loss needs the whole batch in one micro-batch: give a higher --micro_batch_tokens")
-        row, supervised = micro_batch.batch, micro_batch.supervised
+        row, supervised = micro_batch.row, micro_batch.supervised
 
         def head(hidden):
             targets = row.targets[supervised]

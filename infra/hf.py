@@ -63,7 +63,7 @@ def load_model(
     """Load a model folder, with weights in `dtype`. If there are several processes, the model is sharded over them.
 
     `compute_dtype` is the dtype of matmuls (None: `dtype`). If it is given, the weights of norms are float32, as under
-    autocast. With `dtype` equal to it, as in inference, no weight is cast when it is used. With `lora_rank`, the
+    autocast. With `lora_rank`, the
     weights are frozen, and float32 adapters initialized from `seed` are trained instead.
     Raises FileNotFoundError or ValueError with the file and what is wrong: the folder must contain exactly the weights
     that its configuration calls for.
@@ -82,6 +82,11 @@ def load_model(
     return model.eval()
 
 
+def load_for_inference(path, compute_dtype, device) -> Transformer:
+    """Load a model that is not trained, with weights in the dtype of matmuls, so that none is cast when it is used."""
+    return load_model(path, compute_dtype, device, compute_dtype=compute_dtype)
+
+
 def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
     """Load checkpoints one after the other, each checked against its manifest.
 
@@ -92,7 +97,7 @@ def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
         for folder, following in zip(folders, [*folders[1:], None], strict=True):
             background.submit(warm_page_cache, following)
             verify_weights(folder)
-            yield load_model(folder, compute_dtype, device, compute_dtype=compute_dtype)
+            yield load_for_inference(folder, compute_dtype, device)
 
 
 def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:

@@ -169,12 +169,13 @@ def log_step(file: Path, place: Place, record: dict) -> None:
         )
         return
     step, total_steps = record["step"], record["total_steps"]
+    loss = math.nan if record["loss"] is None else record["loss"]
     losses = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
     # A narrow terminal shows the first fields only.
     print0(
         f"{place}  step {step:>{len(str(total_steps))}}/{total_steps}  "
         f"{place.format_time(record['seconds'], step, total_steps)}  "
-        f"loss {record['loss'] or math.nan:.4f}  {losses}{record['tokens_per_second']:,.0f} tokens/s",
+        f"loss {loss:.4f}  {losses}{record['tokens_per_second']:,.0f} tokens/s",
         progress=step / total_steps,
     )
 

@@ -49,10 +49,10 @@ MAX_PART_BYTES = 5 * 10**8  # of a file of a savepoint
 class Savepoints:
     """The savepoints of a stage, in `output`/resume/STAGE-step-N; the newest `keep` of them are kept.
 
-    A savepoint holds all that a step changes: the trained weights, the moments of AdamW and the tensors of `scores` (a
-    `confidence.ScoreAccumulator` or None), written by PyTorch's distributed checkpoint as safetensors, which any number
-    of processes can read; and `state.json` with the rest. The order of the examples and λ are functions of the seed
-    and the step, and need no state.
+    A savepoint holds all that a step changes: the trained weights, the moments of AdamW and the tensors of
+    `accumulator` (a `confidence.ScoreAccumulator` or None), written by PyTorch's distributed checkpoint as safetensors,
+    which any number of processes can read; and `state.json` with the rest. The order of the examples and λ are
+    functions of the seed and the step, and need no state.
     """
 
     output: Path
@@ -60,11 +60,11 @@ class Savepoints:
     every: int
     keep: int
 
-    def save(self, step: int, model: Transformer, optimizer, metrics: StepMetrics, scores=None) -> None:
+    def save(self, step: int, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> None:
         """Save after `step`, on all processes together. OSError if writing fails; the older savepoints stay."""
         check_finite(model)
         reshard(model)
-        tensors = _training_tensors(model, optimizer) | _score_tensors(scores)
+        tensors = _training_tensors(model, optimizer) | _score_tensors(accumulator)
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if some were skipped
         state = {"step": step, "num_updates": num_updates, "metrics": metrics.state_dict()}
         path = self.output / "resume" / f"{self.stage}-step-{step}"
@@ -85,7 +85,7 @@ class Savepoints:
                     shutil.rmtree(old)
         barrier()
 
-    def load(self, model: Transformer, optimizer, metrics: StepMetrics, scores=None) -> int:
+    def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
         """Restore the newest intact savepoint. -> the number of steps done, 0 if there is no savepoint"""
         newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
         if rank() == 0:
@@ -99,15 +99,17 @@ class Savepoints:
         print0(f"{self.stage:>10}  goes on after step {step}")
         reshard(model)
         state = read_json(path / "state.json")
-        score_tensors = _score_tensors(scores)
+        score_tensors = _score_tensors(accumulator)
         tensors = _training_tensors(model, optimizer) | score_tensors
         with _distributed_checkpoint(path) as dcp, utf8_folder(path) as folder:
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))  # in place
         for moments in optimizer.state.values():
             moments["step"].fill_(state["num_updates"])
         metrics.load_state_dict(state["metrics"])
-        if scores:
-            scores.load_state_dict({name.removeprefix("scores."): tensor for name, tensor in score_tensors.items()})
+        if accumulator:
+            accumulator.load_state_dict(
+                {name.removeprefix("scores."): tensor for name, tensor in score_tensors.items()}
+            )
         return step
 
     def clear(self) -> None:
@@ -161,8 +163,8 @@ def _training_tensors(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _score_tensors(scores) -> dict[str, torch.Tensor]:
-    return {f"scores.{name}": tensor for name, tensor in scores.state_dict().items()} if scores else {}
+def _score_tensors(accumulator) -> dict[str, torch.Tensor]:
+    return {f"scores.{name}": tensor for name, tensor in accumulator.state_dict().items()} if accumulator else {}
 
 
 def _storage_writer(dcp, folder: Path, tensors: dict[str, torch.Tensor]):

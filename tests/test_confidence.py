@@ -64,24 +64,25 @@ def test_gold_log_probs_equal_log_softmax_for_any_chunk(device):
         torch.testing.assert_close(log_p, expected, rtol=tolerance(device, 1.3e-6, 1e-4), atol=1e-5)
     empty = build_micro_batch(encoded, np.arange(0), lam=torch.zeros(0)).to(device)
     assert gold_log_probs(model, empty).shape == (0,)
+    assert [len(scores) for scores in score_examples(model, [])] == [0, 0]
 
 
 def test_accumulated_scores_by_hand(capsys, device):
     scores = ScoreAccumulator([2, 1], device)
     scores.add(torch.tensor([0, 1, 0], device=device), torch.tensor([0.5, 0.25, 0.125], device=device).log())
-    probability, log_probability = scores.means()
+    probability, log_probability = scores.pop_means()
     np.testing.assert_allclose(probability, [(0.5 + 0.125) / 2, 0.25], rtol=1e-6)
     np.testing.assert_allclose(np.exp(-log_probability), [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
     log_p = torch.tensor([-2000, float("nan"), 0], device=device)
     scores.add(torch.tensor([1, 0, 0], device=device), log_p)  # the sums have started at zero again
-    probability, log_probability = scores.means()
+    probability, log_probability = scores.pop_means()
     np.testing.assert_allclose(probability, [0.5, 0], atol=1e-200)
     np.testing.assert_allclose(log_probability, [-345, -690], rtol=1e-6)
     scores = ScoreAccumulator([1], device, max_epochs=3)
     for p in (0.25, 0.75):
         scores.add(torch.tensor([0], device=device), torch.tensor([p], device=device).log())
         scores.end_epoch()
-    np.testing.assert_allclose(np.stack(scores.epochs()), [[[0.25], [0.75]], [[4], [4 / 3]]], rtol=1e-6)
+    np.testing.assert_allclose(np.stack(scores.epoch_scores()), [[[0.25], [0.75]], [[4], [4 / 3]]], rtol=1e-6)
     assert "of 1 examples some tokens get no finite probability, and count as impossible: number 1 of those" in (
         capsys.readouterr().err
     )
@@ -104,7 +105,7 @@ def test_a_restored_accumulator_continues_where_it_was(device):
     for scores in (one, other):
         add(scores, [0, 1], [0.5, 0.125])
         scores.end_epoch()
-    assert np.array_equal(one.epochs(), other.epochs()) and len(one.epochs()[0]) == 2
+    assert np.array_equal(one.epoch_scores(), other.epoch_scores()) and len(one.epoch_scores()[0]) == 2
 
 
 def test_a_hopeless_example_has_a_finite_perplexity(device):

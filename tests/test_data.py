@@ -28,6 +28,7 @@ from data import (
     paired_order,
     sample_lambda,
     to_example,
+    to_prompt,
 )
 from infra.cache import _init_worker, cache_path, encode_files, load_cache, load_dataset
 from infra.demo import demo_corpus
@@ -61,6 +62,15 @@ FORMATS = {
     "lima": {"conversations": ["Why?", "So."], "source": "x"},
     "ultrachat": {"id": "0", "data": ["Why?", "So."]},
     "first turn the assistant's": {"messages": [{"role": "assistant", "content": "Hi."}, *TURN]},
+    "turns merged with others": {
+        "messages": [{**{"from": None, "value": None, "weight": None, "tool_calls": None}, **turn} for turn in TURN],
+    },
+    "turns of another merger": {
+        "conversations": [
+            {"role": None, "content": None, "from": "human", "value": "Why?"},
+            {"role": None, "content": None, "from": "gpt", "value": "So."},
+        ],
+    },
     "last turn the user's": {"messages": [*TURN, {"role": "user", "content": "Thanks."}]},
     "system empty": {"messages": [{"role": "system", "content": ""}, *TURN]},
 }
@@ -128,6 +138,8 @@ def test_system_and_history_of_any_format_come_first():
     assert to_example(with_turn).messages == [system, *earlier, *TURN]
     with pytest.raises(ValueError, match="system is given twice"):
         to_example({"system": "x", "messages": [system, *TURN]})
+    asked = {"turns": ["Why?", "And?"], "system": "Be brief.", "history": [["a", "b"], ["c", "d"]]}
+    assert to_prompt(asked) == ([system, *earlier], ["Why?", "And?"])
 
 
 def test_numbers_are_texts():
@@ -189,6 +201,11 @@ GOOD = FORMATS["alpaca"]
         ({"instruction": "", "output": "y"}, "instruction is empty"),
         ({"instruction": "x", "output": None}, r"keys \['instruction'\] are no known format"),
         ({"instruction": "x", "input": {}, "output": "y"}, "input must be a text, not dict"),
+        ({"question": "x", "context": {}, "answer": "y"}, "context must be a text, not dict"),
+        (
+            {"query": "x", "response": "y", "history": 5},
+            "history must be a list of prompts and their responses, not int",
+        ),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"text": "a\ud800"}, "text holds half a character"),
         ("[" * 100_000 + "\n", "not valid JSON"),
@@ -450,7 +467,7 @@ def test_batches_made_ahead_arrive_on_the_device_unchanged(device):
     orders = [np.array(order) for order in ([3, 1, 4, 0, 2], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0])]
 
     def tensors(micro_batch):
-        row = micro_batch.batch
+        row = micro_batch.row
         moved = row.tokens, row.targets, row.positions, micro_batch.supervised, micro_batch.example_index
         return *moved, micro_batch.lam
 
@@ -460,7 +477,8 @@ def test_batches_made_ahead_arrive_on_the_device_unchanged(device):
         for here, there in zip(batch.micro_batches, expected.micro_batches, strict=True):
             for one, other in zip(tensors(here), tensors(there), strict=True):
                 assert one.device.type == device.type and one.dtype == other.dtype and torch.equal(one.cpu(), other)
-            assert all(map(torch.equal, here.mix_indices, there.mix_indices))  # they stay in main memory
+            for one, other in ((here.index_c, there.index_c), (here.index_u, there.index_u)):
+                assert torch.equal(one, other)  # they stay in main memory
 
 
 # --- The demo corpus --------------------------------------------------------------------------------------------------

@@ -279,9 +279,9 @@ def test_a_report_of_choices_by_hand():
     assert report["accuracy"] == 2 / 3 and report["accuracy_interval"] == wilson_interval(2, 3)
     assert {name: entry["accuracy"] for name, entry in report["subjects"].items()} == {"p": 0.5, "q": 1.0}
     assert report["positions"] == {
-        "A": {"right": 1, "chosen": 2, "accuracy": 1.0},
-        "B": {"right": 2, "chosen": 1, "accuracy": 0.5},
-        "C": {"right": 0, "chosen": 0, "accuracy": None},
+        "A": {"correct": 1, "chosen": 2, "accuracy": 1.0},
+        "B": {"correct": 2, "chosen": 1, "accuracy": 0.5},
+        "C": {"correct": 0, "chosen": 0, "accuracy": None},
     }
 
 

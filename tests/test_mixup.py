@@ -187,6 +187,16 @@ def test_frozen_head_still_gives_hidden_gradients(device):
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_nobody_can_ask_for_are_not_computed(mode):
+    hidden, weight, *rest = case()
+    expected, shapes = sftmix_loss(hidden, weight, *rest, 0.2), []
+    with mode(), Operations(lambda f, arguments, result: shapes.append(result.shape) if "mm" in str(f) else None):
+        values = sftmix_loss(hidden, weight, *rest, 0.2)
+    assert sum(rows for rows, _ in shapes) == len(hidden) and {width for _, width in shapes} == {len(weight)}  # logits
+    torch.testing.assert_close(values, tuple(x.detach() for x in expected))
+
+
 def test_upstream_gradient_scales(device):
     """Also in a second backward pass through a graph that is kept, which leaves the first one's gradients alone."""
     hidden, weight, *rest = case(device)

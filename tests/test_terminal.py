@@ -129,6 +129,7 @@ def test_pipes_and_terminals_without_escape_sequences_receive_plain_lines(stream
         monkeypatch.delenv("TERM")
     for step in (5, 10, 20):
         log_step(tmp_path / "m", PLACE, step_record(step))
+    log_step(tmp_path / "m", PLACE, step_record(20, loss=0.0, mix=None))
     print0("warning: ended")
     text = sys.stdout.getvalue() if stream == "pipe" else terminal.written().replace("\r\n", "\n")
     rest = "loss 1.2500  ntp 1.0000  mix 1.2500  12,346 tokens/s\n"
@@ -136,6 +137,7 @@ def test_pipes_and_terminals_without_escape_sequences_receive_plain_lines(stream
         f"4/4 sftmix  step  5/20  30 s left, 50 s in all  {rest}"
         f"4/4 sftmix  step 10/20  20 s left, 40 s in all  {rest}"
         f"4/4 sftmix  step 20/20  took 40 s  {rest}"
+        "4/4 sftmix  step 20/20  took 40 s  loss 0.0000  12,346 tokens/s\n"
         "warning: ended\n"
     )
 

@@ -47,7 +47,7 @@ from train import (
     optimizer_step,
     parse_config,
     prepare_batch,
-    record_scores,
+    record_dynamics,
     train,
 )
 
@@ -196,7 +196,7 @@ def test_training_passes_score_as_scoring_does(device):
     for num_pairs in (0, 2):
         batch = build_batch(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50).to(device)
         forward_backward(model, batch, 0.5, 1.0, scores)
-        for one, other in zip(scores.means(), mean_gold_probs(model, dataset, 1000), strict=True):
+        for one, other in zip(scores.pop_means(), mean_gold_probs(model, dataset, 1000), strict=True):
             np.testing.assert_allclose(one, other, rtol=tolerance(device, 1e-5, 1e-4))
 
 
@@ -233,9 +233,9 @@ def test_a_pair_shares_a_micro_batch_and_no_example_is_lost():
     assert len(batch.micro_batches) > 2 and batch.num_tokens == sum(range(3, 14))
     seen, lam_of_pair = [], {}
     for micro_batch in batch.micro_batches:
-        lengths = micro_batch.batch.cu_seqlens.diff().tolist()
+        lengths = micro_batch.row.cu_seqlens.diff().tolist()
         seen += [length - 3 for length in lengths]
-        examples = [micro_batch.example_index[index].tolist() for index in micro_batch.mix_indices]
+        examples = [micro_batch.example_index[index].tolist() for index in (micro_batch.index_c, micro_batch.index_u)]
         lam_of_pair |= dict(zip(zip(*examples, strict=True), micro_batch.lam.tolist(), strict=True))
     assert sorted(seen) == list(range(11))
     assert lam_of_pair == pytest.approx({(2 * p, 2 * p + 1): p / 10 for p in range(5)})
@@ -376,9 +376,9 @@ def test_a_stopped_loop_ends_where_an_uninterrupted_one_does(device, tmp_path):
     def run(name, after_step=None):
         model, scores = tiny_model().to(device), ScoreAccumulator(dataset.num_supervised, device, max_epochs=2)
         savepoints = Savepoints(tmp_path / name, "sftmix", every=3, keep=2)
-        order = Sampler(partial(epoch_order, 7, 0), is_mixed=lambda epoch: epoch > 0, scores=scores)
+        order = Sampler(partial(epoch_order, 7, 0), is_mixed=lambda epoch: epoch > 0, accumulator=scores)
         train(model, dataset, config, order, lambda record: None, after_step, savepoints)
-        return torch.cat([p.detach().flatten() for p in model.parameters()]), np.stack(scores.epochs())
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), np.stack(scores.epoch_scores())
 
     with pytest.raises(Stopped):
         run("stopped", {7: stop})  # of 8 steps, 4 an epoch; the last savepoint is that of step 6
@@ -495,7 +495,7 @@ def test_low_confidence_is_what_points_at_wrong_answers(tmp_path):
     (tmp_path / "data" / "wrong.json").write_text('["a"]')
     dynamics = TrainingDynamics(["a", "b", "c"], np.array([[0.1, 0.5, 0.9]]), np.array([[9, 2, 1]]))
     config = TrainConfig(model="m", data="d", output=str(tmp_path))
-    assert record_scores(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
+    assert record_dynamics(dynamics, config)["roc_area"] == {"probability": 1.0, "perplexity": 1.0}
 
 
 def test_mixup_alone_has_the_same_reference(finished, folder, tmp_path):
@@ -819,7 +819,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--template", "chatml"], "template chatml: the tokenizer has no token <|im_start|>"),
         (["--max_length", "9999"], "has only 512 positions"),
         (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
-        (["--stage", "sftmix"], "confidence.jsonl: not found; --stage confidence makes it"),
+        (["--stage", "sftmix"], "confidence.jsonl: not found; train.py --stage confidence makes it"),
         (["--confidence", "none.jsonl"], "none.jsonl: not found"),
         (["--stage", "confidence"], "no finished reference run there; --stage reference makes one"),
         (["--confidence", "other.jsonl", "--stage", "sftmix"], "20 of 20 examples have no confidence score"),
