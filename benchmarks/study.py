@@ -192,7 +192,7 @@ REALS = {
     "135M GSM8K mistakes": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
     **{
         f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
-        for lr in (3e-5, 1e-4, 3e-4)
+        for lr in (1e-5, 3e-5, 1e-4, 3e-4)
     },
 }
 FIRST_3M = [*BASE_135M[:3], "label smoothing, ε = 0.04"]
