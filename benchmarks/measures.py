@@ -1,8 +1,8 @@
-"""Measures of a model's predictions that calibration cannot fool: the loss at the model's own temperature, accuracy.
+"""Measures of a model's predictions: loss, the same after temperature scaling, token accuracy, calibration error.
 
-A model that is too sure of itself has a high loss although it ranks tokens well. One number, a temperature that divides
-all logits, fitted on examples that are neither trained on nor reported on (Guo et al. 2017), takes that away: what is
-left of a difference between two models is not calibration.
+A model that is too sure of itself has a high loss although it ranks tokens well. Temperature scaling (Guo et al. 2017)
+divides all logits by one number, fitted on examples that are neither trained on nor reported on. It takes away what a
+global rescaling of confidence can change.
 
 Letters: S supervised positions of a dataset, D hidden size, V vocabulary size, R positions in a chunk.
 """

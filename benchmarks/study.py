@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from benchmarks import rivals
+from benchmarks import baselines
 from benchmarks.measures import fit_temperature, measure, supervised_states
 from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confidence
 from data import IGNORE_INDEX, Dataset, load_examples, paired_order, sample_lambda
@@ -81,7 +81,7 @@ class Arm(NamedTuple):
     checkpoints: tuple[int, ...] | None = None  # that its scores are the mean of, by number; None: all
     weaker: bool = False  # its scores are of the weaker model
     half: int | None = None  # train on the confident half (0) or the unconfident one (1) alone, as many tokens in all
-    loss: Callable | None = None  # (target tokens of the training data, vocabulary size) -> a loss of rivals.py
+    loss: Callable | None = None  # (target tokens of the training data, vocabulary size) -> a loss of baselines.py
     parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
     @property
@@ -92,13 +92,13 @@ class Arm(NamedTuple):
 
 def smoothing(epsilon: float) -> Arm:
     """NTP with label smoothing."""
-    return Arm("--stage reference", loss=lambda targets, vocab_size: partial(rivals.smoothed_loss, epsilon=epsilon))
+    return Arm("--stage reference", loss=lambda targets, vocab_size: partial(baselines.smoothed_loss, epsilon=epsilon))
 
 
 def unigram_smoothing(targets, vocab_size: int):
     """A loss with label smoothing towards the frequencies of the training targets."""
-    towards = rivals.unigram_frequencies(targets, vocab_size)
-    return partial(rivals.smoothed_loss, epsilon=0.04, towards=towards)
+    towards = baselines.unigram_frequencies(targets, vocab_size)
+    return partial(baselines.smoothed_loss, epsilon=0.04, towards=towards)
 
 
 # Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1) of the targets' weight to another token, where the two tokens
@@ -131,10 +131,10 @@ ARMS = {
     "NTP, unconfident half": Arm("--stage reference", half=1),
     "LoRA, NTP": Arm("--stage reference --lora_rank 8 --lr 5e-3"),
     "LoRA, SFTMix": Arm("--stage sftmix --lora_rank 8 --lr 5e-3"),
-    "IR-DRO": Arm("--stage reference", loss=lambda *_: rivals.ir_dro_loss),
-    "DFT": Arm("--stage reference", loss=lambda *_: rivals.dft_loss),
-    "EAFT": Arm("--stage reference", loss=lambda *_: rivals.eaft_loss),
-    "NEFTune": Arm("--stage reference", parts={"load_trainable": rivals.with_embedding_noise()}),
+    "IR-DRO": Arm("--stage reference", loss=lambda *_: baselines.ir_dro_loss),
+    "DFT": Arm("--stage reference", loss=lambda *_: baselines.dft_loss),
+    "EAFT": Arm("--stage reference", loss=lambda *_: baselines.eaft_loss),
+    "NEFTune": Arm("--stage reference", parts={"load_trainable": baselines.with_embedding_noise()}),
     "unigram smoothing, ε = 0.04": Arm("--stage reference", loss=unigram_smoothing),
     "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_variance}),
     "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_rank}),
@@ -175,15 +175,15 @@ class Real(NamedTuple):
     max_question: int | None = None  # characters; longer ones are left out
 
 
-RIVALS = ["unigram smoothing, ε = 0.04", "IR-DRO", "NEFTune", "DFT", "EAFT"]
-BASE_135M = [  # what is registered in docs/study.md, the most important first
+BASELINES = ["unigram smoothing, ε = 0.04", "IR-DRO", "NEFTune", "DFT", "EAFT"]
+BASE_135M = [  # what docs/study.md specifies, the most important first
     "NTP",
     "random pairs",  # needs no scores, so that it can run beside NTP
     "SFTMix, by perplexity",
     "NTP in SFTMix's order, by perplexity",
     "SFTMix",
     "label smoothing, ε = 0.04",
-    *RIVALS,
+    *BASELINES,
 ]
 LR_135M = 3e-5  # NTP's best by validation loss, of the grid
 REALS = {
@@ -196,13 +196,13 @@ REALS = {
     },
 }
 FIRST_3M = [*BASE_135M[:3], "label smoothing, ε = 0.04"]
-DOSES = [  # of smoothing and of Mixup
+STRENGTHS = [  # of smoothing and of Mixup
     *(f"label smoothing, ε = {epsilon}" for epsilon in (0.013, 0.04, 0.083, 0.25)),
     *("SFTMix, μ = 0.1", "SFTMix", "SFTMix, μ = 0.5", "SFTMix, μ = 1"),
 ]
 _SMALL = {"epochs": 5, "lr": 1e-3, "seeds": 5, "num_held_out": 200, "max_length": 256, "max_question": 200}
 REALS |= {
-    "3M Alpaca": Real([*FIRST_3M, *DOSES, *RIVALS, "SFTMix, by a weaker model"], num_train=300, **_SMALL),
+    "3M Alpaca": Real([*FIRST_3M, *STRENGTHS, *BASELINES, "SFTMix, by a weaker model"], num_train=300, **_SMALL),
     "3M MedQuAD": Real(FIRST_3M, num_train=200, **_SMALL),
 }
 
@@ -292,7 +292,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     parts = dict(arm.parts)
     if arm.loss is not None:
         targets = torch.cat([targets[targets != IGNORE_INDEX].long() for _, targets in encoded["train"]])
-        parts["compute_loss"] = rivals.with_loss(arm.loss(targets, load_config(cell / "base").vocab_size))
+        parts["compute_loss"] = baselines.with_loss(arm.loss(targets, load_config(cell / "base").vocab_size))
     for part, replacement in parts.items():
         setattr(train, part, replacement)
     run_train(flags, *arm.flags.split(), *more)
@@ -566,7 +566,7 @@ def run(args) -> None:
     if args.corpus in REALS:
         real = REALS[args.corpus]
         arms = list(dict.fromkeys(arm for arm in real.arms if args.weaker or not ARMS[arm].weaker))
-        plan, seeds = [(args.corpus, arms[:3]), (args.corpus, arms)], real.seeds  # the registered contrasts come first
+        plan, seeds = [(args.corpus, arms[:3]), (args.corpus, arms)], real.seeds  # the two contrasts come first
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:

@@ -15,11 +15,11 @@ from benchmarks.study import (
     COMPARED,
     DEMOS,
     DOCUMENT,
-    DOSES,
     LONG,
     REALS,
     ROOT,
     SHARES,
+    STRENGTHS,
     read_results,
 )
 
@@ -50,22 +50,25 @@ def t_quantile(tail: float, degrees: int) -> float:
 
 
 class Difference(NamedTuple):
-    """Of paired values: their mean difference, its 95 % interval, the p-value, and what the design could detect."""
+    """Of paired values: their mean difference and, of three pairs or more, its interval and its test."""
 
     mean: float
-    half: float
-    p: float
-    detectable: float  # with 80 % power at a level of 5 %
+    half: float | None = None  # half the width of the 95 % interval
+    p: float | None = None
+    detectable: float | None = None  # the smallest true difference found with 80 % power at a level of 5 %
+    wider_half: float | None = None  # half the width of the 97.5 % interval
 
 
 def difference(one: list[float], other: list[float]) -> Difference:
     """Paired t-test of `one` minus `other`."""
     differences = [a - b for a, b in zip(one, other, strict=True)]
     n, mean = len(differences), statistics.mean(differences)
+    if n < 3:
+        return Difference(mean)
     error = statistics.stdev(differences) / math.sqrt(n)
     t = t_quantile(0.05, n - 1)
     p = t_tail(mean / error, n - 1) if error else float(mean == 0)
-    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error)
+    return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error, t_quantile(0.025, n - 1) * error)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -107,10 +110,10 @@ class Results:
         return [arm for arm in ARMS if len(seeds) > 2 and seeds <= self.of(corpora, arm, "loss").keys()]
 
     def difference(self, corpora: list[str], one: str, other: str, measure: str) -> Difference | None:
-        """The difference of two arms over the seeds that both have; None with fewer than three."""
+        """The difference of two arms over the seeds that both have; None without any."""
         a, b = self.of(corpora, one, measure), self.of(corpora, other, measure)
         seeds = sorted(a.keys() & b.keys())
-        return difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 2 else None
+        return difference([a[s] for s in seeds], [b[s] for s in seeds]) if seeds else None
 
 
 PARTS = {demo: [demo] for demo in DEMOS} | {"all shares": SHARES}
@@ -127,7 +130,7 @@ def report() -> None:
     if grid := [corpus for corpus in real if "grid" in corpus]:
         tables["135M grid"] = grid_table(results, grid)
     if "3M Alpaca" in real:
-        tables["doses"] = doses_table(results, "3M Alpaca")
+        tables["strengths"] = strengths_table(results, "3M Alpaca")
     tables["wrong answers found"] = areas_table(results)
     tables["beyond the paper"] = beyond_table(results)
     tables["overfitting"] = overfit_table(results)
@@ -142,24 +145,25 @@ def report() -> None:
 
 
 def signed(d: Difference | None, p: float | None, form: str, factor: float) -> list[str]:
-    """A difference with its interval, and its corrected p-value."""
+    """A difference, with its interval if it has one, and its corrected p-value."""
     if d is None:
         return ["–", "–"]
-    return [f"{factor * d.mean:+{form}} ± {factor * d.half:{form}}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+    interval = "" if d.half is None else f" ± {factor * d.half:{form}}"
+    return [f"{factor * d.mean:+{form}}{interval}", "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"]
 
 
 def compared(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measure: str) -> list[tuple]:
-    """(difference, p-value corrected for their number) of each pair of arms; (None, None) where there is none."""
+    """(difference, p-value corrected for their number) of each pair of arms; None for what there is not."""
     found = [results.difference(corpora, one, other, measure) for one, other in pairs]
-    corrected = iter(holm([d.p for d in found if d]))
-    return [(d, next(corrected) if d else None) for d in found]
+    corrected = iter(holm([d.p for d in found if d and d.p is not None]))
+    return [(d, next(corrected) if d and d.p is not None else None) for d in found]
 
 
 def arms_table(results: Results, corpora: list[str]) -> list[str]:
     """A row for each arm, with its paired difference to NTP."""
     arms = results.arms(corpora)
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
-    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | calibration error | spread |"]
+    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | ECE | SD of p |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
     for arm in arms:
@@ -176,11 +180,11 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
 
 
 def others_table(results: Results, corpora: list[str]) -> list[str]:
-    """The other comparisons, each with the smallest difference that would have been found."""
+    """The other comparisons, each with its minimum detectable effect."""
     pairs = [pair for pair in COMPARED if {*pair} <= {*results.arms(corpora)}]
     if not pairs:
         return []
-    lines = ["", "| one − other | held-out loss | p | detectable | exact match, % | p | detectable |"]
+    lines = ["", "| one − other | held-out loss | p | MDE | exact match, % | p | MDE |"]
     lines.append("|---|---|---|---|---|---|---|")
     tests = {measure: compared(results, corpora, pairs, measure) for measure in MEASURES}
     for n, (one, other) in enumerate(pairs):
@@ -193,16 +197,16 @@ def others_table(results: Results, corpora: list[str]) -> list[str]:
 
 
 REAL_MEASURES = {  # heading -> key, format, factor
-    "loss at own temperature": ("loss_at_temperature", ".4f", 1),
+    "temperature-scaled loss": ("loss_at_temperature", ".4f", 1),
     "loss": ("loss", ".4f", 1),
     "token accuracy, %": ("token_accuracy", ".2f", 100),
-    "calibration error": ("calibration_error", ".3f", 1),
+    "ECE": ("calibration_error", ".3f", 1),
 }
-MARGIN = 0.01  # nats of loss at own temperature below which a difference is too small to matter, registered
+MARGIN = 0.01  # nats of temperature-scaled loss below which a difference is too small to matter, pre-specified
 
 
 def real_table(results: Results, corpus: str) -> list[str]:
-    """A row for each arm of a cell of real data: means over its seeds, and in brackets differences to NTP."""
+    """A row for each arm of a cell of real data: means over its seeds, and in parentheses differences from NTP."""
     lines = [f"| arm | seeds | {' | '.join(REAL_MEASURES)} |", "|---|---|" + "---|" * len(REAL_MEASURES)]
     for arm in dict.fromkeys(["NTP", EARLY_STOPPING, *REALS[corpus].arms]):
         row = [arm, str(len(results.of([corpus], arm, "loss")))]
@@ -210,30 +214,31 @@ def real_table(results: Results, corpus: str) -> list[str]:
             values = [factor * value for value in results.of([corpus], arm, key).values()]
             d = results.difference([corpus], arm, "NTP", key) if arm != "NTP" else None
             cell = f"{statistics.mean(values):{form}}" if values else "–"
-            row.append(cell + (f" ({signed(d, 1, form, factor)[0]})" if d else ""))
+            row.append(cell + (f" ({signed(d, None, form, factor)[0]})" if d else ""))
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
 def contrasts_table(results: Results, corpus: str) -> list[str]:
-    """The two contrasts that are registered for the main cell: loss at own temperature, p-values corrected for two."""
+    """The two contrasts that are pre-specified for the main cell. Their p-values wait for the last seed."""
     pairs = [("SFTMix, by perplexity", "NTP"), ("SFTMix, by perplexity", "random pairs")]
     lines = [
         "",
-        "| contrast | seeds | loss at own temperature | p (Holm) | detectable | margin |",
-        "|---|---|---|---|---|---|",
+        "| contrast | seeds | temperature-scaled loss | p (Holm) | MDE | 97.5 % interval | margin |",
+        "|---|---|---|---|---|---|---|",
     ]
     key = "loss_at_temperature"
     for (one, other), (d, p) in zip(pairs, compared(results, [corpus], pairs, key), strict=True):
         seeds = len(results.of([corpus], one, key).keys() & results.of([corpus], other, key).keys())
-        detectable = f"{d.detectable:.4f}" if d else "–"
-        lines.append(f"| {one} − {other} | {seeds} | {' | '.join(signed(d, p, '.4f', 1))} | {detectable} | {MARGIN} |")
+        cells = signed(d, p if seeds == REALS[corpus].seeds else None, ".4f", 1)
+        cells += ["–", "–"] if d is None or d.half is None else [f"{d.detectable:.4f}", f"± {d.wider_half:.4f}"]
+        lines.append(f"| {one} − {other} | {seeds} | {' | '.join(cells)} | {MARGIN} |")
     return lines
 
 
 def grid_table(results: Results, corpora: list[str]) -> list[str]:
     """NTP's validation loss by learning rate."""
-    lines = ["| learning rate | validation loss | at its own temperature |", "|---|---|---|"]
+    lines = ["| learning rate | validation loss | after temperature scaling |", "|---|---|---|"]
     for corpus in sorted(corpora, key=lambda corpus: REALS[corpus].lr):
         note = results.notes[corpus, "NTP", 0]
         cells = [f"{note['validation'][key]:.4f}" for key in ("loss", "loss_at_temperature")]
@@ -241,13 +246,13 @@ def grid_table(results: Results, corpora: list[str]) -> list[str]:
     return lines
 
 
-def doses_table(results: Results, corpus: str) -> list[str]:
-    """Loss at own temperature over NTP's: on the examples to choose a dose by, and on those that are reported."""
+def strengths_table(results: Results, corpus: str) -> list[str]:
+    """Temperature-scaled loss minus NTP's: on the examples to choose a strength by, and on those that are reported."""
     lines = ["| arm | seeds | validation, − NTP | held out, − NTP |", "|---|---|---|---|"]
-    for arm in DOSES:
+    for arm in STRENGTHS:
         row = [arm, str(len(results.of([corpus], arm, "loss")))]
         for measure in ("validation_at_temperature", "loss_at_temperature"):
-            row.append(signed(results.difference([corpus], arm, "NTP", measure), 1, ".4f", 1)[0])
+            row.append(signed(results.difference([corpus], arm, "NTP", measure), None, ".4f", 1)[0])
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -284,7 +289,7 @@ def areas_table(results: Results) -> list[str]:
 
 
 def beyond_table(results: Results) -> list[str]:
-    """What the other uses of confidence bring over random pairs: on the examples to choose by, and on the others."""
+    """Other uses of confidence minus random pairs: on the examples to choose by, and on the others."""
     arms = {"SFTMix, μ = 1", "SFTMix, by perplexity, μ = 1", *BEYOND}
     pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
     columns = [compared(results, [LONG], pairs, measure) for measure in ("eval_accuracy", "accuracy")]
@@ -315,20 +320,20 @@ def effects(results: Results, axes, cells: list[str], arms: list[str], measure: 
 
 
 def picture(results: Results) -> None:
-    """Draw what SFTMix and random pairs change over NTP, on real data with three seeds or more, and on the demo's."""
+    """Draw differences from NTP of SFTMix and random pairs: real data with three seeds or more, and the demo."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     arms, key = ["SFTMix, by perplexity", "random pairs"], "loss_at_temperature"
-    cells = [cell for cell in REALS if all(results.difference([cell], arm, "NTP", key) for arm in arms)]
+    cells = [cell for cell in REALS if min(len(results.of([cell], arm, key)) for arm in ["NTP", *arms]) > 2]
     panels = 1 + bool(cells)
     figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False)
     if cells:
         effects(results, axes[0, 0], cells, arms, key, 1)
         axes[0, 0].axvspan(-MARGIN, MARGIN, color="black", alpha=0.08, lw=0)
-        axes[0, 0].set(xlabel="nats; grey: too small to matter", title="Held-out loss at own temperature, over NTP")
+        axes[0, 0].set(xlabel="nats, lower is better; grey: too small to matter", title="Temperature-scaled loss − NTP")
     effects(results, axes[0, -1], list(DEMOS), ["SFTMix", "random pairs"], "accuracy", 100)
-    axes[0, -1].set(xlabel="points; the demo, by % of wrong answers", title="Exact match, over NTP")
+    axes[0, -1].set(xlabel="points, higher is better; by % of wrong answers", title="Exact match − NTP")
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)

@@ -239,7 +239,7 @@ def train_demo_tokenizer(folder: Path) -> Tokenizer:
 
 
 def least_confident(folder: Path, count: int = 3) -> str:
-    """Lines with the training examples of the demo of least confidence, by probability, and whether they are wrong.
+    """Lines with the training examples of the demo of least confidence, by perplexity, and whether they are wrong.
 
     Raises OSError, or ValueError, KeyError or TypeError if the files in `folder` are not what the demo has written.
     """
@@ -247,9 +247,9 @@ def least_confident(folder: Path, count: int = 3) -> str:
         scores = [json.loads(line) for line in file]
     examples = {example.id: example for example in load_examples(folder / "data" / "train.jsonl")}
     wrong = set(json.loads((folder / "data" / "wrong.json").read_text()))
-    lines = [f"Of {len(scores):,} training examples, these have the lowest mean gold-token probability:"]
-    for score in sorted(scores, key=lambda score: score["confidence"])[:count]:
+    lines = [f"Of {len(scores):,} training examples, these have the highest mean perplexity:"]
+    for score in sorted(scores, key=lambda score: -score["perplexity"])[:count]:
         prompt, response = (message["content"] for message in examples[score["id"]].messages)
         answer = "wrong" if score["id"] in wrong else "right"
-        lines.append(f"  {score['confidence']:.3f}  {answer}  {prompt} → {response}")
+        lines.append(f"  {score['perplexity']:.2f}  {answer}  {prompt} → {response}")
     return "\n".join(lines)

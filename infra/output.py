@@ -180,7 +180,7 @@ def print_report(output: Path, demo: bool) -> None:
     if (output / "confidence.jsonl").exists():
         look = f"python confidence.py --scores {output}/confidence.jsonl"
         look += f" --data {output}/data/train.jsonl" if demo else " --data FILE"
-        print0(f"The least confident examples:  {look} --show 20")
+        print0(f"The least confident examples:  {look} --by perplexity --show 20")
         print0(f"The data map:  {look} --plot map.png")
     if demo:
         print0("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")

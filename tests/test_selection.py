@@ -217,15 +217,17 @@ def test_the_demo_ends_with_what_it_is_least_sure_of(folder, capsys):
     (folder / "data.jsonl").rename(folder / "data" / "train.jsonl")
     (folder / "scores.jsonl").rename(folder / "confidence.jsonl")
     ids = [example.id for example in load_examples(folder / "data" / "train.jsonl")]
-    (folder / "data" / "wrong.json").write_text(json.dumps([ids[4], ids[6]]))  # of records 1 and 3
-    rows = [f"0.{n}00  {answer}  ask {n} → say é {n}" for n, answer in ((1, "wrong"), (2, "right"), (3, "wrong"))]
+    (folder / "data" / "wrong.json").write_text(json.dumps([ids[3], ids[1]]))  # of records 8 and 6
+    answers = ((8, "wrong"), (7, "right"), (6, "wrong"))
+    rows = [f"{1 + 2 * n:.2f}  {answer}  ask {n} → say é {n}" for n, answer in answers]
     assert [line.strip() for line in least_confident(folder).splitlines()[1:]] == rows
     for damage in (lambda: None, (folder / "data" / "wrong.json").unlink):
         damage()
         print_report(folder, demo=True)
         told = capsys.readouterr().out
         assert (rows[0] in told) == (folder / "data" / "wrong.json").exists()
-        assert f"--scores {folder}/confidence.jsonl --data {folder}/data/train.jsonl --show 20\n" in told
+        look = f"--scores {folder}/confidence.jsonl --data {folder}/data/train.jsonl"
+        assert f"{look} --by perplexity --show 20\n" in told
 
 
 def test_names_of_few_records_are_each_given_once(tmp_path):

@@ -1,4 +1,4 @@
-"""Rivals of SFTMix, as losses or models that take the place of a part of train.py. Each cites its paper.
+"""Baselines of SFTMix, as losses or models that take the place of a part of train.py. Each cites its paper.
 
 Letters: S supervised positions of a packed row, B examples in it, V vocabulary size, D hidden size.
 """
