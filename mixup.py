@@ -94,7 +94,7 @@ def pair_positions(targets, cu_seqlens, pairs):
     return first[confident][pair] + n, first[unconfident][pair] + n, pair
 
 
-# --- The fused loss ---------------------------------------------------------------------------------------------------
+# --- The fast loss ----------------------------------------------------------------------------------------------------
 
 
 def sftmix_loss(
