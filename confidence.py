@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, count_tokens, make_micro_batches
 from infra.cache import choose_cache, load_dataset
 from infra.cli import (
+    SEVERAL,
     ArgumentParser,
     add_data_flag,
     add_data_flags,
@@ -53,7 +54,14 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write, check_file
-from infra.hf import check_models, choose_template, load_models, load_tokenizer, resolve_max_length
+from infra.hf import (
+    check_models,
+    choose_template,
+    load_models,
+    load_tokenizer,
+    open_safetensors,
+    resolve_max_length,
+)
 from infra.metrics import log_checkpoint
 from infra.selection import (
     add_selection_flags,
@@ -205,7 +213,8 @@ def score_checkpoints(
     scores, start, num_scored = [], time.perf_counter(), 0
     for folder in folders:
         if folder in cached:
-            scores.append(load(paths[folder].read_bytes())["scores"])
+            with open_safetensors(paths[folder]) as file:
+                scores.append(file.get_tensor("scores").numpy())
             continue
         scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
         if paths and rank() == 0:
@@ -355,7 +364,8 @@ def parse_args(argv=None):
     about = "How confidently a run's checkpoints predict each example of a file."
     parser = ArgumentParser(usage, description=about)
     data, saving = parser.group("data"), parser.group("saving")
-    data.add_argument("--checkpoints", nargs="+", metavar="DIR", help="model folders, oldest first")
+    help = "model folders, oldest first"
+    data.add_argument("--checkpoints", **SEVERAL, metavar="DIR", help=help)
     add_data_flag(parser, "the examples", required=False)
     data.add_argument("--scores", metavar="FILE", help="existing scores, instead of --checkpoints")
     saving.add_argument("--output", metavar="FILE", help="file for the scores, or with --keep for the records kept")

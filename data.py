@@ -109,7 +109,7 @@ def to_example(record: dict) -> Example:
     >>> to_example({"question": "Who wrote it?", "answer": "R. Moll.", "topic": "books"}).notes
     ('ignored key topic',)
     """
-    record = _drop_missing(record)
+    record = drop_missing(record)
     form, notes = _find_format(record, FORMATS), []
     if form.prompt == "text":
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
@@ -127,7 +127,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
 
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
-    record = _drop_missing(record)
+    record = drop_missing(record)
     prompts = [Format("turns"), *(Format(prompt) for prompt, _ in FORMATS if prompt != "text")]
     form = _find_format(record, prompts)
     if form.prompt == "turns":
@@ -139,7 +139,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
     return before, [last["content"]]
 
 
-def _drop_missing(record: dict) -> dict:
+def drop_missing(record: dict) -> dict:
     """The keys of a record or a turn that have a value. Merged data sets have null in the columns of the others."""
     return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
 
@@ -207,12 +207,12 @@ def _take_turns(record: dict, form: Format) -> list:
 
 def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dict]:
     """Messages of a list of turns: an optional system turn, then user and assistant in turn, ending with `last`."""
+    turns = [drop_missing(turn) if isinstance(turn, dict) else turn for turn in turns]
     if all(isinstance(turn, str) for turn in turns):
         turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
         pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in turns]
         turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
-    turns = [_drop_missing(turn) if isinstance(turn, dict) else turn for turn in turns]
     roles = [_role(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
     start = roles.index("user") if "user" in roles else len(roles)
     end = max((n + 1 for n, role in enumerate(roles) if role == last), default=0)

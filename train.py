@@ -68,7 +68,7 @@ from infra.distributed import (
     set_zero_stage,
     world_size,
 )
-from infra.files import write_json
+from infra.files import read_json, write_json
 from infra.hf import (
     check_models,
     choose_template,
@@ -82,7 +82,9 @@ from infra.hf import (
 from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
+    check_output,
     check_saved_tokenizer,
+    load_results,
     lock_output,
     place_of,
     print_report,
@@ -118,6 +120,11 @@ class TrainConfig:
     RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
         """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
         deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
+    )
+
+    # So may the stages of a run that are started one by one: each of these counts in a single stage.
+    STAGE_MAY_CHANGE: ClassVar[frozenset] = frozenset(
+        "confidence confidence_by pairing mu alpha ntp_weight num_checkpoints".split()
     )
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs", group="data")
@@ -373,7 +380,7 @@ def train(
                 should_log = done % config.log_every == 0 or done == total_steps
                 should_save = savepoints and (done % savepoints.every == 0 or done == total_steps)
                 # The values of a step are read one step later, on all processes alike, unless they are needed now.
-                check_skipped_steps(metrics, dataset, config, log, wait=should_log or should_save)
+                check_skipped_steps(metrics, dataset, config, log, wait=should_log)
                 if should_log:
                     log(metrics.record(done, epoch=epoch, lr=lr))
                 if accumulator and done == (epoch + 1) * epoch_steps:
@@ -382,6 +389,7 @@ def train(
                     with metrics.paused():
                         after_step[done]()
                 if should_save or metrics.stop:  # only with savepoints are signals deferred
+                    check_skipped_steps(metrics, dataset, config, log, wait=True)
                     with metrics.paused():
                         savepoints.save(done, model, optimizer, metrics, accumulator)
                 if metrics.stop:
@@ -616,8 +624,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]
 def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
     output, demo = Path(config.output), config.model is None
-    if not demo and output.resolve() == Path(config.model).resolve():
-        raise ValueError(f"--output {output}: is the model's own folder; choose another")
+    check_output(config)
     if demo and config.max_length > DEMO_MODEL["max_position_embeddings"]:
         raise ValueError(
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
@@ -638,7 +645,8 @@ def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     """Check all that a run is given, then run these stages."""
     output = Path(config.output)
-    if config.resume:
+    is_continued = (output / "config.json").is_file() and bool(config.resume or load_results(output))
+    if is_continued:
         config = check_resume_config(config)
     config = resolve_hardware(config, device)
     train_stats = {"seconds": None, "peak_memory_bytes": None}
@@ -658,8 +666,9 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     if rank() == 0:
         content = input_checksums(config)
-        if config.resume:
+        if is_continued:
             check_resume_config(config, content)
+            content = read_json(output / "config.json").get("content", {}) | content
         write_json(output / "config.json", asdict(config) | {"content": content})
         save_skipped(output, inputs.train, inputs.held_out)
 

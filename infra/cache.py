@@ -97,8 +97,9 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
                 example_ids = np.array(list(unique_ids(dataset.ids, id_counts)), dtype=ARRAY_DTYPES["example_ids"])
                 dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
-                    getattr(dataset, name).tofile(file)
+                    file.write(np.ascontiguousarray(getattr(dataset, name)).data)
         found = {"counts": reading.counts, "bad": reading.bad, "notes": reading.notes}
+        found["files"] = [str(file) for file in find_files(data)]
         (tmp / "reading.json").write_text(json.dumps(found, default=str))
         (tmp / "counts.json").write_text(json.dumps(counts))
         try:
@@ -106,6 +107,10 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
         except OSError:
             if not folder.exists():  # else another run has encoded the same files meanwhile
                 raise
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from None  # a full disk is reported without a name
     except BrokenProcessPool:
         raise OSError(f"{describe(data)}: a process that was encoding it has been killed; is memory short?") from None
     finally:
@@ -167,13 +172,19 @@ def _call(item):
     return _call.function(item)
 
 
-def load_cache(folder: Path) -> tuple[Dataset, Reading]:
-    """Memory-map what `encode_files` wrote. ValueError if it is not complete."""
+def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, Reading]:
+    """Memory-map what `encode_files` wrote. ValueError if it is not complete.
+
+    `files` have the content that was encoded, perhaps under other names, and bad records get theirs.
+    """
     try:
         counts = Counter(json.loads((folder / "counts.json").read_text()))
         reading = json.loads((folder / "reading.json").read_text())
+        name_of = dict(zip(reading["files"], map(str, files or reading["files"]), strict=True))
         bad = [BadRecord(*record) for record in reading["bad"]]
-        reading = Reading(Counter(reading["counts"]), bad, Counter(reading["notes"]))
+        bad = [b._replace(file=name_of[b.file], place=name_of[b.file] + b.place.removeprefix(b.file)) for b in bad]
+        counts_by_file = Counter({name_of[name]: count for name, count in reading["counts"].items()})
+        reading = Reading(counts_by_file, bad, Counter(reading["notes"]))
         open_array = partial(np.memmap, mode="r") if counts["examples"] else np.fromfile  # an empty file has no map
         arrays = {name: open_array(folder / name, dtype) for name, dtype in ARRAY_DTYPES.items()}
         complete = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
@@ -202,7 +213,7 @@ def load_dataset(
         time.sleep(0.1)
     else:
         raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
-    dataset, reading = load_cache(folder)
+    dataset, reading = load_cache(folder, find_files(data))
     reading.check(name, skip_bad_records)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no response starts within --max_length {max_length}")

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -57,6 +58,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, usage: str | None = None, **kwargs):
         super().__init__(usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.words: list[str] = []
+
+    def parse_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_args(args, namespace)
 
     def group(self, title: str):
         """The group of flags with this title, to which flags can be added."""
@@ -92,11 +98,24 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = (message.split()[2:] or ["''"])[0].split("=")[0]
-            parsers = [self, *(self._subparsers._group_actions[0].choices.values() if self._subparsers else ())]
+            commands = self._subparsers._group_actions[0].choices if self._subparsers else {}
+            parsers = [self, *(parser for name, parser in commands.items() if name in self.words)]
             flags = {flag for parser in parsers for flag in parser._option_string_actions}
             near = [FLAGS_OF_PEERS[word]] if word in FLAGS_OF_PEERS else difflib.get_close_matches(word, flags, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
         self.exit(2, f"{self.prog}: error: {message}\n" if is_local_rank_zero() else None)
+
+
+class Once(argparse.Action):
+    """Store the values of a flag that takes several; giving it twice is an error, and not the last of them alone."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string}: given twice; all that it takes goes behind one {option_string}")
+        setattr(namespace, self.dest, values)
+
+
+SEVERAL = {"nargs": "+", "action": Once}  # how flags that take several values are added
 
 
 def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
@@ -114,7 +133,7 @@ DATA_HELP = "files (.jsonl, .json, also as .gz; .parquet), folders or patterns o
 def add_data_flag(parser: ArgumentParser, what: str, required: bool) -> None:
     """Add --data, for a script that reads `what` from data files."""
     help = f"{what}: {DATA_HELP}"
-    parser.group("data").add_argument("--data", nargs="+", required=required, metavar="FILE", help=help)
+    parser.group("data").add_argument("--data", **SEVERAL, required=required, metavar="FILE", help=help)
 
 
 def add_data_flags(parser: ArgumentParser) -> None:
@@ -161,9 +180,9 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
             group.add_argument(name, type=int, nargs="?", const=0, metavar="N", help=text)
             continue
         kind = {int: int, int | None: int, float: float}.get(field_.type, str)
-        nargs = "+" if field_.type == str | tuple[str, ...] | None else None
+        several = SEVERAL if field_.type == str | tuple[str, ...] | None else {}
         metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
-        group.add_argument(name, type=kind, nargs=nargs, metavar=metavar, help=text)
+        group.add_argument(name, type=kind, **several, metavar=metavar, help=text)
 
 
 def check_values(config) -> None:

@@ -145,9 +145,12 @@ def _checksum(file: Path) -> dict:
 
 
 def sha256_of(path) -> list[str]:
-    """The SHA-256 of a file, or of each weight file of a model folder."""
+    """The SHA-256 of a file, or of each file of weights, configuration or tokenizer of a model folder."""
     path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+        files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.name != MANIFEST)
     return [checksum["sha256"] for checksum in checksums(files).values()]
 
 

@@ -133,9 +133,10 @@ def map_weights(model: Transformer, path) -> dict[str, Path]:
                 if name in expected and dtype not in ("F32", "BF16", "F16"):
                     raise ValueError(f"{file}: {name} is stored as {dtype}; only F32, BF16 and F16 are read")
                 found[name] = file
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:  # some folders store the tied weight twice
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    if model.config.tie_word_embeddings and found.keys() >= {*tied}:  # some folders store the tied weight twice
         file = found.pop("lm_head.weight")
-        with open_safetensors(file) as one, open_safetensors(found.get("model.embed_tokens.weight", file)) as other:
+        with open_safetensors(file) as one, open_safetensors(found["model.embed_tokens.weight"]) as other:
             if not torch.equal(one.get_tensor("lm_head.weight"), other.get_tensor("model.embed_tokens.weight")):
                 raise ValueError(f"{file}: lm_head.weight is not the embedding, though tie_word_embeddings says so")
     # Old folders store the frequencies of the rotary embedding. They follow from the configuration.

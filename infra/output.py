@@ -65,6 +65,26 @@ def lock_output(folder: Path):
                 folder.rmdir()
 
 
+def check_output(config) -> None:
+    """Raise ValueError or FileExistsError if a run would write over files that no run has written, or read its own."""
+    output, data = Path(config.output), []
+    for given in (config.data, config.eval_data):
+        data += given if isinstance(given, tuple) else [given] if given else []
+    folders = [Path(name) if Path(name).is_dir() else Path(name).parent for name in data if not Path(name).is_file()]
+    if config.model is not None and output.resolve() == Path(config.model).resolve():
+        raise ValueError(f"--output {output}: is the model's own folder; choose another")
+    if output.resolve() in [folder.resolve() for folder in folders]:
+        raise ValueError(f"--output {output}: is the folder of the data, of which the output would become a part")
+    names = ["config.json", "metrics.jsonl", "results.json", *(["data"] if config.model is None else [])]
+    if any((output / name).exists() for name in names) and not _is_of_a_run(output / "config.json"):
+        found = next(name for name in names if (output / name).exists())
+        raise FileExistsError(f"{output / found}: already there, and not written by a run; choose another --output")
+
+
+def _is_of_a_run(file: Path) -> bool:
+    return file.is_file() and "num_checkpoints" in read_json(file)
+
+
 def save_skipped(output: Path, *datasets: Dataset | None) -> None:
     """List the records that were left out, if there are any, with place and reason, in `skipped.jsonl`."""
     if skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.skipped]:

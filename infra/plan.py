@@ -212,8 +212,10 @@ def print_zero_stages(
 def print_example(dataset: Dataset, tokenizer: Tokenizer) -> None:
     """Print the tokens of the first example, with the supervised ones between « and »."""
     tokens, targets = dataset[0]
-    ids, in_loss = [*tokens.tolist(), int(targets[-1])], [False, *(targets != IGNORE_INDEX).tolist()]
-    spans = groupby(zip(ids, in_loss, strict=True), key=lambda token: token[1])
+    ids, in_loss = tokens.tolist(), [False, *(targets != IGNORE_INDEX).tolist()]
+    if in_loss[-1]:
+        ids.append(int(targets[-1]))
+    spans = groupby(zip(ids, in_loss), key=lambda token: token[1])  # noqa: B905 (the last may be a target only)
     texts = [(" ".join(tokenizer.id_to_token(i) for i, _ in span), supervised) for supervised, span in spans]
     print0(f"\nThe first example, {len(tokens):,} tokens; what is learned stands in «»:")
     print0(" ".join(f"« {text} »" if supervised else text for text, supervised in texts))

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from data import require_text
+from data import drop_missing, require_text
 from infra.records import read_records
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
@@ -23,19 +23,22 @@ def to_question(record: dict) -> Question:
     The answer is the letter, the index or the text of the correct choice. The subject is the value of `subject`,
     `category` or `meta_info`. Raises ValueError, naming the key at fault.
     """
+    record = drop_missing(record)
     if "question" not in record or not record.keys() & {"options", "choices"}:
         raise ValueError(f"keys {list(record)}: question and options (or choices) are expected")
     labels, choices = list(LETTERS), record.get("options", record.get("choices"))
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # ARC: {"text": [...], "label": [...]}
         labels, choices = choices.get("label", labels), choices["text"]
     elif isinstance(choices, dict):
+        choices = drop_missing(choices)  # of questions with fewer choices than others
         labels, choices = list(choices), list(choices.values())
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
     choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
 
     answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
-    if type(answer) in (str, int) and isinstance(labels, list) and str(answer) in labels:
+    labels = [str(label) for label in labels] if isinstance(labels, list) else []
+    if type(answer) in (str, int) and str(answer) in labels:
         answer = labels.index(str(answer))
     elif isinstance(answer, str) and answer.strip() in choices:
         answer = choices.index(answer.strip())

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import gzip
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infra.files import LFS_POINTER, check_file, sha256_of
+from infra.terminal import printable
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
@@ -70,6 +72,7 @@ def describe(data) -> str:
 # --- Parts of a file --------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES, CHUNK_ROWS = 2**22, 4096
+MAX_CHUNKS = 16  # of a row group, which is read as a whole for each of them
 
 
 class Unreadable(NamedTuple):
@@ -115,7 +118,10 @@ class Document(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         if isinstance(value, dict):
-            value = _wrapped(value) or [value]
+            lists = _lists_of_records(value)
+            if len(lists) > 1:
+                raise ValueError(f"{self.path}: has several lists, {', '.join(lists)}; write each to a file of its own")
+            value = next(iter(lists.values()), [value])
         for number, record in enumerate(value, start=1):
             yield f"{self.path}: record {number}", record
 
@@ -130,14 +136,16 @@ class Rows(NamedTuple):
     path: Path
     row_group: int
     start: int  # in the row group
+    count: int
     first: int  # the number of the first row in the file
 
     def records(self) -> Iterator[tuple]:
         """(place, record) of each row."""
         with _parquet(self.path) as file:
-            table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, CHUNK_ROWS)
-        for number, record in enumerate(table.to_pylist(), start=self.first):
-            yield f"{self.path}: row {number}", record
+            table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, self.count)
+            columns = [_to_list(column) for column in table.columns]
+        for number, values in enumerate(zip(*columns, strict=True), start=self.first):
+            yield f"{self.path}: row {number}", dict(zip(table.column_names, values, strict=True))
 
     def json_lines(self) -> Iterator[bytes]:
         """Each row as a line of JSON."""
@@ -157,22 +165,19 @@ def split_file(path: Path) -> Iterator[Chunk]:
     for signature, what in _NO_TEXT.items():
         if start.startswith(signature):
             raise ValueError(f"{path}: {what}")
-    try:
-        with _open(path) as file:
-            content, first = file.read(CHUNK_BYTES) + file.readline(), 1
-            if content.startswith(LFS_POINTER):
-                raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run: git lfs pull")
-            content = content.removeprefix(b"\xef\xbb\xbf")
-            if _is_document(path, content, is_whole=not (rest := file.read(64)).strip()):
-                yield Document(path)
-                return
-            while content:
-                yield Lines(path, first, content)
-                first += content.count(b"\n")
-                content = rest + file.read(CHUNK_BYTES) + file.readline()
-                rest = b""
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: the compressed file is damaged ({error})") from None
+    with _open(path) as file:
+        content, first = file.read(CHUNK_BYTES) + file.readline(), 1
+        if content.startswith(LFS_POINTER):
+            raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run: git lfs pull")
+        content = content.removeprefix(b"\xef\xbb\xbf")
+        if _is_document(path, content, is_whole=not (rest := file.read(64)).strip()):
+            yield Document(path)
+            return
+        while content:
+            yield Lines(path, first, content)
+            first += content.count(b"\n")
+            content = rest + file.read(CHUNK_BYTES) + file.readline()
+            rest = b""
 
 
 def split_files(data) -> Iterator[Chunk]:
@@ -191,11 +196,16 @@ _NO_TEXT = {  # how files begin that hold no text in UTF-8
 }
 
 
+@contextlib.contextmanager
 def _open(path: Path):
-    """Open a file that may be compressed with gzip, whatever it is called."""
+    """Open a file that may be compressed with gzip, whatever it is called. ValueError if it is damaged."""
     with open(path, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
-    return (gzip.open if is_gzip else open)(path, "rb")
+    try:
+        with (gzip.open if is_gzip else open)(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: the compressed file is damaged ({error})") from None
 
 
 def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
@@ -204,18 +214,19 @@ def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
     try:
         value = parse_json(first)
     except ValueError:  # no value on its own: the first line of a longer one, or a bad record
-        return first[:1] == b"[" or first.strip() == b"{" or (first[:1] == b"{" and path.suffix.lower() == ".json")
+        goes_on = first.rstrip()[-1:] in (b"{", b"[", b",") or ".json" in map(str.lower, path.suffixes)
+        return first[:1] == b"[" or (first[:1] == b"{" and goes_on)
     if not is_whole or rest.strip():
         return False
     if isinstance(value, dict):
-        return _wrapped(value) is not None
+        return bool(_lists_of_records(value))
     return _is_list_of((dict, list), value) and not is_conversation(value)
 
 
-def _wrapped(value: dict) -> list | None:
-    """The records of an object that holds them under one of the usual keys."""
-    lists = [value.get(key) for key in ("data", "train", "records", "examples", "rows")]
-    return next((items for items in lists if items and _is_list_of(dict, items)), None)
+def _lists_of_records(value: dict) -> dict[str, list]:
+    """The lists of records that an object holds under the usual keys."""
+    usual = ("data", "train", "validation", "valid", "eval", "dev", "test", "records", "examples", "rows")
+    return {key: value[key] for key in usual if value.get(key) and _is_list_of(dict, value[key])}
 
 
 def is_conversation(value) -> bool:
@@ -242,13 +253,22 @@ def _parquet(path: Path):
         raise ValueError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from None
 
 
+def _to_list(column) -> list:
+    """The values of a column as Python objects; numbers for dates that Python does not have."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # beyond the year 9999, nanoseconds, an unknown time zone
+        return column.cast("int32" if str(column.type).startswith("date32") else "int64").to_pylist()
+
+
 def _split_parquet(path: Path) -> Iterator[Rows]:
     first = 1
     with _parquet(path) as file:
         sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     for row_group, size in enumerate(sizes):
-        for start in range(0, size, CHUNK_ROWS):
-            yield Rows(path, row_group, start, first + start)
+        count = max(CHUNK_ROWS, math.ceil(size / MAX_CHUNKS))
+        for start in range(0, size, count):
+            yield Rows(path, row_group, start, count, first + start)
         first += size
 
 
@@ -326,10 +346,13 @@ class Reading:
         if ignored:
             keys = [f"{note.removeprefix('ignored key ')} (in {n:,})" for note, n in ignored.items()]
             lines.append(f"ignored keys: {', '.join(keys)} of {self.num_records:,} records")
-        return lines
+        return [printable(line) for line in lines]
 
-    def check(self, name: str, skip_bad: bool) -> None:
-        """ValueError if there are no records, or bad ones that may not be left out: their number and the first five."""
+    def check(self, name: str, skip_bad: bool | None) -> None:
+        """ValueError if there are no records, or bad ones that may not be left out: their number and the first five.
+
+        `skip_bad` is the value of --skip_bad_records, or None for a script without that flag.
+        """
         num_bad = len(self.bad)
         if self.num_records == 0:
             raise ValueError(f"{name}: no records in it")
@@ -338,7 +361,7 @@ class Reading:
         if num_bad == 0 or (skip_bad and not mostly_bad):
             return
         first, *more = [f"{bad.place}: {bad.reason}" for bad in self.bad[:5]]
-        advice = "--skip_bad_records leaves them out"
+        advice = "correct or remove them" if skip_bad is None else "--skip_bad_records leaves them out"
         if skip_bad:
             advice = f"in {mostly_bad[0]} more than half, so that none is skipped"
         if not more:
@@ -347,10 +370,11 @@ class Reading:
         raise ValueError(f"{name}: {num_bad:,} of {self.num_records:,} records are bad ({advice}), such as{named}")
 
 
-def read_records(data, parse: Callable, skip_bad: bool = False) -> list:
+def read_records(data, parse: Callable, skip_bad: bool | None = None) -> list:
     """Apply `parse` to each record of the files of `data`. -> what it returned, in order
 
-    Raises FileNotFoundError, or ValueError for what is wrong with a file or its records.
+    `skip_bad` is as for `Reading.check`. Raises FileNotFoundError, or ValueError for what is wrong with a file or its
+    records.
     """
     reading, parsed = Reading(), []
     for chunk in split_files(data):

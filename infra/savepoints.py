@@ -214,7 +214,8 @@ def check_resume_config(config, checksums_now: dict | None = None):
     """Compare a `train.TrainConfig` with that of the run in its output folder. -> config, completed from that run
 
     What no flag sets but the earlier run has resolved is taken from it. Raises ValueError for the first flag that has
-    another value, if results depend on it, or the first input file with another content.
+    another value, if results depend on it, or the first input file with another content. Without --resume, the earlier
+    run had other stages: flags that count in a single stage may differ.
     """
     file = Path(config.output) / "config.json"
     if not file.is_file():
@@ -225,16 +226,19 @@ def check_resume_config(config, checksums_now: dict | None = None):
         config = replace(config, **resolved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: changed since it was written ({error})") from None
+    may_change = config.RESUME_MAY_CHANGE | (frozenset() if config.resume else config.STAGE_MAY_CHANGE)
     for field in fields(config):
         value = getattr(config, field.name)
         is_open = field.name in RESOLVED and before.get(field.name) is None  # the demo resolves them after its base
-        if field.name not in config.RESUME_MAY_CHANGE and value != before.get(field.name) and not is_open:
+        if field.name not in may_change and value != before.get(field.name) and not is_open:
             raise ValueError(
                 f"--{field.name} {value}: the run in {config.output} was begun with {before.get(field.name)}, and "
                 "would become another one; give it as it was, or choose another --output"
             )
     checksums_before = before.get("content")
     for name, checksum in (checksums_now or {}).items():
+        if name == "confidence" and not config.resume:
+            continue
         if isinstance(checksums_before, dict) and checksum != checksums_before.get(name, checksum):
             raise ValueError(
                 f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "

@@ -127,6 +127,16 @@ def test_checkpoints_are_scored_in_the_order_given(tmp_path, device):
         np.testing.assert_allclose(scores, column, rtol=tolerance(device, 0, 1e-5))
 
 
+def test_kept_scores_of_a_checkpoint_that_are_damaged_are_named(tmp_path):
+    save_model(tiny_model(), tmp_path / "step-1")
+    arguments = [tmp_path / "step-1"], Dataset.from_encoded(random_encoded([5]), ["a"]), 1000, torch.float32, "cpu"
+    kept = score_checkpoints(*arguments, tmp_path / "kept")
+    assert np.array_equal(score_checkpoints(*arguments, tmp_path / "kept").probability, kept.probability)
+    (tmp_path / "kept" / "step-1.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"step-1\.safetensors: not a whole safetensors file"):
+        score_checkpoints(*arguments, tmp_path / "kept")
+
+
 # --- Dynamics ---------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,9 @@ FORMATS = {
             {"role": None, "content": None, "from": "gpt", "value": "So."},
         ],
     },
+    "turns with columns of pairs": {
+        "messages": [{**{"input": None, "output": None}, **turn} for turn in TURN],
+    },
     "last turn the user's": {"messages": [*TURN, {"role": "user", "content": "Thanks."}]},
     "system empty": {"messages": [{"role": "system", "content": ""}, *TURN]},
 }
@@ -321,8 +324,22 @@ def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data
     assert dataset.ids == expected.ids and np.array_equal(dataset.token_ids, expected.token_ids)
     assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["46", "63"]
     assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == {"text": " "}
+    data_file = data_file.rename(tmp_path / "renamed.jsonl")
+    with pytest.raises(ValueError, match=r"renamed\.jsonl: 2 of 63 .*\n.*renamed\.jsonl:46: not valid"):
+        load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
     out = capsys.readouterr().out
     assert "1 of 63 records skipped: text is empty" in out and "ignored keys: topic (in 60) of 63 records" in out
+
+
+def test_a_disk_that_is_full_while_data_is_encoded_is_named(monkeypatch, data_file, tokenizer, tmp_path):
+    def full_folder(prefix, dir):
+        for name in infra.cache.ARRAY_DTYPES:
+            (tmp_path / name).symlink_to("/dev/full")
+        return tmp_path
+
+    monkeypatch.setattr(infra.cache.tempfile, "mkdtemp", full_folder)
+    with pytest.raises(OSError, match=r"No space left on device: .*cache/x"):
+        encode_files(data_file, tokenizer, "alpaca", 90, tmp_path / "cache" / "x")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,16 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["1", "2"]}, "answerKey": "2", "subject": "s"},
         {"question": "Q?", "options": {"1": "yes ", "2": "no"}, "answer": 2, "subject": "s"},
+        {"question": "Q?", "choices": {"text": ["yes", "no"], "label": [1, 2]}, "answerKey": 2, "subject": "s"},
+        {"question": "Q?", "options": {"A": "yes", "B": "no", "C": None}, "answer_idx": "B", "meta_info": "s"},
+        {
+            "question": "Q?",
+            "options": None,
+            "choices": ["yes", "no"],
+            "answer_idx": None,
+            "answer": "B",
+            "subject": "s",
+        },
     ],
 )
 def test_questions_are_read_however_they_tell_the_answer(record):
@@ -496,3 +506,9 @@ def test_greedy_text_equals_that_of_transformers(tmp_path):
     prompt = [1, 5, 6, 7]
     expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, eos_token_id=None)
     assert generate(model, [prompt], 60)[0] == expected[0, 4:].tolist()
+
+
+def test_a_flag_of_another_command_is_not_suggested(capsys):
+    with pytest.raises(SystemExit):
+        main(["choice", "--model", "m", "--data", "d", "--skip_bad_records"])
+    assert capsys.readouterr().err.endswith("unknown flag --skip_bad_records; --help lists the flags\n")

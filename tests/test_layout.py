@@ -21,7 +21,7 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "infra.device": {"torch"},
     "infra.distributed": {"torch", "infra.device", "infra.terminal"},
     "infra.files": set(),
-    "infra.records": {"pyarrow", "infra.files"},
+    "infra.records": {"pyarrow", "infra.files", "infra.terminal"},
     "infra.terminal": set(),
 }
 SEVEN = {"mixup", "model", "tokenizer", "data", "confidence", "eval", "train"}

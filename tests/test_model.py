@@ -383,6 +383,11 @@ def test_stored_angles_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path
     save_file(weights | {"lm_head.weight": torch.zeros(300, 32)}, file)
     with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding, though tie_word_embeddings says so"):
         load_model(tmp_path / "m")
+    save_file({"lm_head.weight": weights.pop("model.embed_tokens.weight"), **weights}, file)
+    with pytest.raises(
+        ValueError, match=r"missing weights: \['model.embed_tokens.weight'\]; weights left over: \['lm_h"
+    ):
+        load_model(tmp_path / "m")
 
 
 def test_weights_that_are_no_plain_floats_are_refused(tmp_path):

@@ -37,6 +37,8 @@ ONE = json.dumps(RECORDS[:1]).encode()
         ("d.jsonl.gz", gzip.compress(LINES), 5),
         ("d.jsonl", gzip.compress(LINES), 5),
         ("d.json.gz", gzip.compress(b"\xef\xbb\xbf" + INDENTED), 5),
+        ("d.jsonl.gz", gzip.compress(b'{"data": [\n' + LINES.strip().replace(b"\n", b",\n") + b"\n]}"), 5),
+        ("d.json.gz", gzip.compress(b'{"version": 1, "data":\n' + ONE + b"}"), 1),
         ("d.jsonl", gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]), 5),
     ],
 )
@@ -55,6 +57,7 @@ def test_a_file_is_read_as_what_it_holds(monkeypatch, tmp_path, name, content, c
         (b"PK\x03\x04....", "a zip archive"),
         (b"\x28\xb5\x2f\xfd....", "compressed with zstd"),
         (gzip.compress(LINES)[:-10], "the compressed file is damaged"),
+        (json.dumps({"train": RECORDS, "test": RECORDS}).encode(), "has several lists, train, test; write each to a"),
         (b"", "no records in it"),
         (b"[]", "no records in it"),
         (b'[{"text": "a"},\n', "not valid JSON"),
@@ -64,6 +67,41 @@ def test_a_file_that_holds_no_records_is_named_by_what_it_is(tmp_path, content, 
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.jsonl: {message}"):
         load_examples(tmp_path / "d.jsonl")
+
+
+def test_a_compressed_list_that_ends_too_early_is_damaged(monkeypatch, tmp_path):
+    monkeypatch.setattr(infra.records, "CHUNK_BYTES", 20)
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(json.dumps(100 * RECORDS, indent=1).encode())[:-20])
+    with pytest.raises(ValueError, match="the compressed file is damaged"):
+        load_examples(tmp_path / "d.json.gz")
+
+
+def test_dates_that_python_does_not_have_are_numbers(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    days, seconds = pyarrow.array([10**7], pyarrow.int32()), pyarrow.array([10**12], pyarrow.int64())
+    columns = {
+        "nanoseconds": pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns")),
+        "year 29348": days.cast(pyarrow.date32()),
+        "year 33658": seconds.cast(pyarrow.timestamp("s")),
+        "no such zone": pyarrow.array([0], pyarrow.timestamp("ms", tz="No/Zone")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["a"], **columns}), tmp_path / "d.parquet")
+    (example,) = load_examples(tmp_path / "d.parquet")
+    assert example.messages[0]["content"] == "a"
+
+
+def test_a_large_row_group_is_not_read_for_every_few_rows(monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(infra.records, "CHUNK_ROWS", 2)
+    parquet.write_table(pyarrow.table({"text": [str(n) for n in range(100)]}), tmp_path / "d.parquet")
+    assert len(list(split_file(tmp_path / "d.parquet"))) == 15  # of 7 rows each, the last of 2
+    assert [example.messages[0]["content"] for example in load_examples(tmp_path / "d.parquet")] == [
+        *map(str, range(100))
+    ]
 
 
 def test_parquet_is_read_in_parts(tmp_path):
@@ -154,3 +192,16 @@ def test_the_summary_says_what_was_left_out_of_how_many():
 def test_records_of_any_kind_can_be_read(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(LINES)
     assert read_records(tmp_path / "d.jsonl", lambda record: record["output"])[-1] == "It is 4."
+
+
+def test_a_script_that_skips_no_records_does_not_advise_it(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b"{}\n" + LINES)
+    with pytest.raises(ValueError, match=r"d.jsonl:1: keys .* \(correct or remove them\)"):
+        read_records(tmp_path / "d.jsonl", lambda record: record["output"] if record else to_example({"output": ""}))
+
+
+def test_keys_do_not_reach_the_terminal_as_control_characters():
+    reading = Reading()
+    reading.counts["d"] = 1
+    reading.notes["ignored key \x1b[31m"] = 1
+    assert reading.summary() == ["ignored keys: \\x1b[31m (in 1) of 1 records"]

@@ -43,8 +43,9 @@ def folder(tmp_path_factory, tokenizer):
 
 def flags(folder, output, *more):
     small = "--epochs 2 --batch_size 6 --lr 1e-2 --num_checkpoints 2 --dtype fp32 --log_every 2 --save_every 3".split()
-    paths = ["--model", folder / "model", "--data", folder / "train.jsonl", "--eval_data", folder / "eval.jsonl"]
-    return [str(a) for a in (*paths, "--output", output, *small, *more)]
+    paths = {"--model": "model", "--data": "train.jsonl", "--eval_data": "eval.jsonl"}
+    given = [x for flag, name in paths.items() if flag not in more for x in (flag, folder / name)]
+    return [str(a) for a in (*given, "--output", output, *small, *more)]
 
 
 def outcome(output):
@@ -302,6 +303,88 @@ def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder
     step = state.name.removeprefix("reference-step-")
     assert error == f"stopped after step {step}; --resume goes on from there\n"
     assert json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(step)
+
+
+def test_a_run_stopped_by_a_signal_loses_no_step_of_its_log(folder, tmp_path, monkeypatch):
+    def losses(output):
+        return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    one, other = (
+        flags(folder, tmp_path / name, "--stage", "reference", "--log_every", "8") for name in ("one", "other")
+    )
+    main(one)
+    count, real = [], train_module.forward_backward
+
+    def signalled(*arguments, **named):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_module, "forward_backward", signalled)
+        main(other)
+    main([*other, "--resume"])
+    assert losses(tmp_path / "one") == losses(tmp_path / "other")
+
+
+# --- The output folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_an_output_that_no_run_has_written_is_left_as_it_is(folder, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"model_type": "llama"}')
+    assert error_of(capsys, flags(folder, tmp_path))[0] == 1
+    code, error = error_of(capsys, flags(folder, tmp_path, "--resume"))
+    assert code == 1 and f"{tmp_path / name}: already there, and not written by a run" in error
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"model_type": "llama"}']
+
+
+def test_the_demo_does_not_replace_data(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    code, error = error_of(capsys, ["--output", str(tmp_path)])
+    assert code == 1 and f"{tmp_path / 'data'}: already there" in error
+    assert (tmp_path / "data" / "train.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("data", ["", "*.jsonl"])
+def test_the_output_does_not_become_part_of_the_data(folder, tmp_path, capsys, data):
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    code, error = error_of(capsys, flags(folder, tmp_path, "--data", str(folder / "eval.jsonl"), str(tmp_path / data)))
+    assert code == 1 and "is the folder of the data" in error and len(list(tmp_path.iterdir())) == 1
+
+
+def test_stages_started_one_by_one_are_of_one_run(folder, tmp_path, capsys):
+    """Models that are compared have the same settings and held-out examples, but for what counts in a single stage."""
+    output = tmp_path / "o"
+    without = [word for word in flags(folder, output, "--stage", "confidence") if "eval" not in word]
+    main(flags(folder, output, "--stage", "reference"))
+    for change, said in (
+        (("--lr", "1e-3"), "--lr 0.001: the run in"),
+        (("--template", "mistral"), "--template mistral: the run in"),
+        (("--eval_data", str(folder / "train.jsonl")), "--eval_data"),
+    ):
+        code, error = error_of(capsys, flags(folder, output, "--stage", "confidence", *change))
+        assert code == 1 and said in error and error.count("\n") == 1
+    main(without)
+    code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix", "--eval_data", folder / "train.jsonl"))
+    assert code == 1 and "--eval_data" in error and "is not what it was" in error
+    main(flags(folder, output, "--stage", "sftmix", "--mu", "0.5", "--confidence_by", "perplexity"))
+
+
+@pytest.mark.parametrize("file, old, new", [("config.json", "10000.0", "500.0"), ("tokenizer_config.json", "{", "{ ")])
+def test_a_base_with_another_configuration_is_another_base(folder, tmp_path, monkeypatch, capsys, file, old, new):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    stopped(folder, tmp_path / "o", monkeypatch, "--model", model)
+    capsys.readouterr()
+    (model / "manifest.json").unlink()
+    content = (model / file).read_text()
+    assert old in content
+    (model / file).write_text(content.replace(old, new, 1))
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--resume", "--model", model))
+    assert code == 1 and f"--model {model}: is not what it was" in error
 
 
 # --- What is not finite -----------------------------------------------------------------------------------------------

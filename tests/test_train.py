@@ -93,6 +93,10 @@ def test_flags_override_the_demos_settings():
         (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
         (["--lora_rank", "-4"], "--lora_rank -4: must be at least 1"),
         (["--dry_run"], "--dry_run 0: needs --model too"),
+        (
+            ["--model", "m", "--data", "a", "--data", "b"],
+            "--data: given twice; all that it takes goes behind one --data",
+        ),
         (["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch_size?"),
         (["--learning_rate", "1e-5"], "unknown flag --learning_rate; did you mean --lr?"),
         (["--lam=3"], "unknown flag --lam; "),
@@ -403,8 +407,8 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def flags(folder, output, *more):
-    paths = {"model": "model", "data": "train.jsonl", "eval_data": "eval.jsonl"}
-    given = [x for flag, name in paths.items() for x in (f"--{flag}", str(folder / name))]
+    paths = {"--model": "model", "--data": "train.jsonl", "--eval_data": "eval.jsonl"}
+    given = [x for flag, name in paths.items() if flag not in more for x in (flag, str(folder / name))]
     small = "--epochs 2 --batch_size 6 --lr 1e-2 --max_length 200 --num_checkpoints 3 --dtype fp32".split()
     return [*given, "--output", str(output), *small, *map(str, more)]
 
@@ -691,6 +695,10 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, mon
     shown = text[text.index("The first example") :]
     learnt = shown[shown.index("«", shown.index("\n")) : shown.rindex("»")]
     assert learnt.endswith("</s> ") and "Response" not in learnt.replace(" ", "")
+    turns = [{"role": role, "content": "the dog"} for role in ("user", "assistant")] * 2
+    (tmp_path / "unlearned.jsonl").write_text(json.dumps({"messages": [*turns[:3], turns[3] | {"weight": 0}]}) + "\n")
+    main(flags(folder, tmp_path / "o", "--data", str(tmp_path / "unlearned.jsonl"), "--dry_run"))
+    assert capsys.readouterr().out.count("«") == 2  # in its explanation, and before the answer that is learned
     main([*arguments, "--dry_run", "4", "--lora_rank", "2"])
     text = capsys.readouterr().out
     adapters = 2 * 2 * sum((32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 48, 32 + 48, 48 + 32))  # layers, rank
