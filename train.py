@@ -122,7 +122,7 @@ class TrainConfig:
         deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
     )
 
-    # So may the stages of a run that are started one by one: each of these counts in a single stage.
+    # Stages of a run that are started one by one may also differ in these, each of which counts in a single stage.
     STAGE_MAY_CHANGE: ClassVar[frozenset] = frozenset(
         "confidence confidence_by pairing mu alpha ntp_weight num_checkpoints".split()
     )
@@ -651,7 +651,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     config = resolve_hardware(config, device)
     train_stats = {"seconds": None, "peak_memory_bytes": None}
     if config.model is None:
-        if rank() == 0 and not (config.resume and (output / "config.json").exists()):
+        if rank() == 0 and not is_continued:
             write_json(output / "config.json", asdict(config))
         if "base" in stages:
             train_stats = pretrain_demo_base(config, device)
