@@ -22,7 +22,7 @@ import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
 from infra.distributed import broadcast_object, print0, rank, wait_for_rank0
-from infra.files import set_mode
+from infra.files import name_errors, set_mode
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     set_mode(tmp, folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
     counts, id_counts, reading = Counter(), Counter(), Reading()
     try:
-        with ExitStack() as stack:
+        with name_errors(folder), ExitStack() as stack:
             files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
             for dataset, found in parallel_map(encode, split_files(data), stack):
                 reading.add(found)
@@ -98,19 +98,15 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
                 dataset = replace(dataset, example_ids=example_ids)
                 for name, file in files.items():
                     file.write(np.ascontiguousarray(getattr(dataset, name)).data)
-        found = {"counts": reading.counts, "bad": reading.bad, "notes": reading.notes}
-        found["files"] = [str(file) for file in find_files(data)]
-        (tmp / "reading.json").write_text(json.dumps(found, default=str))
-        (tmp / "counts.json").write_text(json.dumps(counts))
+            found = {"counts": reading.counts, "bad": reading.bad, "notes": reading.notes}
+            found["files"] = [str(file) for file in find_files(data)]
+            (tmp / "reading.json").write_text(json.dumps(found, default=str))
+            (tmp / "counts.json").write_text(json.dumps(counts))
         try:
             tmp.rename(folder)
         except OSError:
             if not folder.exists():  # else another run has encoded the same files meanwhile
                 raise
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from None  # a full disk is reported without a name
     except BrokenProcessPool:
         raise OSError(f"{describe(data)}: a process that was encoding it has been killed; is memory short?") from None
     finally:

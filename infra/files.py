@@ -40,6 +40,17 @@ def write_json(file: Path, values) -> None:
 
 
 @contextlib.contextmanager
+def name_errors(path: Path):
+    """Name `path` in an OSError that names no file: a full disk is reported so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path):
     """Yield a temporary path to write a file or a folder to, which is renamed to `path` once it is on the disk.
 
@@ -48,15 +59,12 @@ def atomic_write(path: Path):
     tmp = path.with_name(path.name + ".partial")
     _remove(tmp)
     try:
-        yield tmp
-        for part in [*tmp.rglob("*"), tmp]:
-            fsync(part)
-        tmp.replace(path)
-        fsync(path.parent)
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk is reported without a name
+        with name_errors(path):
+            yield tmp
+            for part in [*tmp.rglob("*"), tmp]:
+                fsync(part)
+            tmp.replace(path)
+            fsync(path.parent)
     finally:
         _remove(tmp)
 

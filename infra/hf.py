@@ -63,10 +63,9 @@ def load_model(
     """Load a model folder, with weights in `dtype`. If there are several processes, the model is sharded over them.
 
     `compute_dtype` is the dtype of matmuls (None: `dtype`). If it is given, the weights of norms are float32, as under
-    autocast. With `lora_rank`, the
-    weights are frozen, and float32 adapters initialized from `seed` are trained instead.
-    Raises FileNotFoundError or ValueError with the file and what is wrong: the folder must contain exactly the weights
-    that its configuration calls for.
+    autocast. With `lora_rank`, the weights are frozen, and float32 adapters initialized from `seed` are trained
+    instead. Raises FileNotFoundError or ValueError with the file and what is wrong: the folder must contain exactly the
+    weights that its configuration calls for.
     """
     model = meta_model(path, dtype, lora_rank, lora_alpha)
     model.compute_dtype = compute_dtype
