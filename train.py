@@ -56,19 +56,17 @@ from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_token
 from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, resolve_compile, resolve_dtype, set_deterministic
 from infra.distributed import (
     all_reduce_sum,
-    apply_fsdp,
     barrier,
     defer_signals,
-    full_tensor,
     init_distributed,
     prefetch,
     print0,
     rank,
     set_up_process,
-    set_zero_stage,
     world_size,
 )
 from infra.files import read_json, write_json
+from infra.fsdp import apply_fsdp, full_tensor, set_zero_stage
 from infra.hf import (
     check_models,
     choose_template,
@@ -272,7 +270,7 @@ def forward_backward(
     The sums of each micro-batch are divided by the counts of the **global** batch. So gradients are summed and never
     averaged, over micro-batches here and over processes in FSDP (`apply_fsdp` turns averaging off): the result is the
     gradient of the global mean, for any number of either. `accumulator`, a ScoreAccumulator or
-    None, gets log p(y) of what is trained on; `infra.distributed.set_zero_stage` explains `zero_stage`.
+    None, gets log p(y) of what is trained on; `infra.fsdp.set_zero_stage` explains `zero_stage`.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in batch.micro_batches:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import MICRO_BATCH_TOKENS, Dataset, epoch_order
 from infra.device import DTYPES
-from infra.distributed import init_distributed, local_shard, rank, world_size
+from infra.distributed import init_distributed, rank, world_size
+from infra.fsdp import local_shard
 from infra.hf import load_config, load_model, meta_model, save_model
 from infra.plan import (
     LargestMicroBatch,

@@ -12,18 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infra.distributed import (
-    apply_fsdp,
-    full_tensor,
-    is_local_rank_zero,
-    local_row_range,
-    local_shard,
-    print0,
-    rank,
-    reshard,
-    temporary_folder,
-    world_size,
-)
+from infra.distributed import is_local_rank_zero, print0, rank, temporary_folder, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -36,6 +25,7 @@ from infra.files import (
     verify_manifest,
     write_json,
 )
+from infra.fsdp import apply_fsdp, full_tensor, local_row_range, local_shard, reshard
 from model import LoRALinear, ModelConfig, RMSNorm, Transformer, add_lora
 from tokenizer import Tokenizer
 

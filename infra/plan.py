@@ -123,7 +123,7 @@ def estimate_memory(
 def estimate_communication(model: Transformer, config, world_size: int, passes: int) -> int:
     """Bytes that a process sends, and as many that it receives, in a step of so many micro-batches.
 
-    Of what is gathered or reduced, each of n processes sends (n−1)/n. `infra.distributed.set_zero_stage` says how often
+    Of what is gathered or reduced, each of n processes sends (n−1)/n. `infra.fsdp.set_zero_stage` says how often
     weights are gathered, in the dtype of matmuls, and gradients reduced, in float32. FSDP keeps what is outside the
     blocks from the forward pass to the backward pass, except an embedding that is not `lm_head` too.
     """

@@ -14,16 +14,7 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import (
-    all_reduce_sum,
-    barrier,
-    gather_objects,
-    local_shard,
-    print0,
-    rank,
-    reshard,
-    temporary_folder,
-)
+from infra.distributed import all_reduce_sum, barrier, gather_objects, print0, rank, temporary_folder
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -35,6 +26,7 @@ from infra.files import (
     verify_manifest,
     write_json,
 )
+from infra.fsdp import local_shard, reshard
 from infra.hf import split_into_shards
 from infra.metrics import StepMetrics
 from infra.records import data_checksums
