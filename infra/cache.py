@@ -27,6 +27,8 @@ from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, f
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
+# The code that ids depend on.
+CODE = ("data.py", "tokenizer.py", "infra/cache.py", "infra/records.py", "infra/tokenizer_files.py")
 
 
 def choose_cache(cache=None, output=None, file=None) -> str:
@@ -61,7 +63,7 @@ def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache
     `cache` is the folder of all these folders (None: what `choose_cache` returns). Raises what `find_files` does.
     """
     digest = hashlib.sha256()
-    code = [(ROOT / name).read_bytes() for name in ("data.py", "tokenizer.py", "infra/cache.py", "infra/records.py")]
+    code = [(ROOT / name).read_bytes() for name in CODE]
     settings = repr((template, max_length)).encode()
     contents = repr(([file.suffix for file in find_files(data)], data_checksums(data))).encode()
     for content in (*code, tokenizer.fingerprint, settings, contents):

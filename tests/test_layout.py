@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it, and of itself any part may be named
     "mixup": {"torch"},
     "model": {"torch"},
-    "tokenizer": {"sentencepiece", "tokenizers", "infra.files"},
+    "tokenizer": {"sentencepiece", "infra.files", "infra.tokenizer_files"},
     "data": {"torch", "numpy", "tokenizer", "mixup", "infra.records"},
     "confidence": {"safetensors", "torch", "numpy", "model", "tokenizer", "data", "infra"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
@@ -23,6 +23,7 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "infra.files": set(),
     "infra.records": {"pyarrow", "infra.files", "infra.terminal"},
     "infra.terminal": set(),
+    "infra.tokenizer_files": {"sentencepiece", "tokenizers"},
 }
 SEVEN = {"mixup", "model", "tokenizer", "data", "confidence", "eval", "train"}
 MODULES = [
