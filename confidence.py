@@ -54,23 +54,9 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write, check_file
-from infra.hf import (
-    check_models,
-    choose_template,
-    load_models,
-    load_tokenizer,
-    open_safetensors,
-    resolve_max_length,
-)
+from infra.hf import check_models, choose_template, load_models, load_tokenizer, open_safetensors, resolve_max_length
 from infra.metrics import log_checkpoint
-from infra.selection import (
-    add_selection_flags,
-    check_flags,
-    keep_records,
-    label_records,
-    match_scores,
-    show_records,
-)
+from infra.selection import add_selection_flags, check_flags, keep_records, label_records, match_scores, show_records
 from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------

@@ -23,15 +23,7 @@ from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, 
 from infra.cache import choose_cache, load_dataset
 from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
 from infra.device import DTYPES, resolve_dtype
-from infra.distributed import (
-    all_reduce_sum,
-    init_distributed,
-    print0,
-    print_result,
-    rank,
-    set_up_process,
-    world_size,
-)
+from infra.distributed import all_reduce_sum, init_distributed, print0, print_result, rank, set_up_process, world_size
 from infra.files import atomic_write
 from infra.hf import (
     check_models,

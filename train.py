@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -53,7 +53,7 @@ from eval import evaluate
 from infra.cache import choose_cache, load_dataset
 from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
-from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, resolve_compile, resolve_dtype, set_deterministic
+from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, set_deterministic
 from infra.distributed import (
     all_reduce_sum,
     barrier,
@@ -65,24 +65,13 @@ from infra.distributed import (
     set_up_process,
     world_size,
 )
-from infra.files import read_json, write_json
 from infra.fsdp import apply_fsdp, full_tensor, set_zero_stage
-from infra.hf import (
-    check_models,
-    choose_template,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    resolve_max_length,
-    stored_dtype,
-    verify_weights,
-)
+from infra.hf import choose_template, load_model, meta_model, stored_dtype
+from infra.inputs import Inputs, load_inputs, resolve_hardware, resolve_model
 from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
     check_output,
-    check_saved_tokenizer,
-    load_results,
     lock_output,
     place_of,
     print_report,
@@ -96,10 +85,11 @@ from infra.output import (
     stages_to_run,
 )
 from infra.plan import print_example, print_plan
-from infra.savepoints import Savepoints, check_model_unchanged, check_resume_config, input_checksums
+from infra.resume import check_model_unchanged, continue_config, record_config
+from infra.savepoints import Savepoints
 from mixup import sftmix_loss
 from model import ModelConfig, Transformer
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import TEMPLATES
 
 MAX_GRAD_NORM = 1.0
 
@@ -418,52 +408,7 @@ def check_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainCon
             )
 
 
-# --- What a stage reads and writes ------------------------------------------------------------------------------------
-
-
-class Inputs(NamedTuple):
-    """What the stages read."""
-
-    tokenizer: Tokenizer
-    train: Dataset
-    held_out: Dataset | None  # None without --eval_data: no model is evaluated
-    dynamics: TrainingDynamics | None = None  # to split by, unless the run computes them itself
-
-
-def resolve_hardware(config: TrainConfig, device) -> TrainConfig:
-    """Fill in what the device decides. ValueError for what it cannot do."""
-    dtype = resolve_dtype(config.dtype, device)
-    if config.tf32 and (device.type != "cuda" or dtype != "fp32"):
-        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
-    return replace(config, dtype=dtype, compile=resolve_compile(config.compile, device))
-
-
-def resolve_model(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
-    """Fill in what the model folder decides. -> (configuration, tokenizer of the folder)
-
-    Raises FileNotFoundError or ValueError if the folder is not complete.
-    """
-    check_models([config.model])
-    verify_weights(config.model)
-    max_length = resolve_max_length(config.model, config.max_length)
-    tokenizer = load_tokenizer(config.model)
-    template = choose_template(tokenizer, config.template)
-    return replace(config, max_length=max_length, template=template), tokenizer
-
-
-def load_inputs(config: TrainConfig, tokenizer: Tokenizer) -> Inputs:
-    """Read and encode the data, so that all errors in it are found before training."""
-    settings = tokenizer, config.template, config.max_length, config.cache, config.skip_bad_records
-    dataset = load_dataset(config.data, *settings)
-    check_saved_tokenizer(tokenizer, dataset, config)
-    if config.eval_data is None:
-        print0("no --eval_data: no model is evaluated")
-        return Inputs(tokenizer, dataset, None)
-    held_out = load_dataset(config.eval_data, *settings)
-    example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
-    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
-        print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
-    return Inputs(tokenizer, dataset, held_out)
+# --- Models -----------------------------------------------------------------------------------------------------------
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -494,6 +439,7 @@ def evaluate_model(model: Transformer | None, inputs: Inputs, config: TrainConfi
 def pretrain_demo_base(config: TrainConfig, device) -> dict:
     """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
     output = Path(config.output)
+    record_config(config)
     if rank() == 0:
         write_demo_data(output / "data", config.seed)
     barrier()
@@ -642,19 +588,13 @@ def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
 
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     """Check all that a run is given, then run these stages."""
-    output = Path(config.output)
-    is_continued = (output / "config.json").is_file() and bool(config.resume or load_results(output))
-    if is_continued:
-        config = check_resume_config(config)
-    config = resolve_hardware(config, device)
+    config = resolve_hardware(continue_config(config), device)
     train_stats = {"seconds": None, "peak_memory_bytes": None}
     if config.model is None:
-        if rank() == 0 and not is_continued:
-            write_json(output / "config.json", asdict(config))
         if "base" in stages:
             train_stats = pretrain_demo_base(config, device)
         paths = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
-        config = replace(config, **{name: str(output / path) for name, path in paths.items()})
+        config = replace(config, **{name: str(Path(config.output) / path) for name, path in paths.items()})
     config, tokenizer = resolve_model(config)
     inputs = load_inputs(config, tokenizer)
     # What a later stage reads is looked for now, and not after hours of the stages before.
@@ -662,13 +602,8 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         reference_checkpoints(config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
-    if rank() == 0:
-        content = input_checksums(config)
-        if is_continued:
-            check_resume_config(config, content)
-            content = read_json(output / "config.json").get("content", {}) | content
-        write_json(output / "config.json", asdict(config) | {"content": content})
-        save_skipped(output, inputs.train, inputs.held_out)
+    record_config(config)
+    save_skipped(Path(config.output), inputs.train, inputs.held_out)
 
     if "base" in stages:
         record_stage(config, "base", base_stage(config, inputs, device) | train_stats)

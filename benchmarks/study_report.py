@@ -9,19 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.study import (
-    ARMS,
-    BEYOND,
-    COMPARED,
-    DEMOS,
-    DOCUMENT,
-    LONG,
-    REALS,
-    ROOT,
-    SHARES,
-    STRENGTHS,
-    read_results,
-)
+from benchmarks.study import ARMS, BEYOND, COMPARED, DEMOS, DOCUMENT, LONG, REALS, ROOT, SHARES, STRENGTHS, read_results
 
 # --- What they say ----------------------------------------------------------------------------------------------------
 

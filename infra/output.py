@@ -8,21 +8,17 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from data import Dataset, encode_examples, steps_per_epoch, to_example
+from data import Dataset, steps_per_epoch
 from infra.demo import least_confident
 from infra.device import DTYPES
 from infra.distributed import barrier, broadcast_object, print0, rank, wait_for_rank0
 from infra.files import atomic_write, read_json, write_json
-from infra.hf import check_models, load_config, save_adapter, save_model
+from infra.hf import check_models, save_adapter, save_model
 from infra.locks import file_lock
 from infra.metrics import Place, log_step
-from infra.records import Reading, describe, split_files
 from infra.savepoints import Savepoints, check_finite
 from model import Transformer
 from tokenizer import Tokenizer
@@ -87,7 +83,7 @@ def _is_of_a_run(file: Path) -> bool:
 
 def save_skipped(output: Path, *datasets: Dataset | None) -> None:
     """List the records that were left out, if there are any, with place and reason, in `skipped.jsonl`."""
-    if skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.skipped]:
+    if rank() == 0 and (skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.skipped]):
         with atomic_write(output / "skipped.jsonl") as tmp:
             lines = "".join(json.dumps(record) + "\n" for record in skipped)
             tmp.write_text(lines)
@@ -130,7 +126,7 @@ def stages_to_run(config) -> list[str]:
 
 
 def place_of(config, stage: str, inputs=None) -> Place:
-    """Where a stage is in the run and, from the `train.Inputs`, how much work follows its training or scoring.
+    """Where a stage is in the run and, from the `infra.inputs.Inputs`, how much work follows its training or scoring.
 
     Work is counted in tokens times passes. Training takes a forward pass and a backward pass, which counts as two where
     the weights get gradients, and another pass if blocks are recomputed. Scoring takes a pass for each checkpoint, and
@@ -223,43 +219,6 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
-
-CHECKED_EXAMPLES = 300
-
-
-def check_saved_tokenizer(tokenizer: Tokenizer, dataset: Dataset, config) -> None:
-    """Open the tokenizer files that will be saved, and encode the first examples and fixed conversations with them.
-
-    Raises ValueError if ids or loss masks differ from those trained on: a model that is opened from its folder would
-    then see other prompts than in training.
-    """
-    if rank() != 0:
-        return
-    model_config = load_config(config.model).to_dict()
-    saved = Tokenizer(tokenizer.files_for(config.template), model_config)
-    advice = f"; give {config.model} a tokenizer_config.json that names its tokenizer_class, bos_token and eos_token"
-    if saved.choose_template(None) != config.template:
-        raise ValueError(f"a saved model's chat_template would be taken for {saved.choose_template(None)}{advice}")
-    has_eos = tokenizer.eos_id is not None  # without it, there are no plain texts
-    for messages in fixed_conversations() if has_eos else fixed_conversations()[:-1]:
-        expected, found = (t.render_conversation(messages, config.template) for t in (tokenizer, saved))
-        if found != expected:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"a saved model's tokenizer would give other ids to a conversation of {roles}{advice}")
-    examples = (example for chunk in split_files(config.data) for example in Reading().parse(chunk, to_example))
-    again = encode_examples(islice(examples, CHECKED_EXAMPLES), saved, config.template, config.max_length)
-    for number, (found, expected) in enumerate(zip(again, dataset, strict=False), start=1):
-        if not all(map(torch.equal, found, expected)):
-            name = f"example {number} of {describe(config.data)}"
-            raise ValueError(f"a saved model's tokenizer would give other ids to {name}{advice}")
-
-
-def fixed_conversations() -> list[list[dict]]:
-    """Conversations of one to six turns, each with and without a system turn, and a plain text."""
-    contents = ["What is it?", " It's a dog,\n\n  1 2 3.\n", "\nÜber 漢字\t🎉", "No", "  (a)", "b  c"]
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    systems = ([], [{"role": "system", "content": "Be brief. "}])
-    return [system + turns[:n] for system in systems for n in range(1, 7)] + [[{"role": "text", "content": " a\n b"}]]
 
 
 def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:

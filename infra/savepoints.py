@@ -1,4 +1,4 @@
-"""Resuming: the savepoints of a training stage, and checks that a resumed run is the same run.
+"""The savepoints of a training stage, from which a stopped run continues.
 
 A savepoint is what other projects call a training checkpoint; here, checkpoints are the models whose confidence the
 paper measures.
@@ -9,30 +9,17 @@ import json
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from infra.distributed import all_reduce_sum, barrier, gather_objects, print0, rank, temporary_folder
-from infra.files import (
-    MANIFEST,
-    atomic_write,
-    checksums,
-    fsync,
-    read_json,
-    sha256_of,
-    utf8_folder,
-    verify_manifest,
-    write_json,
-)
+from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, utf8_folder, verify_manifest, write_json
 from infra.fsdp import local_shard, reshard
 from infra.hf import split_into_shards
 from infra.metrics import StepMetrics
-from infra.records import data_checksums
 from model import Transformer
-
-# --- Savepoints -------------------------------------------------------------------------------------------------------
 
 MAX_PART_BYTES = 5 * 10**8  # of a file of a savepoint
 
@@ -194,64 +181,3 @@ def check_finite(model: Transformer) -> None:
         raise ValueError(
             "the run has diverged: weights are no longer finite numbers, and are not saved; try a lower --lr"
         )
-
-
-# --- The same run -----------------------------------------------------------------------------
-
-
-RESOLVED = ("max_length", "template", "dtype")  # flags whose defaults depend on the model folder and the device
-
-
-def check_resume_config(config, checksums_now: dict | None = None):
-    """Compare a `train.TrainConfig` with that of the run in its output folder. -> config, completed from that run
-
-    What no flag sets but the earlier run has resolved is taken from it. Raises ValueError for the first flag that has
-    another value, if results depend on it, or the first input file with another content. Without --resume, the earlier
-    run had other stages: flags that count in a single stage may differ.
-    """
-    file = Path(config.output) / "config.json"
-    if not file.is_file():
-        return config
-    before = read_json(file)
-    resolved = {name: before.get(name) for name in RESOLVED if getattr(config, name) is None}
-    try:
-        config = replace(config, **resolved)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: changed since it was written ({error})") from None
-    may_change = config.RESUME_MAY_CHANGE | (frozenset() if config.resume else config.STAGE_MAY_CHANGE)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        is_open = field.name in RESOLVED and before.get(field.name) is None  # the demo resolves them after its base
-        if field.name not in may_change and value != before.get(field.name) and not is_open:
-            raise ValueError(
-                f"--{field.name} {value}: the run in {config.output} was begun with {before.get(field.name)}, and "
-                "would become another one; give it as it was, or choose another --output"
-            )
-    checksums_before = before.get("content")
-    for name, checksum in (checksums_now or {}).items():
-        if name == "confidence" and not config.resume:
-            continue
-        if isinstance(checksums_before, dict) and checksum != checksums_before.get(name, checksum):
-            raise ValueError(
-                f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "
-                "bring its content back, or choose another --output"
-            )
-    return config
-
-
-def check_model_unchanged(config) -> None:
-    """ValueError if the base is not what it was when the run began: two models that are compared start from one."""
-    if rank() == 0:
-        checksums = read_json(Path(config.output) / "config.json")["content"]
-        if sha256_of(config.model) != checksums["model"]:
-            raise ValueError(
-                f"{config.model}: is not what it was when the run began; bring its content back, and --resume"
-            )
-
-
-def input_checksums(config) -> dict:
-    """Checksums of the files that a run reads."""
-    checksums = {"model": sha256_of, "data": data_checksums, "eval_data": data_checksums}
-    if not config.online:
-        checksums["confidence"] = sha256_of
-    return {name: of(getattr(config, name)) for name, of in checksums.items() if getattr(config, name) is not None}

@@ -27,7 +27,8 @@ from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.output import lock_output
-from infra.savepoints import Savepoints, check_resume_config
+from infra.resume import continue_config
+from infra.savepoints import Savepoints
 from train import TrainConfig, main, make_optimizer
 
 
@@ -513,10 +514,10 @@ def test_what_is_written_aside_is_whole_or_not_there(tmp_path):
 
 
 def test_a_demo_that_was_stopped_before_its_template_was_chosen_goes_on(tmp_path):
-    begun = TrainConfig(output=str(tmp_path))
+    begun = TrainConfig(output=str(tmp_path), resume=True)
     (tmp_path / "config.json").write_text(json.dumps(asdict(begun)))
     chosen = replace(begun, template="alpaca")
-    assert check_resume_config(chosen).template == "alpaca"
+    assert continue_config(chosen).template == "alpaca"
     (tmp_path / "config.json").write_text(json.dumps(asdict(chosen)))
     with pytest.raises(ValueError, match=r"--template chatml: the run in .* was begun with alpaca"):
-        check_resume_config(replace(begun, template="chatml"))
+        continue_config(replace(begun, template="chatml"))

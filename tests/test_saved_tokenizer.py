@@ -10,7 +10,7 @@ from test_tokenizer import assistant, user
 import train
 from data import encode_examples, load_examples
 from infra.hf import choose_template, save_model
-from infra.output import check_saved_tokenizer, fixed_conversations
+from infra.inputs import check_saved_tokenizer, fixed_conversations
 from tokenizer import TEMPLATES, Tokenizer
 
 CONFIG = "tokenizer_config.json"

@@ -1,0 +1,103 @@
+"""What a run reads: the model folder, the training examples, the held-out examples; all of it checked before training.
+
+Below, `config` is a `train.TrainConfig`.
+"""
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from data import Dataset, encode_examples, to_example
+from infra.cache import load_dataset
+from infra.device import resolve_compile, resolve_dtype
+from infra.distributed import print0, rank
+from infra.hf import check_models, choose_template, load_config, load_tokenizer, resolve_max_length, verify_weights
+from infra.records import Reading, describe, split_files
+from tokenizer import Tokenizer
+
+
+class Inputs(NamedTuple):
+    """What the stages read."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: Dataset | None  # None without --eval_data: no model is evaluated
+    dynamics: Any = None  # `confidence.TrainingDynamics` to split by, unless the run computes them itself
+
+
+def resolve_hardware(config, device):
+    """Fill in what the device decides. -> config. Raises ValueError for what the device cannot do."""
+    dtype = resolve_dtype(config.dtype, device)
+    if config.tf32 and (device.type != "cuda" or dtype != "fp32"):
+        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
+    return replace(config, dtype=dtype, compile=resolve_compile(config.compile, device))
+
+
+def resolve_model(config) -> tuple:
+    """Fill in what the model folder decides. -> (configuration, tokenizer of the folder)
+
+    Raises FileNotFoundError or ValueError if the folder is not complete.
+    """
+    check_models([config.model])
+    verify_weights(config.model)
+    max_length = resolve_max_length(config.model, config.max_length)
+    tokenizer = load_tokenizer(config.model)
+    template = choose_template(tokenizer, config.template)
+    return replace(config, max_length=max_length, template=template), tokenizer
+
+
+def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
+    """Read and encode the data, so that all errors in it are found before training."""
+    settings = tokenizer, config.template, config.max_length, config.cache, config.skip_bad_records
+    dataset = load_dataset(config.data, *settings)
+    check_saved_tokenizer(tokenizer, dataset, config)
+    if config.eval_data is None:
+        print0("no --eval_data: no model is evaluated")
+        return Inputs(tokenizer, dataset, None)
+    held_out = load_dataset(config.eval_data, *settings)
+    example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
+    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
+        print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
+    return Inputs(tokenizer, dataset, held_out)
+
+
+# --- The tokenizer that is saved --------------------------------------------------------------------------------------
+
+CHECKED_EXAMPLES = 300
+
+
+def check_saved_tokenizer(tokenizer: Tokenizer, dataset: Dataset, config) -> None:
+    """Open the tokenizer files that will be saved, and encode the first examples and fixed conversations with them.
+
+    Raises ValueError if ids or loss masks differ from those trained on: a model that is opened from its folder would
+    then see other prompts than in training.
+    """
+    if rank() != 0:
+        return
+    model_config = load_config(config.model).to_dict()
+    saved = Tokenizer(tokenizer.files_for(config.template), model_config)
+    advice = f"; give {config.model} a tokenizer_config.json that names its tokenizer_class, bos_token and eos_token"
+    if saved.choose_template(None) != config.template:
+        raise ValueError(f"a saved model's chat_template would be taken for {saved.choose_template(None)}{advice}")
+    has_eos = tokenizer.eos_id is not None  # without it, there are no plain texts
+    for messages in fixed_conversations() if has_eos else fixed_conversations()[:-1]:
+        expected, found = (t.render_conversation(messages, config.template) for t in (tokenizer, saved))
+        if found != expected:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"a saved model's tokenizer would give other ids to a conversation of {roles}{advice}")
+    examples = (example for chunk in split_files(config.data) for example in Reading().parse(chunk, to_example))
+    again = encode_examples(islice(examples, CHECKED_EXAMPLES), saved, config.template, config.max_length)
+    for number, (found, expected) in enumerate(zip(again, dataset, strict=False), start=1):
+        if not all(map(torch.equal, found, expected)):
+            name = f"example {number} of {describe(config.data)}"
+            raise ValueError(f"a saved model's tokenizer would give other ids to {name}{advice}")
+
+
+def fixed_conversations() -> list[list[dict]]:
+    """Conversations of one to six turns, each with and without a system turn, and a plain text."""
+    contents = ["What is it?", " It's a dog,\n\n  1 2 3.\n", "\nÜber 漢字\t🎉", "No", "  (a)", "b  c"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    systems = ([], [{"role": "system", "content": "Be brief. "}])
+    return [system + turns[:n] for system in systems for n in range(1, 7)] + [[{"role": "text", "content": " a\n b"}]]
