@@ -340,7 +340,6 @@ def _flash_attention(q, k, v, varlen: VarlenMetadata):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal, enable_gqa=grouped)
 
 
-@torch.compiler.disable  # the number of iterations differs from row to row
 def _sdpa_per_example(q, k, v, cu_seqlens):
     lengths, out = cu_seqlens.diff().tolist(), []
     group = q.shape[1] // k.shape[1]
@@ -478,6 +477,8 @@ def _compute_block(block: Block, x, varlen: VarlenMetadata, cache: KVCache | Non
 @functools.cache
 def _compiled_block():
     """`_compute_block`, compiled once for rows of any length; `block.compile()` would compile each block by itself."""
+    global _sdpa_per_example  # not compiled: the number of its iterations differs from row to row
+    _sdpa_per_example = torch.compiler.disable(_sdpa_per_example)  # loads the compiler, for a second: so not earlier
     return torch.compile(_compute_block, dynamic=True)
 
 

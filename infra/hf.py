@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from infra.distributed import is_local_rank_zero, print0, rank, temporary_folder, world_size
 from infra.files import (
@@ -92,11 +94,18 @@ def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
 def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:
     """Make the model of a folder on the meta device, where weights have shapes and dtypes but take no memory."""
     config = load_config(path)
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipNormal():
         model = Transformer(config).to(dtype)
         if lora_rank:
             add_lora(model, lora_rank, lora_alpha)
     return model
+
+
+class _SkipNormal(TorchFunctionMode):
+    """Draws no normal numbers. For a weight without memory, PyTorch would first load its compiler, for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _named_weights(model: Transformer):

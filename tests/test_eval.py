@@ -3,11 +3,13 @@
 import fcntl
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_encoded, tiny_model
+from conftest import ROOT, random_encoded, tiny_model
 
 import eval as eval_module
 from data import IGNORE_INDEX, Example, encode_example, encode_examples
@@ -506,6 +508,15 @@ def test_greedy_text_equals_that_of_transformers(tmp_path):
     prompt = [1, 5, 6, 7]
     expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, eos_token_id=None)
     assert generate(model, [prompt], 60)[0] == expected[0, 4:].tolist()
+
+
+def test_an_evaluation_does_not_import_the_compiler(model_folder, tmp_path):
+    """`torch._dynamo` takes a second to import, about half of the time that a script needs to start."""
+    (data := tmp_path / "data.jsonl").write_text('{"prompt": "What is it?", "completion": "A dog."}\n')
+    command = ["perplexity", "--model", str(model_folder), "--data", str(data), "--cache", str(tmp_path)]
+    script = f"import sys, eval; eval.main({command}); print('torch._dynamo' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[1:] == ["False"]
 
 
 def test_a_flag_of_another_command_is_not_suggested(capsys):

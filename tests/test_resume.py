@@ -371,7 +371,12 @@ def test_stages_started_one_by_one_are_of_one_run(folder, tmp_path, capsys):
     main(without)
     code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix", "--eval_data", folder / "train.jsonl"))
     assert code == 1 and "--eval_data" in error and "is not what it was" in error
-    main(flags(folder, output, "--stage", "sftmix", "--mu", "0.5", "--confidence_by", "perplexity"))
+    scores, others = output / "confidence.jsonl", tmp_path / "scores.jsonl"
+    others.write_text("".join(reversed(scores.read_text().splitlines(keepends=True))))
+    only = ("--stage", "sftmix", "--mu", "0.5", "--confidence_by", "perplexity")
+    main(flags(folder, output, *only, "--confidence", scores))
+    shutil.rmtree(output / "sftmix")
+    main(flags(folder, output, *only, "--confidence", others))
 
 
 @pytest.mark.parametrize("file, old, new", [("config.json", "10000.0", "500.0"), ("tokenizer_config.json", "{", "{ ")])

@@ -336,8 +336,8 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model_module._compute_block, dynamic=True, backend=backend)
-    monkeypatch.setattr(model_module, "_compiled_block", lambda: compiled)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model_module._compiled_block.cache_clear()
     weights = []
     for compiling in (False, True):
         model = tiny_model().to(device)
@@ -354,7 +354,7 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
         )
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=tolerance(device, 1e-5, 1e-3), atol=tolerance(device, 1e-6, 1e-3))
-    assert 0 < counts[1] == counts[-1] <= 5  # the parts between which attention, a loop, is left out
+    assert 0 < counts[1] == counts[-1] <= 4  # the parts between which attention, a loop, is left out
 
 
 def test_the_same_seed_gives_the_same_weights(device):
