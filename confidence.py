@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, build_micro_batch, count_tokens, make_micro_batches
+from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
 from infra.cache import choose_cache, load_dataset
 from infra.cli import (
     SEVERAL,
@@ -82,7 +82,7 @@ def mean_gold_probs(
     device = model.head_weight.device
     lengths, num_supervised = count_tokens(encoded)
     accumulator = ScoreAccumulator(num_supervised, device)
-    assignment = make_micro_batches(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
+    assignment = balanced_partitions(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
 
     def prepare(examples: list[int]) -> MicroBatch:
         no_pairs = torch.zeros(0)
@@ -100,7 +100,7 @@ def gold_log_probs(model: Transformer, micro_batch: MicroBatch, chunk: int = 256
     def head(hidden):
         log_p = []
         for positions in micro_batch.supervised.split(chunk):
-            logits = model.logits(hidden[positions]).float()  # [chunk, V]
+            logits = model.logits(hidden[positions]).float()  # [chunk, V]; what follows is in place, and makes no copy
             top = logits.amax(-1)
             gold = logits.gather(-1, row.targets[positions, None])[:, 0] - top
             log_p.append(gold - logits.sub_(top[:, None]).exp_().sum(-1).log())  # log softmax at y_n
@@ -244,9 +244,10 @@ class TrainingDynamics:
 
     def score(self, measure: str) -> np.ndarray:
         """The score to split by, higher for more confident: `probability`, or the paper's `perplexity`. -> [N]"""
-        if measure == "perplexity":
-            return -self.mean_perplexity  # Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))
-        return self.confidence
+        if measure not in ("probability", "perplexity"):
+            raise ValueError(f"{measure!r} is no measure of confidence: probability or perplexity")
+        # Conf(i) = −(1/C) Σ_c exp(−(1/N) Σ_n log p_c(y_n))
+        return self.confidence if measure == "probability" else -self.mean_perplexity
 
     def save(self, path) -> None:
         """Write JSON lines, one object for each example."""
@@ -387,7 +388,8 @@ def score_files(args, device) -> TrainingDynamics:
     model = args.checkpoints[0]
     tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
     template = choose_template(tokenizer, args.template, sys.stderr)
-    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
+    reading = {"skip_bad_records": args.skip_bad_records, "file": sys.stderr}
+    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, **reading)
     settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
     return score_checkpoints(args.checkpoints, dataset, *settings, log=partial(log_checkpoint, file=sys.stderr))
 

@@ -1,4 +1,7 @@
-"""Data on its way from a file to an optimizer step: text → `Example` → ids and targets → `Batch` → `GlobalBatch`.
+"""Data on its way from a file to an optimizer step.
+
+A record of a file → `Example` → ids and targets in a `Dataset` → `Batch`, a packed row → `MicroBatch` → `GlobalBatch`.
+`infra.cache.load_dataset` takes the first two steps for whole files, with `to_example` and `encode_examples`.
 
 In order: the formats of data files (`load_examples`), encoding (`encode_example`, `Dataset`), packing (`pack`), the
 order of an epoch and λ (`paired_order`, `sample_lambda`), the batch of a step and its micro-batches (`build_batch`).
@@ -86,9 +89,9 @@ FORMATS = (  # the first one whose keys a record has is taken
     Format("data"),  # UltraChat
     Format("text"),  # a document, all of it supervised
 )
-TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 # Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
 # prompt that is a text may have `input` or `context`, which follows it under a heading.
+TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
@@ -453,7 +456,8 @@ def paired_order(confident, unconfident, seed: int, epoch: int) -> np.ndarray:
     """A random order of all examples in which each confident example is followed by an unconfident one: int64 [N]
 
     So examples 0 and 1, 2 and 3, … of the order are pairs, other pairs in each epoch. The surplus of the larger half
-    comes last. A batch holds an even number of examples and never separates a pair.
+    comes last: at most one example, if the halves are those of `confidence.split_by_confidence`. A batch holds an even
+    number of examples and never separates a pair.
 
     >>> paired_order([10, 11], [20, 21, 22], seed=0, epoch=0).tolist()
     [11, 20, 10, 21, 22]
@@ -556,17 +560,17 @@ def assign_micro_batches(lengths: list[int], num_pairs: int, max_tokens: int, wo
     [[(0, 1), (4,)], [(2, 3)]]
     """
     units = [(2 * p, 2 * p + 1) for p in range(num_pairs)] + [(i,) for i in range(2 * num_pairs, len(lengths))]
-    micro_batches = make_micro_batches([sum(lengths[i] for i in unit) for unit in units], max_tokens, world_size)
+    micro_batches = balanced_partitions([sum(lengths[i] for i in unit) for unit in units], max_tokens, world_size)
     return [[units[u] for u in micro_batch] for micro_batch in micro_batches]
 
 
-def make_micro_batches(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Assign the numbers of items of `sizes` tokens to micro-batches of at most `max_tokens`, about equal in tokens.
+def balanced_partitions(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
+    """Divide the numbers of items of `sizes` tokens into parts of at most `max_tokens`, about equal in tokens.
 
-    The number of micro-batches is a multiple of `multiple`, and some may be empty. An item larger than `max_tokens` has
-    a micro-batch to itself. Greedy: the largest item first, each to the micro-batch with the fewest tokens so far.
+    The number of parts is a multiple of `multiple`, and some may be empty. An item larger than `max_tokens` has a part
+    to itself. Greedy: the largest item first, each to the part with the fewest tokens so far.
 
-    >>> make_micro_batches([30, 10, 20, 40], max_tokens=50)
+    >>> balanced_partitions([30, 10, 20, 40], max_tokens=50)
     [[3, 1], [0, 2]]
     """
     count = multiple * max(1, math.ceil(sum(sizes) / (multiple * max_tokens)))

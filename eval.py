@@ -176,12 +176,12 @@ def generate(
     return [[token - 1 for token in row if token] for row in results.tolist()]
 
 
-def generate_fitting(model: Transformer, prompts: list[list[int]], *args) -> list[list[int]]:
-    """`generate(model, prompts, *args)`, with a warning and no new ids for prompts that are too long for the model."""
+def generate_fitting(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
+    """`generate` with the same arguments, but with a warning and no new ids for prompts too long for the model."""
     fitting = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length}
     if len(fitting) < len(prompts):
         print0(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
-    new_ids = dict(zip(fitting, generate(model, list(fitting.values()), *args), strict=True))
+    new_ids = dict(zip(fitting, generate(model, list(fitting.values()), *args, **kwargs), strict=True))
     return [new_ids.get(i, []) for i in range(len(prompts))]
 
 
@@ -201,8 +201,8 @@ def decode_batch(
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # the targets are not used
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]: of the prompts
     longest = int(lengths.max())
-    max_length = max(longest, min(longest + max_new_tokens, model.config.max_length))
-    cache = KVCache(model.config, len(lengths), max_length)
+    cache_length = max(longest, min(longest + max_new_tokens, model.config.max_length))
+    cache = KVCache(model.config, len(lengths), cache_length)
     active = torch.arange(len(lengths), device=device)  # [B']: indices of the sequences that are computed on
     running = torch.full((len(lengths),), len(prompts) > 0, device=device)  # bool [B']: not ended
     # The first pass gets the packed prompts, each later one the newest token of each active sequence.
@@ -216,14 +216,14 @@ def decode_batch(
         new_ids = torch.full((len(prompts),), -1, device=device)  # [B]
         new_ids[active[running]] = new[running]
         yield new_ids
-        running &= ~torch.isin(new, stop) & (lengths[active] + step < max_length)
+        running &= ~torch.isin(new, stop) & (lengths[active] + step < cache_length)
         if not all_reduce_sum(running.sum()):
             break
         if not running.all():
             order = compact(running)
             cache.reorder(order)
             active, new, running = active[order], new[order], running[order]
-        tokens, positions, cu_seqlens = new, (lengths[active] + step).clamp(max=max_length - 1), None
+        tokens, positions, cu_seqlens = new, (lengths[active] + step).clamp(max=cache_length - 1), None
         last = slice(None)
 
 
@@ -247,7 +247,13 @@ def compact(running):
 # --- Exact match ------------------------------------------------------------------------------------------------------
 
 
-def exact_match(model: Transformer, dataset: Dataset, tokenizer: Tokenizer, template: str) -> dict:
+def exact_match(
+    model: Transformer,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    template: str,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+) -> dict:
     """The share of examples whose last supervised turn is generated word for word: {"accuracy", "accuracy_interval"}.
 
     Decoding is greedy, from the prompt ids of training, and the end token must be generated too, so that a truncated
@@ -257,8 +263,10 @@ def exact_match(model: Transformer, dataset: Dataset, tokenizer: Tokenizer, temp
         raise ValueError("exact match asks for prompts with responses, and there are plain texts among the examples")
     prompts, expected = zip(*(split_last_turn(*example) for example in dataset), strict=True)
     stop_ids = tokenizer.stop_ids(template)
+    batch_size = max(1, min(64, micro_batch_tokens // max(map(len, prompts))))
     # A few more tokens than the encoding has: the model may generate the same text in smaller pieces.
-    answers = generate_fitting(model, list(prompts), max(map(len, expected)) + 4, stop_ids)
+    max_new_tokens = max(map(len, expected)) + 4
+    answers = generate_fitting(model, list(prompts), max_new_tokens, stop_ids, batch_size=batch_size)
 
     def text(ids: list[int]) -> str | None:
         return tokenizer.decode(ids).strip() if ids and ids[-1] in stop_ids else None
@@ -398,19 +406,20 @@ def answer_turns(
     """
     conversations = [list(record.history) for record in records]
     answers: list[list[str]] = [[] for _ in records]
-    stop_ids, num_truncated = tokenizer.stop_ids(template), 0
+    stop_ids, num_cut = tokenizer.stop_ids(template), 0
     for turn in range(max((len(record.turns) for record in records), default=0)):
         indices = [i for i, record in enumerate(records) if turn < len(record.turns)]
         for i in indices:
             conversations[i].append({"role": "user", "content": records[i].turns[turn]})
         prompts = [tokenizer.render_conversation(conversations[i], template)[0] for i in indices]
-        new_ids = generate_fitting(model, prompts, max_new_tokens, stop_ids, len(records), sampling)
+        settings = {"batch_size": len(records), "sampling": sampling}  # the records are a batch already
+        new_ids = generate_fitting(model, prompts, max_new_tokens, stop_ids, **settings)
         for i, ids in zip(indices, new_ids, strict=True):
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             answers[i].append(answer)
             conversations[i].append({"role": "assistant", "content": answer})
-            num_truncated += bool(ids) and ids[-1] not in stop_ids
-    return answers, num_truncated
+            num_cut += bool(ids) and ids[-1] not in stop_ids
+    return answers, num_cut
 
 
 # --- Evaluating the models of a run -----------------------------------------------------------------------------------
@@ -430,7 +439,7 @@ def evaluate(
     too_long = held_out.num_truncated or held_out.num_dropped or held_out.num_supervised.max() > MAX_MATCH_TOKENS
     if too_long or held_out.has_texts:
         return result | {"accuracy": None, "accuracy_interval": None}
-    return result | exact_match(model, held_out, tokenizer, template)
+    return result | exact_match(model, held_out, tokenizer, template, micro_batch_tokens)
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -458,13 +467,15 @@ def perplexity_or_match(args, device) -> None:
     cache = choose_cache(args.cache, file=sys.stderr)
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
-    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, args.skip_bad_records, file=sys.stderr)
+    reading = {"skip_bad_records": args.skip_bad_records, "file": sys.stderr}
+    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, **reading)
     model = load_for_inference(args.model, DTYPES[dtype], device)
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)
         result["perplexity"] = math.exp(result["loss"])
     else:
-        result = exact_match(model, dataset, tokenizer, template) | {"examples": len(dataset)}
+        result = exact_match(model, dataset, tokenizer, template, args.micro_batch_tokens)
+        result["examples"] = len(dataset)
     print_result(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
 
 
@@ -493,7 +504,7 @@ def generate_answers(args, device) -> None:
     check_answer_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
     records = load_prompt_records(args)
-    num_truncated = 0
+    num_cut = 0
     with progress_file(args, records, template, dtype) as file:
         answers = load_answers(file, records)
         model = load_for_inference(args.model, DTYPES[dtype], device)
@@ -503,11 +514,11 @@ def generate_answers(args, device) -> None:
             new_answers = dict(zip(indices, texts, strict=True))
             append_answers(file, new_answers)
             answers |= new_answers
-            num_truncated += cut
+            num_cut += cut
             print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
-        if num_truncated:
+        if num_cut:
             print0(
-                f"warning: {num_truncated} answers were cut at --max_new_tokens or the model's last position",
+                f"warning: {num_cut} answers were cut at --max_new_tokens or the model's last position",
                 sys.stderr,
             )
         write_answers(args, records, answers)

@@ -315,7 +315,7 @@ class VarlenMetadata(NamedTuple):
 
 
 def _to_device(tensor, device):
-    """Copy a tensor from main memory, with CUDA without waiting for it."""
+    """Copy a tensor from main memory, with CUDA without waiting for it (as in mixup.py; both import torch alone)."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

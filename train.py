@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,20 +100,9 @@ MAX_GRAD_NORM = 1.0
 class TrainConfig:
     """The configuration of a run; its fields are the flags of the command line.
 
-    The defaults are the paper's settings, except that the paper splits by perplexity.
-    Raises ValueError with the flag, its value and what is allowed.
+    The defaults are the paper's settings, except that the paper splits by perplexity; docs/paper.md lists what the
+    paper leaves open. Raises ValueError with the flag, its value and what is allowed.
     """
-
-    # A resumed run may change these: results depend on them up to rounding at most. Of files, the content is compared.
-    RESUME_MAY_CHANGE: ClassVar[frozenset] = frozenset(
-        """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
-        deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
-    )
-
-    # Stages of a run that are started one by one may also differ in these, each of which counts in a single stage.
-    STAGE_MAY_CHANGE: ClassVar[frozenset] = frozenset(
-        "confidence confidence_by pairing mu alpha ntp_weight num_checkpoints".split()
-    )
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs", group="data")
     data: str | tuple[str, ...] | None = flag(None, f"training examples: {DATA_HELP}")
@@ -192,8 +181,8 @@ class TrainConfig:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
         if self.stage == "confidence" and self.confidence is not None:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
-        if self.online and self.pairing == "random":
-            raise ValueError("--confidence online: --pairing random makes no use of it")
+        if self.confidence is not None and self.pairing == "random":
+            raise ValueError(f"--confidence {self.confidence}: --pairing random makes no use of it")
         if self.online and self.epochs < 2:
             raise ValueError(f"--epochs {self.epochs}: --confidence online needs 2 or more, the first being plain NTP")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
@@ -300,23 +289,21 @@ def compute_loss(
     return model(row.tokens, row.positions, row.cu_seqlens, head=head)
 
 
-def optimizer_step(model: Transformer, optimizer, lr: float, losses, num_signals: int) -> torch.Tensor:
-    """Clip the gradient and update the weights. -> (loss, ntp, mix, signals, gradient norm) of all processes, [5]
+def optimizer_step(model: Transformer, optimizer, lr: float, loss: torch.Tensor) -> torch.Tensor:
+    """Clip the gradient and update the weights. -> the gradient norm, []
 
-    If the loss or the gradient norm is not finite, weights and optimizer state do not change. The number of signals is
-    summed with the losses, so that all processes stop at the same step. All values stay on the device, and nothing
-    waits for them.
+    If the loss (of all processes, []) or the gradient norm is not finite, weights and optimizer state do not change.
+    Both values stay on the device, and nothing waits for them.
     """
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-    values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), num_signals)]))
-    is_finite, device = values[0].isfinite() & grad_norm.isfinite(), losses.device
+    is_finite = loss.isfinite() & grad_norm.isfinite()
     optimizer.found_inf = 1 - is_finite.float()  # if 1, the fused kernel leaves weights and optimizer state unchanged
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if device.type != "mps" or is_finite:  # the kernel of Apple GPUs ignores it
+    if loss.device.type != "mps" or is_finite:  # the kernel of Apple GPUs ignores it
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat([values, grad_norm.reshape(1)])
+    return grad_norm
 
 
 # --- The training loop ------------------------------------------------------------------------------------------------
@@ -361,23 +348,25 @@ def train(
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
                 losses = forward_backward(model, batch, mu, ntp_weight, accumulator, config.zero_stage)
-                values = optimizer_step(model, optimizer, lr, losses, len(signals))
+                # The number of signals is summed with the losses, so that all processes stop after the same step.
+                values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), len(signals))]))
+                grad_norm = optimizer_step(model, optimizer, lr, loss=values[0])
                 done += 1
-                metrics.add(done, values, batch)
+                metrics.add(done, values, grad_norm, batch)
 
                 should_log = done % config.log_every == 0 or done == total_steps
                 should_save = savepoints and (done % savepoints.every == 0 or done == total_steps)
                 # The values of a step are read one step later, on all processes alike, unless they are needed now.
-                check_skipped_steps(metrics, dataset, config, log, wait=should_log)
+                read_step_values(metrics, dataset, config, log, wait=should_log)
                 if should_log:
                     log(metrics.record(done, epoch=epoch, lr=lr))
                 if accumulator and done == (epoch + 1) * epoch_steps:
-                    accumulator.end_epoch()
+                    accumulator.end_epoch()  # before a savepoint, which holds the scores of the epoch
                 if after_step and done in after_step:
                     with metrics.paused():
                         after_step[done]()
                 if should_save or metrics.stop:  # only with savepoints are signals deferred
-                    check_skipped_steps(metrics, dataset, config, log, wait=True)
+                    read_step_values(metrics, dataset, config, log, wait=True)
                     with metrics.paused():
                         savepoints.save(done, model, optimizer, metrics, accumulator)
                 if metrics.stop:
@@ -397,8 +386,11 @@ def prepare_batch(
     return build_batch(dataset, indices, lam, config.micro_batch_tokens, rank(), world_size()).to(device)
 
 
-def check_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainConfig, log: Callable, wait: bool) -> None:
-    """Log the steps whose loss or gradient was not finite. ValueError after `config.max_skipped` of them in a row."""
+def read_step_values(metrics: StepMetrics, dataset: Dataset, config: TrainConfig, log: Callable, wait: bool) -> None:
+    """Read the values of finished steps into `metrics`: sums for the log, and whether to stop.
+
+    Steps whose loss or gradient was not finite are logged. Raises ValueError after `config.max_skipped` in a row.
+    """
     for skipped in metrics.drain(wait):
         log(skipped | {"examples": dataset.example_ids[skipped["examples"]].astype(str).tolist()})
         if metrics.consecutive_skips >= config.max_skipped:
@@ -412,7 +404,7 @@ def check_skipped_steps(metrics: StepMetrics, dataset: Dataset, config: TrainCon
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """float32 for weights that are trained, since bf16 would round small updates away; frozen ones stay as stored."""
+    """float32, since bf16 would round small updates away. Where weights are frozen and matmuls bf16: as stored."""
     return stored_dtype(config.model) if config.lora_rank and config.dtype == "bf16" else torch.float32
 
 
@@ -460,10 +452,10 @@ def pretrain_demo_base(config: TrainConfig, device) -> dict:
 
 
 def base_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
-    """Evaluate the base, in float32 like the models that it is compared with."""
+    """Evaluate the base, its weights in the dtype of the models that it is compared with."""
     model = None
     if inputs.held_out:
-        model = load_model(config.model, device=device, compute_dtype=DTYPES[config.dtype])
+        model = load_model(config.model, weights_dtype(config), device, compute_dtype=DTYPES[config.dtype])
     return evaluate_model(model, inputs, config)
 
 
@@ -581,7 +573,7 @@ def run(config: TrainConfig, device) -> None:
 
 
 def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
-    """Warn if a batch has too few pairs to give every process one."""
+    """Warn if a batch of pairs is too small to give every process one."""
     if config.batch_size < 2 * num_processes:
         print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 

@@ -290,7 +290,7 @@ def step_by_parts(sizes: Sizes) -> Iterator[Row]:
     order, lam = epoch_order(len(dataset), 0, 0), torch.rand(len(dataset) // 2)
     batch = build_batch(dataset, order, lam, work.tokens).to(find_device())
     yield from time_parts(
-        "a step", lambda: optimizer_step(model, optimizer, 1e-5, forward_backward(model, batch, 0.2, 1.0), 0), V
+        "a step", lambda: optimizer_step(model, optimizer, 1e-5, forward_backward(model, batch, 0.2, 1.0)[0]), V
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data import MICRO_BATCH_TOKENS, Dataset, build_micro_batch, make_micro_batches
+from data import MICRO_BATCH_TOKENS, Dataset, balanced_partitions, build_micro_batch
 from model import Transformer
 
 CHUNK = 256  # positions whose logits are held at once
@@ -22,7 +22,7 @@ CHUNK = 256  # positions whose logits are held at once
 def supervised_states(model: Transformer, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states and the target tokens of all supervised positions: float32 [S, D], int64 [S]"""
     hidden, targets = [], []
-    for examples in make_micro_batches(dataset.lengths.tolist(), MICRO_BATCH_TOKENS):
+    for examples in balanced_partitions(dataset.lengths.tolist(), MICRO_BATCH_TOKENS):
         micro_batch = build_micro_batch(dataset, np.array(examples), lam=torch.zeros(0))
         row, supervised = micro_batch.row, micro_batch.supervised
         hidden.append(model(row.tokens, row.positions, row.cu_seqlens)[supervised].float())

@@ -285,7 +285,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     tokenizer = load_tokenizer(cell / "base")
     template = choose_template(tokenizer, None, sys.stderr)
     encoded = {
-        part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], None, sys.stderr)
+        part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], file=sys.stderr)
         for part in ("train", "validation", "held-out")
         if (cell / f"{part}.jsonl").stat().st_size
     }

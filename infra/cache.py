@@ -194,7 +194,7 @@ def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, 
 
 
 def load_dataset(
-    data, tokenizer: Tokenizer, template: str, max_length: int, cache=None, skip_bad_records: bool = False, file=None
+    data, tokenizer: Tokenizer, template: str, max_length: int, cache=None, *, skip_bad_records: bool = False, file=None
 ) -> Dataset:
     """Open data files in their encoded form, and print to `file` what is in them. Rank 0 encodes them if need be.
 

@@ -50,13 +50,13 @@ def resolve_model(config) -> tuple:
 
 def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, so that all errors in it are found before training."""
-    settings = tokenizer, config.template, config.max_length, config.cache, config.skip_bad_records
-    dataset = load_dataset(config.data, *settings)
+    settings = tokenizer, config.template, config.max_length, config.cache
+    dataset = load_dataset(config.data, *settings, skip_bad_records=config.skip_bad_records)
     check_saved_tokenizer(tokenizer, dataset, config)
     if config.eval_data is None:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
-    held_out = load_dataset(config.eval_data, *settings)
+    held_out = load_dataset(config.eval_data, *settings, skip_bad_records=config.skip_bad_records)
     example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
     if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
         print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")

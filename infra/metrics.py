@@ -67,10 +67,10 @@ class StepMetrics:
         for name in self._STATE:
             setattr(self, name, state[name])
 
-    def add(self, step: int, values: torch.Tensor, batch: GlobalBatch) -> None:
-        """Add a step (counted from 1) by its values on the device: loss, ntp, mix, signals, gradient norm [5]."""
+    def add(self, step: int, values: torch.Tensor, grad_norm: torch.Tensor, batch: GlobalBatch) -> None:
+        """Add a step (counted from 1) by its values on the device: loss, ntp, mix and signals [4], gradient norm []."""
         on_cuda, copied = self.device.type == "cuda", None
-        values = values.to("cpu", non_blocking=on_cuda)
+        values = torch.cat([values, grad_norm.reshape(1)]).to("cpu", non_blocking=on_cuda)
         if on_cuda:
             copied = torch.cuda.Event()
             copied.record()

@@ -11,6 +11,14 @@ from infra.files import read_json, sha256_of, write_json
 from infra.output import load_results
 from infra.records import data_checksums
 
+# What a resumed run may change: results depend on it up to rounding at most. Of files, the content is compared.
+RESUME_MAY_CHANGE = frozenset(
+    """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
+    deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
+)
+# Stages of a run that are started one by one may also differ in these, each of which counts in a single stage.
+STAGE_MAY_CHANGE = frozenset("confidence confidence_by pairing mu alpha ntp_weight num_checkpoints".split())
+
 RESOLVED = ("max_length", "template", "dtype")  # flags whose defaults depend on the model folder and the device
 
 
@@ -28,7 +36,7 @@ def continue_config(config):
         config = replace(config, **resolved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config.output}/config.json: changed since it was written ({error})") from None
-    may_change = config.RESUME_MAY_CHANGE | _stage_may_change(config)
+    may_change = RESUME_MAY_CHANGE | _stage_may_change(config)
     for field in fields(config):
         value = getattr(config, field.name)
         is_open = field.name in RESOLVED and before.get(field.name) is None  # the demo resolves them after its base
@@ -68,7 +76,7 @@ def _config_before(config) -> dict:
 
 def _stage_may_change(config) -> frozenset:
     """The flags that may differ without --resume, because the run goes on with another stage than they count in."""
-    return frozenset() if config.resume else config.STAGE_MAY_CHANGE
+    return frozenset() if config.resume else STAGE_MAY_CHANGE
 
 
 def check_model_unchanged(config) -> None:

@@ -18,12 +18,12 @@ from data import (
     IGNORE_INDEX,
     Dataset,
     Example,
+    balanced_partitions,
     build_batch,
     encode_example,
     encode_examples,
     epoch_order,
     load_examples,
-    make_micro_batches,
     pack,
     paired_order,
     sample_lambda,
@@ -468,15 +468,15 @@ def test_lambda_is_beta_distributed_and_a_function_of_the_step():
 @pytest.mark.parametrize("multiple", [1, 2, 3])
 def test_micro_batches_hold_every_unit_once_within_the_limit(multiple):
     sizes = np.random.default_rng(0).integers(1, 60, 40).tolist()
-    bins = make_micro_batches(sizes, max_tokens=100, multiple=multiple)
+    bins = balanced_partitions(sizes, max_tokens=100, multiple=multiple)
     assert sorted(unit for bin in bins for unit in bin) == list(range(40))
     assert len(bins) % multiple == 0 and max(sum(sizes[u] for u in bin) for bin in bins) <= 100
 
 
 def test_a_unit_beyond_the_limit_has_a_micro_batch_to_itself():
-    bins = make_micro_batches([500, 10, 10], max_tokens=100)
+    bins = balanced_partitions([500, 10, 10], max_tokens=100)
     assert [0] in bins and sorted(u for bin in bins for u in bin) == [0, 1, 2]
-    assert make_micro_batches([7], max_tokens=100, multiple=3).count([]) == 2
+    assert balanced_partitions([7], max_tokens=100, multiple=3).count([]) == 2
 
 
 def test_batches_made_ahead_arrive_on_the_device_unchanged(device):

@@ -25,6 +25,7 @@ from eval import (
     generate,
     held_out_loss,
     main,
+    split_last_turn,
     wilson_interval,
 )
 from infra.hf import save_model
@@ -156,7 +157,7 @@ def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatc
     example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
     asked = []
 
-    def generate(model, prompts, max_new_tokens, stop_ids):
+    def generate(model, prompts, max_new_tokens, stop_ids, batch_size):
         asked.append((prompts, max_new_tokens, stop_ids))
         return answers
 
@@ -167,6 +168,17 @@ def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatc
     trained_on, _ = encode_example(example, tokenizer, "alpaca", 1000)
     assert prompts == [trained_on[: len(prompts[0])]] * 5 and tokenizer.decode(prompts[0]).endswith("### Response:\n")
     assert max_new_tokens > len(the_dog) and stop_ids == end
+
+
+def test_the_prompts_of_a_batch_have_at_most_as_many_tokens_as_a_micro_batch(tokenizer, monkeypatch):
+    example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
+    dataset = encode_examples([example] * 100, tokenizer, "alpaca", 1000)
+    length = len(split_last_turn(*dataset[0])[0])
+    sizes = []
+    monkeypatch.setattr("eval.generate", lambda *args, batch_size: sizes.append(batch_size) or [[]] * 100)
+    for tokens in (100 * length, 9 * length, length - 1):
+        exact_match(tiny_model(), dataset, tokenizer, "alpaca", micro_batch_tokens=tokens)
+    assert sizes == [64, 9, 1]
 
 
 def test_exact_match_of_plain_text_is_refused(tokenizer):
@@ -390,7 +402,7 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
 def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
     asked = []
 
-    def generate(model, prompts, *more):
+    def generate(model, prompts, *args, **kwargs):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return [[*tokenizer.encode("it sleeps", continues=True), tokenizer.eos_id] for _ in prompts]
 
