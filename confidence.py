@@ -65,7 +65,7 @@ from model import Transformer
 def score_examples(
     model: Transformer, encoded: Sequence[tuple], micro_batch_tokens: int = MICRO_BATCH_TOKENS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score each example with one checkpoint. -> (probability [N], perplexity [N]), float64, in the given order.
+    """Score each example with one checkpoint. -> (probability, perplexity) of all examples, float64, in the given order
 
     probability is p_c(i) = (1/N) Σ_n p_c(y_n) and perplexity exp(−(1/N) Σ_n log p_c(y_n)), over the N supervised tokens
     of example i. Under `torchrun` each process scores a part of the examples, and all processes return all scores.
