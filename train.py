@@ -65,6 +65,7 @@ from infra.distributed import (
     set_up_process,
     world_size,
 )
+from infra.files import sha256_of
 from infra.fsdp import apply_fsdp, full_tensor, set_zero_stage
 from infra.hf import choose_template, load_model, meta_model, stored_dtype
 from infra.inputs import Inputs, load_inputs, resolve_hardware, resolve_model
@@ -85,7 +86,7 @@ from infra.output import (
     stages_to_run,
 )
 from infra.plan import print_example, print_plan
-from infra.resume import check_model_unchanged, continue_config, record_config
+from infra.resume import check_model_unchanged, check_scores_unchanged, continue_config, record_config
 from infra.savepoints import Savepoints
 from mixup import sftmix_loss
 from model import ModelConfig, Transformer
@@ -477,7 +478,7 @@ def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     log, savepoints = stage_log(config, "reference", inputs), stage_savepoints(config, "reference")
     train_stats = train(model, inputs.train, config, ntp_sampler(inputs.train, config), log, saves, savepoints)
     save_result(model, folder, inputs.tokenizer, config)
-    return evaluate_model(model, inputs, config) | train_stats
+    return evaluate_model(model, inputs, config) | train_stats | {"checkpoints": len(steps)}
 
 
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
@@ -497,10 +498,11 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 
 def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     """Save the training dynamics of a run. -> their entry in results.json"""
+    file = Path(config.output) / "confidence.jsonl"
     if rank() == 0:
-        dynamics.save(Path(config.output) / "confidence.jsonl")
+        dynamics.save(file)
     barrier()
-    entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
+    entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids), "sha256": sha256_of(file)}
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence find them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -510,8 +512,14 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
 
 def load_dynamics(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
     """The training dynamics of the examples, from the file of --confidence or from the run itself."""
+    if config.confidence is None:
+        check_scores_unchanged(config)
     file = config.confidence or Path(config.output) / "confidence.jsonl"
-    return TrainingDynamics.load(file).select(dataset.ids)
+    dynamics = TrainingDynamics.load(file)
+    try:
+        return dynamics.select(dataset.ids)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def paired_epoch_order(dynamics: TrainingDynamics, config: TrainConfig, epoch: int) -> np.ndarray:

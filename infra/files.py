@@ -153,13 +153,14 @@ def _checksum(file: Path) -> dict:
 
 
 def sha256_of(path) -> list[str]:
-    """The SHA-256 of a file, or of each file of weights, configuration or tokenizer of a model folder."""
+    """The SHA-256 of a file; of a model folder, names and SHA-256 of its weights, configuration and tokenizer."""
     path = Path(path)
     files = [path]
     if path.is_dir():
         kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
         files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.name != MANIFEST)
-    return [checksum["sha256"] for checksum in checksums(files).values()]
+    sums = {name: entry["sha256"] for name, entry in checksums(files).items()}
+    return [f"{name} {sha256}" for name, sha256 in sums.items()] if path.is_dir() else list(sums.values())
 
 
 def verify_manifest(folder: Path) -> None:

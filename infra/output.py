@@ -71,14 +71,23 @@ def check_output(config) -> None:
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
     if output.resolve() in [folder.resolve() for folder in folders]:
         raise ValueError(f"--output {output}: is the folder of the data, of which the output would become a part")
-    names = ["config.json", "metrics.jsonl", "results.json", *(["data"] if config.model is None else [])]
-    if any((output / name).exists() for name in names) and not _is_of_a_run(output / "config.json"):
-        found = next(name for name in names if (output / name).exists())
-        raise FileExistsError(f"{output / found}: already there, and not written by a run; choose another --output")
+    before = read_json(output / "config.json") if (output / "config.json").is_file() else {}
+    is_of_a_run = "num_checkpoints" in before
+    names = ["config.json", "metrics.jsonl", "results.json", "skipped.jsonl", *(s.path for s in STAGES.values())]
+    others = [] if is_of_a_run else [name for name in names if (output / name).exists()]
+    if (output / "lock").is_file() and (output / "lock").stat().st_size:  # that of a run is empty
+        others.append("lock")
+    is_of_the_demo = is_of_a_run and (before.get("model") is None or (output / "data" / "wrong.json").exists())
+    if config.model is None and (output / "data").exists() and not is_of_the_demo:
+        others.append("data")
+    if others:
+        raise FileExistsError(f"{output / others[0]}: already there, and not written by a run; choose another --output")
 
 
-def _is_of_a_run(file: Path) -> bool:
-    return file.is_file() and "num_checkpoints" in read_json(file)
+def has_begun(output: Path) -> bool:
+    """Whether the output folder holds results or savepoints of a stage, or something else that it has made."""
+    made = any((output / stage.path).exists() for stage in STAGES.values())
+    return made or bool(load_results(output)) or any((output / "resume").glob("*"))
 
 
 def save_skipped(output: Path, *datasets: Dataset | None) -> None:
@@ -116,8 +125,10 @@ def stages_to_run(config) -> list[str]:
     """
     output, stages = Path(config.output), stages_of(config)
     if config.resume:
-        finished = load_results(output)
-        stages = [stage for stage in stages if STAGES[stage].result not in finished]
+        finished = [stage for stage in stages if STAGES[stage].result in load_results(output)]
+        stages = [stage for stage in stages if stage not in finished]
+        for stage in finished:  # it may have been killed before it did so
+            stage_savepoints(config, stage).clear()
     else:
         online_scores = ["confidence"] if config.online and "sftmix" in stages else []
         check_not_started(output, [*stages, *online_scores])
@@ -185,7 +196,7 @@ def print_report(output: Path, demo: bool) -> None:
             report += (
                 f"\nLow confidence by {name} finds the wrong answers with an area under the ROC curve of {area:.3f}."
             )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{output}/results.json: changed since it was written ({error})") from None
     print0(report)  # outside the `try`, since an encoding error is a ValueError
     if demo:
@@ -238,12 +249,16 @@ def save_result(model: Transformer, path: Path, tokenizer: Tokenizer, config) ->
 
 
 def reference_checkpoints(config) -> list[Path]:
-    """The checkpoints of a finished reference run, oldest first. Raises FileNotFoundError without any."""
+    """The checkpoints of a finished reference run, oldest first. Raises FileNotFoundError if some are missing."""
     reference = Path(config.output) / "reference"
     if not (reference / "config.json").exists():
         raise FileNotFoundError(f"{reference}: no finished reference run there; --stage reference makes one")
     folders = [f for f in (reference / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdecimal()]
-    if not folders:
-        raise FileNotFoundError(f"{reference}/checkpoints: no checkpoints left; --stage reference makes them")
+    made = load_results(Path(config.output)).get("ntp", {}).get("checkpoints", 1)
+    if len(folders) < made:
+        raise FileNotFoundError(
+            f"{reference}/checkpoints: {len(folders)} of {made} checkpoints left; --stage reference makes them, or "
+            "confidence.py scores those that are left"
+        )
     check_models([config.model, *folders])
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))

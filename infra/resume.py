@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infra.distributed import rank
 from infra.files import read_json, sha256_of, write_json
-from infra.output import load_results
+from infra.output import has_begun, load_results, stages_of
 from infra.records import data_checksums
 
 # What a resumed run may change: results depend on it up to rounding at most. Of files, the content is compared.
@@ -16,8 +16,11 @@ RESUME_MAY_CHANGE = frozenset(
     """model data eval_data output stage micro_batch_tokens zero_stage activation_checkpointing device compile
     deterministic cache log_every save_every keep_last resume max_skipped dry_run""".split()
 )
-# Stages of a run that are started one by one may also differ in these, each of which counts in a single stage.
-STAGE_MAY_CHANGE = frozenset("confidence confidence_by pairing mu alpha ntp_weight num_checkpoints".split())
+# Flags that count in a single stage. If stages are started one by one, the others may be given other values.
+STAGE_FLAGS = {
+    "reference": ("num_checkpoints",),
+    "sftmix": ("confidence", "confidence_by", "pairing", "mu", "alpha", "ntp_weight"),
+}
 
 RESOLVED = ("max_length", "template", "dtype")  # flags whose defaults depend on the model folder and the device
 
@@ -39,44 +42,48 @@ def continue_config(config):
     may_change = RESUME_MAY_CHANGE | _stage_may_change(config)
     for field in fields(config):
         value = getattr(config, field.name)
-        is_open = field.name in RESOLVED and before.get(field.name) is None  # the demo resolves them after its base
-        if field.name not in may_change and value != before.get(field.name) and not is_open:
+        value_before = before.get(field.name)
+        is_open = field.name in RESOLVED and value_before is None  # the demo resolves them after its base
+        are_files = field.name == "confidence" and not {value, value_before} & {None, "online"}
+        if field.name not in may_change and value != value_before and not is_open and not are_files:
             raise ValueError(
-                f"--{field.name} {value}: the run in {config.output} was begun with {before.get(field.name)}, and "
-                "would become another one; give it as it was, or choose another --output"
+                f"--{field.name} {value}: the run in {config.output} was begun with {value_before}, and would become "
+                "another one; give it as it was, or choose another --output"
             )
     return config
 
 
 def record_config(config) -> None:
-    """Write config.json, with checksums of the files that the run reads.
+    """Write config.json, with checksums of the files that the run reads. Flags of other stages stay as they are there.
 
-    Raises ValueError for the first of them whose content is not what it was when the run began.
+    Raises ValueError for the first file whose content is not what it was when the run began.
     """
     if rank() != 0:
         return
-    before = _config_before(config).get("content")
-    before = before if isinstance(before, dict) else {}
+    before = _config_before(config)
+    content = before.get("content") if isinstance(before.get("content"), dict) else {}
     checksums = input_checksums(config)
     for name, checksum in checksums.items():
-        if checksum != before.get(name, checksum) and name not in _stage_may_change(config):
+        if checksum != content.get(name, checksum) and name not in _stage_may_change(config):
             raise ValueError(
                 f"--{name} {getattr(config, name)}: is not what it was when the run in {config.output} began; "
                 "bring its content back, or choose another --output"
             )
-    write_json(Path(config.output) / "config.json", asdict(config) | {"content": before | checksums})
+    others = [name for stage, names in STAGE_FLAGS.items() if stage not in stages_of(config) for name in names]
+    kept = {name: before[name] for name in others if name in before}
+    write_json(Path(config.output) / "config.json", asdict(config) | kept | {"content": content | checksums})
 
 
 def _config_before(config) -> dict:
     """What config.json says of the run that goes on: resumed, or by another of its stages. Empty for a new run."""
     file = Path(config.output) / "config.json"
-    goes_on = file.is_file() and (config.resume or load_results(Path(config.output)))
+    goes_on = file.is_file() and (config.resume or has_begun(Path(config.output)))
     return read_json(file) if goes_on else {}
 
 
-def _stage_may_change(config) -> frozenset:
-    """The flags that may differ without --resume, because the run goes on with another stage than they count in."""
-    return frozenset() if config.resume else STAGE_MAY_CHANGE
+def _stage_may_change(config) -> set:
+    """The flags that may differ without --resume, because the stage that they count in is another or begins now."""
+    return set() if config.resume else {name for names in STAGE_FLAGS.values() for name in names}
 
 
 def check_model_unchanged(config) -> None:
@@ -87,6 +94,17 @@ def check_model_unchanged(config) -> None:
             raise ValueError(
                 f"{config.model}: is not what it was when the run began; bring its content back, and --resume"
             )
+
+
+def check_scores_unchanged(config) -> None:
+    """ValueError if the run's scores are not those that its confidence stage has written."""
+    file = Path(config.output) / "confidence.jsonl"
+    written = load_results(Path(config.output)).get("confidence", {}).get("sha256")
+    if written and sha256_of(file) != written:
+        raise ValueError(
+            f"{file}: is not what the confidence stage has written; bring its content back, or give scores of your own "
+            "as --confidence FILE"
+        )
 
 
 def input_checksums(config) -> dict:

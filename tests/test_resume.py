@@ -332,7 +332,9 @@ def test_a_run_stopped_by_a_signal_loses_no_step_of_its_log(folder, tmp_path, mo
 # --- The output folder ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.json", "results.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "results.json", "confidence.jsonl", "reference", "sftmix", "skipped.jsonl", "lock"]
+)
 def test_an_output_that_no_run_has_written_is_left_as_it_is(folder, tmp_path, capsys, name):
     (tmp_path / name).write_text('{"model_type": "llama"}')
     assert error_of(capsys, flags(folder, tmp_path))[0] == 1
@@ -347,6 +349,17 @@ def test_the_demo_does_not_replace_data(tmp_path, capsys):
     code, error = error_of(capsys, ["--output", str(tmp_path)])
     assert code == 1 and f"{tmp_path / 'data'}: already there" in error
     assert (tmp_path / "data" / "train.jsonl").read_text() == "mine"
+
+
+def test_the_demo_does_not_replace_the_data_of_another_run(folder, tmp_path, capsys):
+    """A run on the data in a folder `data` beside its output, where the demo is then begun by mistake."""
+    data = tmp_path / "data" / "train.jsonl"
+    data.parent.mkdir()
+    shutil.copy(folder / "train.jsonl", data)
+    main(flags(folder, tmp_path, "--data", data, "--stage", "base"))
+    code, error = error_of(capsys, ["--output", str(tmp_path), "--resume"])
+    assert code == 1 and f"{tmp_path / 'data'}: already there" in error
+    assert data.read_bytes() == (folder / "train.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("data", ["", "*.jsonl"])
@@ -377,6 +390,70 @@ def test_stages_started_one_by_one_are_of_one_run(folder, tmp_path, capsys):
     main(flags(folder, output, *only, "--confidence", scores))
     shutil.rmtree(output / "sftmix")
     main(flags(folder, output, *only, "--confidence", others))
+
+
+@pytest.mark.parametrize("lost", ["results.json", "reference/config.json"])
+def test_what_a_stage_has_made_is_not_taken_for_that_of_another_run(folder, tmp_path, capsys, lost):
+    """A run killed before its first savepoint, or without its results, has made checkpoints with its settings."""
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    (tmp_path / "o" / lost).unlink()
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "base", "--lr", "1e-3"))
+    assert code == 1 and "--lr 0.001: the run in" in error
+
+
+def test_flags_of_another_stage_stay_as_they_were(folder, tmp_path, capsys):
+    output, scores = tmp_path / "o", tmp_path / "scores.jsonl"
+    only = ("--mu", "0.5", "--confidence", scores)
+    main(flags(folder, output, "--stage", "reference", "--num_checkpoints", "3"))
+    main(flags(folder, output, "--stage", "confidence"))
+    shutil.move(output / "confidence.jsonl", scores)
+    main(flags(folder, output, "--stage", "sftmix", *only))
+    main(flags(folder, output, "--stage", "confidence"))
+    code, error = error_of(capsys, flags(folder, output, "--resume", "--num_checkpoints", "3"))
+    assert code == 1 and "--confidence None: the run in" in error
+    relative = ("--confidence", os.path.relpath(scores))  # of a file, the content is compared
+    main(flags(folder, output, "--resume", "--num_checkpoints", "3", *only, *relative))
+
+
+def test_scores_and_checkpoints_are_those_that_the_run_has_made(folder, tmp_path, capsys):
+    output = tmp_path / "o"
+    main(flags(folder, output, "--stage", "reference"))
+    shutil.move(output / "reference" / "checkpoints" / "step-4", tmp_path)
+    code, error = error_of(capsys, flags(folder, output, "--stage", "confidence"))
+    assert code == 1 and "reference/checkpoints: 1 of 2 checkpoints left" in error and not error[:-1].count("\n")
+    shutil.move(tmp_path / "step-4", output / "reference" / "checkpoints")
+    main(flags(folder, output, "--stage", "confidence"))
+    scores = output / "confidence.jsonl"
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[1:]))
+    for more in (("--stage", "sftmix"), ("--resume",)):
+        code, error = error_of(capsys, flags(folder, output, *more))
+        assert code == 1 and f"{scores}: is not what the confidence stage has written" in error
+    code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix", "--confidence", scores))
+    assert code == 1 and f"{scores}: 1 of 20 examples have no confidence score" in error
+
+
+def test_savepoints_of_a_finished_stage_go_when_the_run_goes_on(folder, tmp_path):
+    """It was killed between the results of the stage and the removal of its savepoints."""
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    (tmp_path / "o" / "resume" / "reference-step-3").mkdir(parents=True)
+    main(flags(folder, tmp_path / "o", "--resume"))
+    assert not (tmp_path / "o" / "resume").exists()
+
+
+def test_results_that_were_changed_are_named(folder, tmp_path, capsys):
+    main(flags(folder, tmp_path / "o", "--stage", "base"))
+    (tmp_path / "o" / "results.json").write_text('{"base": {"loss": 3.9}}')
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "base", "--resume"))
+    assert code == 1 and "results.json: changed since it was written" in error
+
+
+def test_a_tokenizer_file_of_another_name_makes_another_base(folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    main(flags(folder, tmp_path / "o", "--model", model, "--stage", "base"))
+    (model / "generation_config.json").rename(model / "generation_config_old.json")  # in the same place of a listing
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--model", model, "--stage", "reference"))
+    assert code == 1 and f"--model {model}: is not what it was" in error
 
 
 @pytest.mark.parametrize("file, old, new", [("config.json", "10000.0", "500.0"), ("tokenizer_config.json", "{", "{ ")])
