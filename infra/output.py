@@ -73,7 +73,7 @@ def check_output(config) -> None:
         raise ValueError(f"--output {output}: is the folder of the data, of which the output would become a part")
     before = read_json(output / "config.json") if (output / "config.json").is_file() else {}
     is_of_a_run = "num_checkpoints" in before
-    names = ["config.json", "metrics.jsonl", "results.json", "skipped.jsonl", *(s.path for s in STAGES.values())]
+    names = ["config.json", "metrics.jsonl", "results.json", "skipped.jsonl", *paths_of(config)]
     others = [] if is_of_a_run else [name for name in names if (output / name).exists()]
     if (output / "lock").is_file() and (output / "lock").stat().st_size:  # that of a run is empty
         others.append("lock")
@@ -98,12 +98,12 @@ def save_skipped(output: Path, *datasets: Dataset | None) -> None:
             tmp.write_text(lines)
 
 
-def check_not_started(output: Path, stages: list[str]) -> None:
-    """Raise FileExistsError if the output folder holds something of these stages, or savepoints."""
-    for stage in stages:
-        path = output / STAGES[stage].path
-        if path.exists():
-            raise FileExistsError(f"{path}: already there; --resume goes on, or choose another --output")
+def check_not_started(config) -> None:
+    """Raise FileExistsError if the output folder holds something of the stages of this run, or savepoints."""
+    output = Path(config.output)
+    for name in paths_of(config):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name}: already there; --resume goes on, or choose another --output")
     if any((output / "resume").glob("*")):
         raise FileExistsError(f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output")
 
@@ -118,20 +118,26 @@ def stages_of(config) -> list[str]:
     return [stage for stage in STAGES if stage not in unused] if config.stage == "all" else [config.stage]
 
 
+def paths_of(config) -> list[str]:
+    """What the stages of a run write in the output folder."""
+    stages = stages_of(config)
+    online_scores = ["confidence"] if config.online and "sftmix" in stages else []
+    return [STAGES[stage].path for stage in [*stages, *online_scores]]
+
+
 def stages_to_run(config) -> list[str]:
     """The stages asked for; for a resumed run, those of them that are not finished.
 
     Raises FileExistsError if a run that is not resumed finds something of these stages in the output folder.
     """
-    output, stages = Path(config.output), stages_of(config)
+    stages = stages_of(config)
     if config.resume:
-        finished = [stage for stage in stages if STAGES[stage].result in load_results(output)]
+        finished = [stage for stage in stages if STAGES[stage].result in load_results(Path(config.output))]
         stages = [stage for stage in stages if stage not in finished]
         for stage in finished:  # it may have been killed before it did so
             stage_savepoints(config, stage).clear()
     else:
-        online_scores = ["confidence"] if config.online and "sftmix" in stages else []
-        check_not_started(output, [*stages, *online_scores])
+        check_not_started(config)
     barrier()  # all processes have looked before rank 0 writes
     return stages
 
