@@ -159,6 +159,12 @@ COMPARED = [
     ("SFTMix, by a weaker model", "SFTMix"),
     ("LoRA, SFTMix", "LoRA, NTP"),
 ]
+COMPARED_ON_REAL_DATA = [  # beside the two contrasts of docs/study.md
+    ("SFTMix", "random pairs"),
+    ("SFTMix", "SFTMix, by perplexity"),
+    ("SFTMix, by a weaker model", "SFTMix"),
+    ("NEFTune", "SFTMix"),
+]
 
 
 class Real(NamedTuple):

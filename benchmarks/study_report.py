@@ -9,7 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.study import ARMS, BEYOND, COMPARED, DEMOS, DOCUMENT, LONG, REALS, ROOT, SHARES, STRENGTHS, read_results
+from benchmarks.study import (
+    ARMS,
+    BEYOND,
+    COMPARED,
+    COMPARED_ON_REAL_DATA,
+    DEMOS,
+    DOCUMENT,
+    LONG,
+    REALS,
+    ROOT,
+    SHARES,
+    STRENGTHS,
+    read_results,
+)
 
 # --- What they say ----------------------------------------------------------------------------------------------------
 
@@ -106,15 +119,19 @@ class Results:
 
 PARTS = {demo: [demo] for demo in DEMOS} | {"all shares": SHARES}
 MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
+SCALED = {"loss_at_temperature": (".4f", 1)}
+HEADINGS = {"loss": "held-out loss", "accuracy": "exact match, %", "loss_at_temperature": "temperature-scaled loss"}
 
 
 def report() -> None:
     """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
     results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
     corpora = {corpus for corpus, _, _ in results.notes}
-    tables = {name: arms_table(results, part) + others_table(results, part) for name, part in PARTS.items()}
+    tables = {n: arms_table(results, p) + others_table(results, p, COMPARED, MEASURES) for n, p in PARTS.items()}
     real = [corpus for corpus in REALS if corpus in corpora]
-    tables |= {c: real_table(results, c) + contrasts_table(results, c) for c in real if "grid" not in c}
+    for corpus in [corpus for corpus in real if "grid" not in corpus]:
+        tables[corpus] = real_table(results, corpus) + contrasts_table(results, corpus)
+        tables[corpus] += others_table(results, [corpus], COMPARED_ON_REAL_DATA, SCALED)
     if grid := [corpus for corpus in real if "grid" in corpus]:
         tables["135M grid"] = grid_table(results, grid)
     if "3M Alpaca" in real:
@@ -167,17 +184,17 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
     return lines
 
 
-def others_table(results: Results, corpora: list[str]) -> list[str]:
-    """The other comparisons, each with its minimum detectable effect."""
-    pairs = [pair for pair in COMPARED if {*pair} <= {*results.arms(corpora)}]
+def others_table(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measures: dict) -> list[str]:
+    """Other comparisons of arms that have all seeds, each with its minimum detectable effect."""
+    pairs = [pair for pair in pairs if {*pair} <= {*results.arms(corpora)}]
     if not pairs:
         return []
-    lines = ["", "| one − other | held-out loss | p | MDE | exact match, % | p | MDE |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    tests = {measure: compared(results, corpora, pairs, measure) for measure in MEASURES}
+    lines = ["", f"| one − other | {' | '.join(f'{HEADINGS[measure]} | p | MDE' for measure in measures)} |"]
+    lines.append("|---|" + "---|---|---|" * len(measures))
+    tests = {measure: compared(results, corpora, pairs, measure) for measure in measures}
     for n, (one, other) in enumerate(pairs):
         row = [f"{one} − {other}"]
-        for measure, (form, factor) in MEASURES.items():
+        for measure, (form, factor) in measures.items():
             d, p = tests[measure][n]
             row += [*signed(d, p, form, factor), f"{factor * d.detectable:{form}}" if d else "–"]
         lines.append(f"| {' | '.join(row)} |")
