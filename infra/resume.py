@@ -41,10 +41,9 @@ def continue_config(config):
         raise ValueError(f"{config.output}/config.json: changed since it was written ({error})") from None
     may_change = RESUME_MAY_CHANGE | _stage_may_change(config)
     for field in fields(config):
-        value = getattr(config, field.name)
-        value_before = before.get(field.name)
+        value, value_before = getattr(config, field.name), before.get(field.name)
         is_open = field.name in RESOLVED and value_before is None  # the demo resolves them after its base
-        are_files = field.name == "confidence" and not {value, value_before} & {None, "online"}
+        are_files = field.name == "confidence" and not any(v in (None, "online") for v in (value, value_before))
         if field.name not in may_change and value != value_before and not is_open and not are_files:
             raise ValueError(
                 f"--{field.name} {value}: the run in {config.output} was begun with {value_before}, and would become "
