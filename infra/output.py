@@ -167,9 +167,12 @@ def place_of(config, stage: str, inputs=None) -> Place:
 
 
 def load_results(output: Path) -> dict:
-    """The entries of `results.json`, one for each finished stage."""
+    """The entries of `results.json`, one for each finished stage. ValueError if it was changed."""
     file = output / "results.json"
-    return read_json(file) if file.is_file() else {}
+    results = read_json(file) if file.is_file() else {}
+    if not all(isinstance(entry, dict) and isinstance(entry.get("checkpoints", 1), int) for entry in results.values()):
+        raise ValueError(f"{file}: changed since it was written (an entry is of the wrong kind)")
+    return results
 
 
 def record_stage(config, stage: str, entry: dict) -> None:

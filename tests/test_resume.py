@@ -442,9 +442,10 @@ def test_savepoints_of_a_finished_stage_go_when_the_run_goes_on(folder, tmp_path
 
 def test_results_that_were_changed_are_named(folder, tmp_path, capsys):
     main(flags(folder, tmp_path / "o", "--stage", "base"))
-    (tmp_path / "o" / "results.json").write_text('{"base": {"loss": 3.9}}')
-    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "base", "--resume"))
-    assert code == 1 and "results.json: changed since it was written" in error
+    for changed in ('{"base": {"loss": 3.9}}', '{"base": [3.9]}', '{"ntp": {"checkpoints": "five"}}'):
+        (tmp_path / "o" / "results.json").write_text(changed)
+        code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "base", "--resume"))
+        assert code == 1 and "results.json: changed since it was written" in error
 
 
 def test_a_tokenizer_file_of_another_name_makes_another_base(folder, tmp_path, capsys):
