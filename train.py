@@ -63,6 +63,7 @@ from infra.distributed import (
     print0,
     rank,
     set_up_process,
+    wait_for_rank0,
     world_size,
 )
 from infra.files import sha256_of
@@ -371,10 +372,17 @@ def train(
                     with metrics.paused():
                         savepoints.save(done, model, optimizer, metrics, accumulator)
                 if metrics.stop:
-                    print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
-                    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # or another process got the signal
+                    exit_stopped(done, signals)
+        if savepoints and all_reduce_sum(torch.tensor(len(signals), device=device)):  # since the last step
+            exit_stopped(done, signals)
     model.eval()
     return {"seconds": metrics.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+def exit_stopped(done: int, signals: list[int]) -> None:
+    """End the process after step `done`, with the exit code of its signal, or of SIGTERM if another process got one."""
+    print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
+    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 
 def prepare_batch(
@@ -604,6 +612,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     record_config(config)
     save_skipped(Path(config.output), inputs.train, inputs.held_out)
+    wait_for_rank0()  # which has hashed the model and the data
 
     if "base" in stages:
         record_stage(config, "base", base_stage(config, inputs, device) | train_stats)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
-from infra.distributed import broadcast_object, print0, rank, wait_for_rank0
+from infra.distributed import broadcast_object, exit_on_signals, print0, rank, wait_for_rank0
 from infra.files import name_errors, set_mode
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     set_mode(tmp, folder.parent.stat().st_mode)  # mkdtemp gives permissions to the owner only
     counts, id_counts, reading = Counter(), Counter(), Reading()
     try:
-        with name_errors(folder), ExitStack() as stack:
+        with name_errors(folder), exit_on_signals(), ExitStack() as stack:
             files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
             for dataset, found in parallel_map(encode, split_files(data), stack):
                 reading.add(found)
@@ -204,6 +204,9 @@ def load_dataset(
     folder, name = cache_path(data, tokenizer, template, max_length, cache), describe(data)
     if rank() == 0 and not folder.exists():
         encode_files(data, tokenizer, template, max_length, folder)
+        if cache_path(data, tokenizer, template, max_length, cache) != folder:
+            shutil.rmtree(folder)
+            raise ValueError(f"{name}: has changed while it was read; run the command again")
     wait_for_rank0()
     for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():

@@ -68,7 +68,7 @@ def _discard(stream) -> None:
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
-PEER_ERRORS = "by peer|Broken pipe|timed? ?out"  # how gloo says that another process does not answer
+PEER_ERRORS = "by peer|Broken pipe|[Tt]imed? ?out"  # how gloo says that another process does not answer
 TIMEOUT = timedelta(minutes=30)  # of collectives; what rank 0 does meanwhile, such as hashing a model, is shorter
 
 

@@ -178,8 +178,6 @@ def start_or_resume(file: Path, settings: dict) -> None:
     if file.stat().st_size == 0:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     content = file.read_bytes()
-    with open(file, "rb+") as stream:
-        stream.truncate(content.rfind(b"\n") + 1)
     with wrap_errors(file):
         previous = json.loads(content.splitlines()[0].decode())
         changed = [key for key in settings if previous.get(key) != settings[key]]
@@ -189,6 +187,8 @@ def start_or_resume(file: Path, settings: dict) -> None:
         raise ValueError(
             f"{file}: begun with {changed[0]}{difference}; give what it was begun with, or remove the file"
         )
+    with open(file, "rb+") as stream:
+        stream.truncate(content.rfind(b"\n") + 1)
 
 
 def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, list[str]]:

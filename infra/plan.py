@@ -11,6 +11,7 @@ from data import ARRAY_DTYPES, IGNORE_INDEX, Dataset, assign_micro_batches, epoc
 from infra.device import DTYPES
 from infra.distributed import print0
 from infra.hf import MAX_SHARD_BYTES
+from infra.output import stages_of
 from infra.savepoints import MAX_PART_BYTES
 from mixup import chunk_size
 from model import ModelConfig, Transformer
@@ -172,16 +173,19 @@ def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, de
     tokens, supervised = int(dataset.lengths.sum()), int(dataset.num_supervised.sum())
     flops = config.epochs * estimate_flops(model, tokens, supervised, config)
     stored = (parameters - trainable if config.lora_rank else parameters) * DTYPES[config.save_dtype].itemsize
-    num_models, names = min(config.num_checkpoints, config.epochs * steps) + 2, "checkpoints, reference, sftmix"
-    if config.online:
-        num_models, names = 1, "sftmix"
+    stages, num_models = stages_of(config), {}
+    if "reference" in stages:
+        num_models = {"checkpoints": min(config.num_checkpoints, config.epochs * steps), "reference": 1}
+    if "sftmix" in stages:
+        num_models["sftmix"] = 1
     savepoint = 3 * 4 * trainable  # weights and AdamW's two moments; a new one is complete before an old one is removed
 
     print0(f"\nparameters     {parameters:,}, of which {trainable:,} are trained")
     print0(f"steps          {config.epochs * steps:,} a stage: {config.epochs} epochs of {steps:,}")
     print0(f"micro-batches  of at most {largest.tokens:,} tokens, on {world_size} x {device_type}")
     print0(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
-    print0(f"disk           {format_bytes(num_models * stored)} for {num_models} models: {names}")
+    count, names = sum(num_models.values()), ", ".join(num_models)
+    print0(f"disk           {format_bytes(count * stored)} for {count} models" + f": {names}" * bool(names))
     print0(f"               {format_bytes((config.keep_last + 1) * savepoint)} for savepoints, while a stage runs")
     print0("memory         of a process, estimated:")
     for name, size in estimate_memory(model, largest, config, world_size, device_type).items():

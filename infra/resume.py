@@ -81,8 +81,9 @@ def _config_before(config) -> dict:
 
 
 def _stage_may_change(config) -> set:
-    """The flags that may differ without --resume, because the stage that they count in is another or begins now."""
-    return set() if config.resume else {name for names in STAGE_FLAGS.values() for name in names}
+    """The flags that may differ, because the stage that they count in is another or, without --resume, begins now."""
+    going_on = stages_of(config) if config.resume else []
+    return {name for stage, names in STAGE_FLAGS.items() if stage not in going_on for name in names}
 
 
 def check_model_unchanged(config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import all_reduce_sum, barrier, gather_objects, print0, rank, temporary_folder
+from infra.distributed import all_reduce_sum, barrier, gather_objects, print0, rank, temporary_folder, wait_for_rank0
 from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, utf8_folder, verify_manifest, write_json
 from infra.fsdp import local_shard, reshard
 from infra.hf import split_into_shards
@@ -60,8 +60,10 @@ class Savepoints:
                 shutil.rmtree(path, ignore_errors=True)  # a damaged savepoint of an earlier attempt
                 tmp.rename(path)
                 fsync(path.parent)
-                for _, old in self._existing()[: -self.keep]:
-                    shutil.rmtree(old)
+                # What is after `step` was damaged, or is of an attempt that was taken back.
+                kept = [folder for number, folder in self._existing() if number <= step][-self.keep :]
+                for folder in [folder for _, folder in self._existing() if folder not in kept]:
+                    shutil.rmtree(folder)
         barrier()
 
     def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
@@ -69,6 +71,7 @@ class Savepoints:
         newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
         if rank() == 0:
             newest.fill_(self._newest_intact())
+        wait_for_rank0()  # which has hashed the savepoint
         step = int(all_reduce_sum(newest))
         if rank() == 0:
             self._rewind_metrics(step)
@@ -114,7 +117,7 @@ class Savepoints:
                     raise ValueError(f"{folder / MANIFEST}: not found")
                 return step
             except (ValueError, OSError) as error:
-                print0(f"warning: {error}: passed over, for the one before", sys.stderr)
+                print0(f"warning: {error}: passed over", sys.stderr)
         return 0
 
     def _rewind_metrics(self, step: int) -> None:

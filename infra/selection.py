@@ -145,10 +145,11 @@ def extreme_records(records: ScoredRecords, dynamics, by: str, count: int, most:
 def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bool) -> Iterator[str]:
     """The least, or most, confident records as text, each with its scores and its place. Repeats are shown once."""
     copies = extreme_records(records, dynamics, by, count, most)
+    probability, perplexity = dynamics.confidence, dynamics.mean_perplexity
     examples = _read_examples(records, list(copies))
     for number, ((record, n), (place, example)) in enumerate(zip(copies.items(), examples, strict=True), start=1):
         row = records.rows[record]
-        scores = f"probability {dynamics.confidence[row]:.4f}  perplexity {dynamics.mean_perplexity[row]:,.2f}"
+        scores = f"probability {probability[row]:.4f}  perplexity {perplexity[row]:,.2f}"
         lines = [f"{number}.  {scores}  {place}" + (f"  ({n} copies)" if n > 1 else "")]
         for message in example.messages:
             text = message["content"]

@@ -299,6 +299,21 @@ def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_fil
     assert again.ids == dataset.ids
 
 
+def test_data_that_changes_while_it_is_encoded_is_not_kept(monkeypatch, data_file, tokenizer, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(data_file.read_bytes())
+    real = infra.cache.encode_files
+
+    def encode_files(*arguments):
+        data.write_bytes(2 * data_file.read_bytes())
+        real(*arguments)
+
+    monkeypatch.setattr(infra.cache, "encode_files", encode_files)
+    with pytest.raises(ValueError, match=r"data\.jsonl: has changed while it was read"):
+        load_dataset(data, tokenizer, "alpaca", 150, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp_path):
     def key(path=data_file, tokenizer=tokenizer, template="alpaca", max_length=90):
         return cache_path(path, tokenizer, template, max_length, tmp_path)

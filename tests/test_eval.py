@@ -437,6 +437,15 @@ def test_damaged_answers_are_told(model_folder, tmp_path, capsys, content):
     assert "o.answered: " in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
+def test_a_file_that_is_no_progress_file_stays_as_it_is(model_folder, tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps(ASKED["jsonl"]))
+    (tmp_path / "o.answered").write_text('{"mine": 1}\n{"and": 2}')
+    with pytest.raises(SystemExit):
+        given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]
+        printed(capsys, *given)
+    assert (tmp_path / "o.answered").read_text() == '{"mine": 1}\n{"and": 2}'
+
+
 def test_one_run_at_a_time_keeps_answers_in_a_file(model_folder, tmp_path, capsys):
     (tmp_path / "q.json").write_text(json.dumps(ASKED["jsonl"]))
     given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]

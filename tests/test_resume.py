@@ -196,6 +196,33 @@ def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, t
     assert_same(outcome(tmp_path / "o"), plain)
 
 
+def test_a_savepoint_outlives_a_damaged_one_of_a_later_step(tmp_path, capsys):
+    model, metrics = tiny_model(), StepMetrics(10, torch.device("cpu"))
+    optimizer, savepoints = make_optimizer(model, TrainConfig()), Savepoints(tmp_path, "reference", every=1, keep=1)
+    for step in (9, 4):
+        savepoints.save(step, model, optimizer, metrics)
+        for file in (tmp_path / "resume" / "reference-step-9").glob("*.safetensors"):
+            file.write_bytes(b"damaged")
+    assert savepoints.load(model, optimizer, metrics) == 4
+
+
+def test_a_signal_while_the_last_savepoint_is_written_ends_the_run(folder, plain, tmp_path, monkeypatch):
+    real = Savepoints.save
+
+    def save(self, step, *state):
+        real(self, step, *state)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Savepoints, "save", save)
+        main(flags(folder, tmp_path / "o"))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "ntp" not in json.loads((tmp_path / "o" / "results.json").read_text())
+    main(flags(folder, tmp_path / "o", "--resume"))
+    assert_same(outcome(tmp_path / "o"), plain)
+
+
 def test_a_savepoint_takes_the_main_memory_of_a_part(tmp_path, monkeypatch):
     """Python's share of it: the serialized bytes. What a GPU would add is copied to memory that is not pinned."""
     model = tiny_model(vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
@@ -411,6 +438,7 @@ def test_flags_of_another_stage_stay_as_they_were(folder, tmp_path, capsys):
     main(flags(folder, output, "--stage", "confidence"))
     code, error = error_of(capsys, flags(folder, output, "--resume", "--num_checkpoints", "3"))
     assert code == 1 and "--confidence None: the run in" in error
+    main(flags(folder, output, "--stage", "sftmix", "--resume", *only))  # with another number of checkpoints
     relative = ("--confidence", os.path.relpath(scores))  # of a file, the content is compared
     main(flags(folder, output, "--resume", "--num_checkpoints", "3", *only, *relative))
 
