@@ -692,6 +692,14 @@ def test_scores_of_another_model_with_another_tokenizer_match_by_id(folder, tmp_
 # --- What a run would take --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "stage, expected", [("all", "5 models: checkpoints, reference, sftmix"), ("sftmix", "1 models: sftmix")]
+)
+def test_a_dry_run_counts_the_models_of_its_stages(folder, tmp_path, capsys, stage, expected):
+    main(flags(folder, tmp_path / "o", "--stage", stage, "--dry_run"))
+    assert f" for {expected}\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = flags(folder, tmp_path / "o")
