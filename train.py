@@ -510,7 +510,9 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     if rank() == 0:
         dynamics.save(file)
     barrier()
-    entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids), "sha256": sha256_of(file)}
+    entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
+    if rank() == 0:  # the others record nothing
+        entry["sha256"] = sha256_of(file)
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence find them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -612,7 +614,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     record_config(config)
     save_skipped(Path(config.output), inputs.train, inputs.held_out)
-    wait_for_rank0()  # which has hashed the model and the data
+    wait_for_rank0()  # hashing the model and the data may take long
 
     if "base" in stages:
         record_stage(config, "base", base_stage(config, inputs, device) | train_stats)

@@ -61,9 +61,11 @@ class Savepoints:
                 tmp.rename(path)
                 fsync(path.parent)
                 # What is after `step` was damaged, or is of an attempt that was taken back.
-                kept = [folder for number, folder in self._existing() if number <= step][-self.keep :]
-                for folder in [folder for _, folder in self._existing() if folder not in kept]:
-                    shutil.rmtree(folder)
+                existing = self._existing()
+                kept = [number for number, _ in existing if number <= step][-self.keep :]
+                for number, folder in existing:
+                    if number not in kept:
+                        shutil.rmtree(folder)
         barrier()
 
     def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
@@ -71,7 +73,7 @@ class Savepoints:
         newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
         if rank() == 0:
             newest.fill_(self._newest_intact())
-        wait_for_rank0()  # which has hashed the savepoint
+        wait_for_rank0()  # hashing a savepoint may take long
         step = int(all_reduce_sum(newest))
         if rank() == 0:
             self._rewind_metrics(step)
