@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -267,27 +268,24 @@ class TrainingDynamics:
                 f"{path}: not found; train.py --stage confidence makes it, or confidence.py --checkpoints"
             )
         check_file(path)
-        ids, probability, perplexity = [], [], []
+        ids, probability, perplexity = [], array("d"), array("d")  # lists would take ten times the memory
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            with open(path, encoding="utf-8-sig") as file:
+                for line in file:
+                    example_id, probabilities, perplexities = _parse_scores(line)
+                    if len(probability) != len(ids) * len(probabilities):
+                        raise ValueError("not as many checkpoints as in the lines before it")
+                    ids.append(example_id)
+                    probability.extend(probabilities)
+                    perplexity.extend(perplexities)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record["id"], str):
-                    raise TypeError("id is not a text")
-                ids.append(record["id"])
-                probability.append([float(p) for p in record["probabilities"]])
-                perplexity.append([float(p) for p in record["perplexities"]])
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not a line of confidence scores ({error!r})") from None
-            is_complete = len(probability[-1]) == len(perplexity[-1]) == len(probability[0]) > 0
-            if not (is_complete and all(map(math.isfinite, probability[-1] + perplexity[-1]))):
-                raise ValueError(f"{path}:{number}: one finite probability and perplexity a checkpoint is expected")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}:{len(ids) + 1}: not a line of confidence scores ({error!r})") from None
         if not ids:
             raise ValueError(f"{path}: no scores in it")
-        return cls(ids, np.array(probability).T, np.array(perplexity).T)
+        columns = (np.array(scores).reshape(len(ids), -1).T for scores in (probability, perplexity))  # [C, N] each
+        return cls(ids, *map(np.ascontiguousarray, columns))
 
     def select(self, ids: list[str]) -> "TrainingDynamics":
         """The scores of these examples, in this order. ValueError counts the ids without scores and names three."""
@@ -300,6 +298,17 @@ class TrainingDynamics:
             )
         index = [index_of[example_id] for example_id in ids]
         return TrainingDynamics(ids, self.probability[:, index], self.perplexity[:, index])
+
+
+def _parse_scores(line: str) -> tuple[str, list[float], list[float]]:
+    """The id, the probabilities and the perplexities of a line of scores. ValueError, TypeError or KeyError if bad."""
+    record = json.loads(line)
+    probabilities, perplexities = ([float(x) for x in record[name]] for name in ("probabilities", "perplexities"))
+    if not isinstance(record["id"], str):
+        raise TypeError("id is not a text")
+    if not 0 < len(probabilities) == len(perplexities) or not all(map(math.isfinite, probabilities + perplexities)):
+        raise ValueError("one finite probability and perplexity a checkpoint is expected")
+    return record["id"], probabilities, perplexities
 
 
 # --- The split --------------------------------------------------------------------------------------------------------

@@ -250,8 +250,8 @@ def forward_backward(
 
     The sums of each micro-batch are divided by the counts of the **global** batch. So gradients are summed and never
     averaged, over micro-batches here and over processes in FSDP (`apply_fsdp` turns averaging off): the result is the
-    gradient of the global mean, for any number of either. `accumulator`, a ScoreAccumulator or
-    None, gets log p(y) of what is trained on; `infra.fsdp.set_zero_stage` explains `zero_stage`.
+    gradient of the global mean, for any number of either. `accumulator`, a ScoreAccumulator or None, gets log p(y) of
+    what is trained on; `infra.fsdp.set_zero_stage` explains `zero_stage`.
     """
     losses = torch.zeros(3, device=model.head_weight.device)
     for micro_batch in batch.micro_batches:

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
 from infra.distributed import broadcast_object, exit_on_signals, print0, rank, wait_for_rank0
-from infra.files import name_errors, set_mode
+from infra.files import fsync, name_errors, set_mode
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
 
@@ -104,6 +104,9 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
             found["files"] = [str(file) for file in find_files(data)]
             (tmp / "reading.json").write_text(json.dumps(found, default=str))
             (tmp / "counts.json").write_text(json.dumps(counts))
+        with name_errors(folder):
+            for part in [*tmp.iterdir(), tmp]:
+                fsync(part)
         try:
             tmp.rename(folder)
         except OSError:
