@@ -159,7 +159,8 @@ COMPARED = [
     ("SFTMix, by a weaker model", "SFTMix"),
     ("LoRA, SFTMix", "LoRA, NTP"),
 ]
-COMPARED_ON_REAL_DATA = [  # beside the two contrasts of docs/study.md
+COMPARED_ON_REAL_DATA = [
+    ("SFTMix, by perplexity", "random pairs"),
     ("SFTMix", "random pairs"),
     ("SFTMix", "SFTMix, by perplexity"),
     ("SFTMix, by a weaker model", "SFTMix"),
