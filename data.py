@@ -6,8 +6,8 @@ A record of a file → `Example` → ids and targets in a `Dataset` → `Batch`,
 In order: the formats of data files (`load_examples`), encoding (`encode_example`, `Dataset`), packing (`pack`), the
 order of an epoch and λ (`paired_order`, `sample_lambda`), the batch of a step and its micro-batches (`build_batch`).
 
-Letters: B examples in a packed row of N tokens (in arrays of a whole dataset: N examples), S supervised positions, P
-pairs, M mixed positions; N^c and N^u are the supervised tokens of the two examples of a pair.
+Letters: N examples of a dataset, B examples in a packed row of T tokens, S supervised positions, P pairs, M mixed
+positions; N^c and N^u are the supervised tokens of the two examples of a pair.
 """
 
 import difflib
@@ -100,7 +100,7 @@ ROLES = {
 LOSS_KEYS = ("weight", "train", "loss_mask", "loss")  # of an assistant turn: 0 or false if it is not to be learned
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _NO_INPUT = ("", "nan", "<noinput>", "<no input>")  # what data sets write where there is no input
-_TEMPLATE_TOKENS = re.compile(
+_SPELLED_OUT_TOKENS = re.compile(
     r"<\|(im_start|start_header_id|user|endoftext)\|>|<start_of_turn>|\[INST\]|</s>|^### (Human|Instruction):",
     re.MULTILINE,
 )
@@ -116,7 +116,7 @@ def to_example(record: dict) -> Example:
     form, notes = _find_format(record, FORMATS), []
     if form.prompt == "text":
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
-        if _TEMPLATE_TOKENS.search(messages[0]["content"]):
+        if _SPELLED_OUT_TOKENS.search(messages[0]["content"]):
             notes.append("tokens of a chat template spelled out in a text, learned as plain text")
     else:
         messages = _conversation(record, form, notes)
@@ -165,10 +165,10 @@ def _conversation(record: dict, form: Format, notes: list[str], last: str = "ass
     Keys that are read are taken out of the record.
     """
     messages = _read_turns(_take_turns(record, form), form.prompt, notes, last)
-    has_system = messages[0]["role"] == "system"
-    if has_system and (record.get("system") or record.get("system_prompt")):
+    num_system = int(messages[0]["role"] == "system")
+    if num_system and (record.get("system") or record.get("system_prompt")):
         raise ValueError("system is given twice, as a key and as a turn")
-    return _take_system(record) + messages[:has_system] + _take_history(record) + messages[has_system:]
+    return _take_system(record) + messages[:num_system] + _take_history(record) + messages[num_system:]
 
 
 def _take_system(record: dict) -> list[dict]:
@@ -400,11 +400,11 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, template:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples end to end in one packed row of N tokens, without padding."""
+    """B examples end to end in one packed row of T tokens, without padding."""
 
-    tokens: torch.Tensor  # int64 [N]
-    targets: torch.Tensor  # int64 [N], IGNORE_INDEX where nothing is supervised
-    positions: torch.Tensor  # int64 [N]: 0, 1, 2, … in each example
+    tokens: torch.Tensor  # int64 [T]
+    targets: torch.Tensor  # int64 [T], IGNORE_INDEX where nothing is supervised
+    positions: torch.Tensor  # int64 [T]: 0, 1, 2, … in each example
     cu_seqlens: torch.Tensor  # int32 [B+1]: 0, then the end of each example
 
     @property
@@ -414,7 +414,7 @@ class Batch:
 
     @property
     def segment_ids(self) -> torch.Tensor:
-        """The number of the example that each token belongs to, 0 to B−1: int64 [N]"""
+        """The number of the example that each token belongs to, 0 to B−1: int64 [T]"""
         return torch.repeat_interleave(self.cu_seqlens.diff().long())
 
     def to(self, device) -> "Batch":

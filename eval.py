@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from confidence import mean_gold_probs
+from confidence import score_examples
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, pack, require_text
 from infra.cache import choose_cache, load_dataset
 from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
@@ -100,9 +100,9 @@ def held_out_loss(model: Transformer, encoded: Sequence, micro_batch_tokens: int
 
 def nll_per_example(model: Transformer, encoded: Sequence, micro_batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each example: -> (Σ −log p over its supervised tokens [N], their number [N])"""
-    _, mean_log_p = mean_gold_probs(model, encoded, micro_batch_tokens)
+    _, perplexity = score_examples(model, encoded, micro_batch_tokens)
     _, num_supervised = count_tokens(encoded)
-    return -num_supervised * mean_log_p, num_supervised
+    return num_supervised * np.log(perplexity), num_supervised
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -153,19 +153,22 @@ def generate(
     batch_size: int = 64,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """Continue each prompt. -> the new ids of each
+    """Continue each prompt. -> the new ids of each, none for a prompt that is too long for the model, with a warning
 
     A sequence ends with one of `stop_ids`, after `max_new_tokens`, or where the model has no more positions.
     Under `torchrun` the prompts are distributed over the processes, and all processes return all new ids.
     """
-    device = model.head_weight.device
-    max_new_tokens = min(max_new_tokens, model.config.max_length)
+    device, limit = model.head_weight.device, model.config.max_length
+    max_new_tokens = min(max_new_tokens, limit)
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
+    if len(fitting) < len(prompts):
+        print0(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
     # Row i holds the new ids of prompt i, plus 1, then zeros. Each process fills in the rows of its own prompts and
     # leaves the others zero, so a sum gathers all rows.
     results = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a batch has prompts of similar lengths
+    by_length = sorted(fitting, key=lambda i: len(prompts[i]))  # a batch has prompts of similar lengths
     own = by_length[rank() :: world_size()]
-    for start in range(0, math.ceil(len(prompts) / world_size()), batch_size):  # as many batches in all processes
+    for start in range(0, math.ceil(len(fitting) / world_size()), batch_size):  # as many batches in all processes
         indices = own[start : start + batch_size]
         batch = [prompts[i] for i in indices]
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
@@ -174,15 +177,6 @@ def generate(
                 results[rows, step] = new_ids + 1
     all_reduce_sum(results)
     return [[token - 1 for token in row if token] for row in results.tolist()]
-
-
-def generate_fitting(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
-    """`generate` with the same arguments, but with a warning and no new ids for prompts too long for the model."""
-    fitting = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) <= model.config.max_length}
-    if len(fitting) < len(prompts):
-        print0(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
-    new_ids = dict(zip(fitting, generate(model, list(fitting.values()), *args, **kwargs), strict=True))
-    return [new_ids.get(i, []) for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -266,7 +260,7 @@ def exact_match(
     batch_size = max(1, min(64, micro_batch_tokens // max(map(len, prompts))))
     # A few more tokens than the encoding has: the model may generate the same text in smaller pieces.
     max_new_tokens = max(map(len, expected)) + 4
-    answers = generate_fitting(model, list(prompts), max_new_tokens, stop_ids, batch_size=batch_size)
+    answers = generate(model, list(prompts), max_new_tokens, stop_ids, batch_size=batch_size)
 
     def text(ids: list[int]) -> str | None:
         return tokenizer.decode(ids).strip() if ids and ids[-1] in stop_ids else None
@@ -324,7 +318,7 @@ def encode_choice(tokenizer: Tokenizer, template: str, prompt: str, answer: str)
     return ids[:start], ids[start:]
 
 
-def answer_choices(
+def score_choices(
     model: Transformer,
     questions: list[Question],
     tokenizer: Tokenizer,
@@ -400,26 +394,25 @@ def answer_turns(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> tuple[list[list[str]], int]:
-    """Answer the user turns of all records together. -> (an answer for each turn of each, number of cut answers)
+    """Answer the user turns of all records together. -> (an answer for each turn of each, number of truncated answers)
 
     A prompt holds all earlier turns and their answers. If it is too long for the model, the answer is empty.
     """
     conversations = [list(record.history) for record in records]
     answers: list[list[str]] = [[] for _ in records]
-    stop_ids, num_cut = tokenizer.stop_ids(template), 0
+    stop_ids, num_truncated = tokenizer.stop_ids(template), 0
     for turn in range(max((len(record.turns) for record in records), default=0)):
         indices = [i for i, record in enumerate(records) if turn < len(record.turns)]
         for i in indices:
             conversations[i].append({"role": "user", "content": records[i].turns[turn]})
         prompts = [tokenizer.render_conversation(conversations[i], template)[0] for i in indices]
-        settings = {"batch_size": len(records), "sampling": sampling}  # the records are a batch already
-        new_ids = generate_fitting(model, prompts, max_new_tokens, stop_ids, **settings)
+        new_ids = generate(model, prompts, max_new_tokens, stop_ids, len(records), sampling)  # the records are a batch
         for i, ids in zip(indices, new_ids, strict=True):
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             answers[i].append(answer)
             conversations[i].append({"role": "assistant", "content": answer})
-            num_cut += bool(ids) and ids[-1] not in stop_ids
-    return answers, num_cut
+            num_truncated += bool(ids) and ids[-1] not in stop_ids
+    return answers, num_truncated
 
 
 # --- Evaluating the models of a run -----------------------------------------------------------------------------------
@@ -445,21 +438,16 @@ def evaluate(
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
-class ModelSetup(NamedTuple):
-    """What each command finds out from the model folder and the flags before it loads the weights."""
+def load_setup(args, device) -> tuple[Tokenizer, str, str]:
+    """Check the model folder and read its tokenizer. -> (tokenizer, template, dtype of matmuls, a key of DTYPES)
 
-    tokenizer: Tokenizer
-    template: str
-    dtype: str  # of matmuls, a key of DTYPES
-
-
-def load_setup(args, device) -> ModelSetup:
-    """Check the model folder and read its tokenizer. Raises FileNotFoundError or ValueError."""
+    Raises FileNotFoundError or ValueError.
+    """
     check_models([args.model])
     verify_weights(args.model)
     tokenizer = load_tokenizer(args.model)
     template = args.template if args.template == PLAIN else choose_template(tokenizer, args.template, sys.stderr)
-    return ModelSetup(tokenizer, template, resolve_dtype(args.dtype, device))
+    return tokenizer, template, resolve_dtype(args.dtype, device)
 
 
 def perplexity_or_match(args, device) -> None:
@@ -486,7 +474,7 @@ def multiple_choice(args, device) -> None:
     tokenizer, template, dtype = load_setup(args, device)
     questions = load_questions(args.data)
     model = load_for_inference(args.model, DTYPES[dtype], device)
-    scores, num_truncated = answer_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
+    scores, num_truncated = score_choices(model, questions, tokenizer, template, args.by, args.micro_batch_tokens)
     chosen = [int(score.argmax()) for score in scores]
     report = choice_report(questions, chosen)
     if args.output and rank() == 0:
@@ -504,23 +492,21 @@ def generate_answers(args, device) -> None:
     check_answer_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
     records = load_prompt_records(args)
-    num_cut = 0
+    num_truncated = 0
     with progress_file(args, records, template, dtype) as file:
         answers = load_answers(file, records)
         model = load_for_inference(args.model, DTYPES[dtype], device)
         for temperature, indices in unanswered_batches(args, records, answers):
             batch, sampling = [records[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
-            texts, cut = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
+            texts, count = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
             new_answers = dict(zip(indices, texts, strict=True))
             append_answers(file, new_answers)
             answers |= new_answers
-            num_cut += cut
+            num_truncated += count
             print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
-        if num_cut:
-            print0(
-                f"warning: {num_cut} answers were cut at --max_new_tokens or the model's last position",
-                sys.stderr,
-            )
+        if num_truncated:
+            limits = "--max_new_tokens or the model's last position"
+            print0(f"warning: {num_truncated} answers were truncated at {limits}", sys.stderr)
         write_answers(args, records, answers)
 
 
@@ -532,7 +518,7 @@ def chat(args, device) -> None:
     model = load_for_inference(args.model, DTYPES[dtype], device)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
-    messages = list(system)
+    messages, limit = list(system), model.config.max_length
     print0("An empty line starts a new conversation, Ctrl-D ends.", sys.stderr)
     while True:
         try:
@@ -544,12 +530,12 @@ def chat(args, device) -> None:
             continue
         messages.append({"role": "user", "content": require_text(line, "what you say")})
         prompt, _ = tokenizer.render_conversation(messages, template)
-        if len(prompt) > model.config.max_length:
-            limit = model.config.max_length
+        if len(prompt) > limit:
             print0(f"that is longer than the model's {limit} tokens; a new conversation starts", sys.stderr)
             messages = list(system)
             continue
-        new_tokens = decode_batch(model, [prompt], args.max_new_tokens, tokenizer.stop_ids(template), sampling)
+        max_new_tokens = min(args.max_new_tokens, limit)
+        new_tokens = decode_batch(model, [prompt], max_new_tokens, tokenizer.stop_ids(template), sampling)
         answer = print_text(new_tokens, tokenizer, tokenizer.stop_ids(template))
         messages.append({"role": "assistant", "content": answer})
 

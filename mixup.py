@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # the target of positions that are not supervised, such as those of the prompt
-ROW_MULTIPLE = {"cuda": 8}  # rows of logits are padded to it: tensor cores need 16 bytes, which are 8 numbers in bf16
+VOCAB_MULTIPLE = {"cuda": 8}  # V is padded to it: tensor cores need 16 bytes, which are 8 numbers in bf16
 
 
 # --- The equations as written -----------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ class _ChunkedLoss(torch.autograd.Function):
         pair_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
         with torch.autocast(device_type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
-            width = V + (-V) % ROW_MULTIPLE.get(device_type, 1)  # the next multiple
-            gradient = _compiled_logits_gradient(device, matmul_dtype, width) if hidden.is_cuda else _logits_gradient
+            padded_V = V + (-V) % VOCAB_MULTIPLE.get(device_type, 1)  # the next multiple
+            gradient = _compiled_logits_gradient(device, matmul_dtype, padded_V) if hidden.is_cuda else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
                 s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]
                 z, y = hidden[s].to(matmul_dtype), targets[s, None]  # [R, D], [R, 1]
-                logits = W.new_empty(len(s), width)  # [R, V], and padding of which softmax makes 0
+                logits = W.new_empty(len(s), padded_V)  # [R, V], and padding of which softmax makes 0
                 logits[:, V:] = torch.finfo(matmul_dtype).min
                 torch.mm(z, W.T, out=logits[:, :V])  # the only lm_head matmul of the forward pass
                 grad, log_p, ce_mixed = gradient(logits, y, lam_m, ntp_scale * share[s], pair_scale, grad_dtype)
@@ -186,10 +186,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
                     log_p_out[s] = log_p[:, 0].to(log_p_out.dtype)
-                if grad_hidden is not None:
+                if grad_hidden is not None:  # one matmul for each position, rounded as that of a linear layer
                     grad_z = torch.zeros_like(z, dtype=sum_dtype)
                     grad_hidden.index_add_(0, s, _add_matmul_(grad_z, grad[:, :V].to(matmul_dtype), W))
-                if grad_weight is not None:
+                if grad_weight is not None:  # a sum over all chunks, in float32
                     _add_matmul_(grad_weight, grad[:, :V].T, z.to(grad_dtype))
                 del logits, grad  # before those of the next chunk are allocated
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -248,13 +248,13 @@ def _subtract_at_(grad, y, amount):
 
 
 @functools.cache
-def _compiled_logits_gradient(device, dtype, width: int):
-    """`_logits_gradient`, compiled for chunks of any number of rows of `width` logits; uncompiled where that fails."""
+def _compiled_logits_gradient(device, dtype, padded_V: int):
+    """`_logits_gradient`, compiled for any number of rows of `padded_V` logits; uncompiled where that fails."""
     try:
         compiled = torch.compile(_logits_gradient, dynamic=True)
-        logits = torch.zeros(4, width, dtype=dtype, device=device)
+        logits = torch.zeros(4, padded_V, dtype=dtype, device=device)
         scale = torch.zeros(4, 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        torch._dynamo.mark_static(logits, 1)  # a kernel that knows the width knows that rows are aligned
+        torch._dynamo.mark_static(logits, 1)  # a kernel that knows padded_V knows that rows are aligned
         compiled(logits, scale.long(), scale[:2].detach(), scale, scale.sum(), dtype)
         return compiled
     except torch.OutOfMemoryError:

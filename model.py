@@ -6,9 +6,9 @@ boundary between two examples. Parameters have Hugging Face's names, so checkpoi
 
 In order: the configuration and the model families, the transformer with its attention and KV cache, LoRA.
 
-Letters: N tokens in the packed row, B examples in it, T tokens of one sequence, V vocabulary size, D hidden size,
+Letters: T tokens in the packed row, B examples in it, L tokens of one example, V vocabulary size, D hidden size,
 H query heads, K key/value heads (each shared by H/K query heads), d size of a head, r rank of LoRA. In the KV cache,
-B is the number of sequences and T the number of tokens that it can hold for each of them.
+B is the number of sequences and L the number of tokens that it can hold for each of them.
 """
 
 import contextlib
@@ -287,18 +287,18 @@ def rope_inv_freq(config: ModelConfig, device=None):
 
 
 def rope_cos_sin(positions, inv_freq):
-    """Cosine and sine of each pair's rotation angle (Su et al. 2021). [N], [d/2] -> two of [N, 1, d]
+    """Cosine and sine of each pair's rotation angle (Su et al. 2021). [T], [d/2] -> two of [T, 1, d]
 
     Hugging Face's **half-split** layout pairs element i with element i + d/2. So each of the d/2 cosines and sines
     appears twice, and the sines of the first half are negative, as `apply_rotary_emb` needs them.
     """
-    angle = positions[:, None, None].float() * inv_freq  # [N, 1, d/2]; bf16 would round position 257 to 256
+    angle = positions[:, None, None].float() * inv_freq  # [T, 1, d/2]; bf16 would round position 257 to 256
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary_emb(x, cos, sin):
-    """Rotate each pair (x_i, x_{i+d/2}) of every head by its angle. x [N, heads, d], cos, sin [N, 1, d] -> like x."""
+    """Rotate each pair (x_i, x_{i+d/2}) of every head by its angle. x [T, heads, d], cos, sin [T, 1, d] -> like x."""
     partner = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
@@ -306,9 +306,9 @@ def apply_rotary_emb(x, cos, sin):
 class VarlenMetadata(NamedTuple):
     """What all layers share about a packed row: rotary embedding and the boundaries of its examples."""
 
-    cos: torch.Tensor  # [N, 1, d], from `rope_cos_sin`
-    sin: torch.Tensor  # [N, 1, d]
-    positions: torch.Tensor  # int64 [N]
+    cos: torch.Tensor  # [T, 1, d], from `rope_cos_sin`
+    sin: torch.Tensor  # [T, 1, d]
+    positions: torch.Tensor  # int64 [T]
     cu_seqlens: torch.Tensor  # int32 [B+1], on the CPU, where lengths are read without waiting for the GPU
     device_cu_seqlens: torch.Tensor  # int32 [B+1], the same on the model's device
     max_seqlen: int  # an upper bound on the lengths of the examples
@@ -322,7 +322,7 @@ def _to_device(tensor, device):
 
 
 def varlen_attention(q, k, v, varlen: VarlenMetadata):
-    """Causal attention within each example of a packed row. q [N, H, d], k and v [N, K, d] -> [N, H, d]
+    """Causal attention within each example of a packed row. q [T, H, d], k and v [T, K, d] -> [T, H, d]
 
     There is neither padding nor a mask. With CUDA, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
     Dao 2023). Otherwise each example is a call of its own.
@@ -343,10 +343,10 @@ def _flash_attention(q, k, v, varlen: VarlenMetadata):
 def _sdpa_per_example(q, k, v, cu_seqlens):
     lengths, out = cu_seqlens.diff().tolist(), []
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.device.type != "cpu":  # with enable_gqa in float32, a GPU keeps the scores [H, T, T]
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # [N, H, d]
+    if group > 1 and q.device.type != "cpu":  # with enable_gqa in float32, a GPU keeps the scores [H, L, L]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # [T, H, d]
     for example in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, T, d]
+        q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in example)  # heads first: [1, heads, L, d]
         out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         out.append(out_b[0].transpose(0, 1))
     return torch.cat(out)
@@ -367,7 +367,7 @@ class KVCache:
         if config.sliding_window is not None and max_length > config.sliding_window:
             raise ValueError(f"{max_length} tokens are more than sliding_window {config.sliding_window} allows")
         self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
-        self.layers: list = [None] * config.num_hidden_layers  # of each: None, then keys and values [2, B, T, K, d]
+        self.layers: list = [None] * config.num_hidden_layers  # of each: None, then keys and values [2, B, L, K, d]
 
     def reorder(self, order) -> None:
         """Keep only the sequences `order`, int64 [B'], in that order. Sequences whose index stays are not copied."""
@@ -379,8 +379,8 @@ class KVCache:
     def prepare(self, varlen: VarlenMetadata) -> None:
         """Compute what all layers share: the slots of the new keys and values, and the mask of a generation step."""
         device, lengths = varlen.positions.device, varlen.cu_seqlens.diff()
-        sequence = _to_device(torch.repeat_interleave(lengths), device)  # int64 [N]
-        self.slots = sequence * self.shape[2] + varlen.positions  # [N] of B * T
+        sequence = _to_device(torch.repeat_interleave(lengths), device)  # int64 [T]
+        self.slots = sequence * self.shape[2] + varlen.positions  # [T] of B * L
         self.mask = None  # not needed for prompts, which are whole sequences
         if (lengths == 1).all():  # one new token per sequence
             kv_len = int(varlen.positions.max()) + 1
@@ -389,10 +389,10 @@ class KVCache:
             self.mask = mask[:, None, None]  # [B, 1, 1, kv_len]
 
     def attend(self, layer: int, q, k, v, varlen: VarlenMetadata):
-        """Store k and v [N, K, d] and attend from q [N, H, d] to all stored keys of the same sequence. -> [N, H, d]"""
+        """Store k and v [T, K, d] and attend from q [T, H, d] to all stored keys of the same sequence. -> [T, H, d]"""
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(self.shape)
-        keys, values = self.layers[layer]  # [B, T, K, d] each
+        keys, values = self.layers[layer]  # [B, L, K, d] each
         keys.flatten(0, 1).index_copy_(0, self.slots, k)
         values.flatten(0, 1).index_copy_(0, self.slots, v)
         if self.mask is None:
@@ -406,7 +406,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary position embedding. x [N, D] -> [N, D]"""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary position embedding. x [T, D] -> [T, D]"""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -426,9 +426,9 @@ class Attention(nn.Module):
 
     def forward(self, x, varlen: VarlenMetadata, cache: KVCache | None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        heads = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # [N, H + K, d]
+        heads = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # [T, H + K, d]
         heads = apply_rotary_emb(heads, varlen.cos, varlen.sin)
-        q, k = heads.split([q.shape[1], k.shape[1]], dim=1)  # [N, H, d], [N, K, d]
+        q, k = heads.split([q.shape[1], k.shape[1]], dim=1)  # [T, H, d], [T, K, d]
         if x.device.type == "cpu":  # in bf16, the backward pass of attention is 5 times slower there than in float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):  # autocast would cast back to bf16
@@ -440,7 +440,7 @@ _ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate
 
 
 class MLP(nn.Module):
-    """A gated linear unit (Shazeer 2020): down(act(gate(x)) · up(x)). x [N, D] -> [N, D]"""
+    """A gated linear unit (Shazeer 2020): down(act(gate(x)) · up(x)). x [T, D] -> [T, D]"""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -454,7 +454,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: attention, then the MLP, each with a norm before it and a residual connection. x [N, D] -> [N, D]"""
+    """A layer: attention, then the MLP, each with a norm before it and a residual connection. x [T, D] -> [T, D]"""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -529,7 +529,7 @@ class Transformer(nn.Module):
     ):
         """Compute the hidden states after the final norm, the inputs of `lm_head`.
 
-        tokens and positions int64 [N], cu_seqlens int32 [B+1] or a list (0, then the end of each example) -> [N, D].
+        tokens and positions int64 [T], cu_seqlens int32 [B+1] or a list (0, then the end of each example) -> [T, D].
         Without a cache, both positions and cu_seqlens may be left out for a single sequence, and the call does not wait
         for a GPU if cu_seqlens is on the CPU. With a `cache`, the first call needs both; each later one takes a token
         per sequence and its position.
@@ -563,7 +563,7 @@ class Transformer(nn.Module):
     def _hidden_states(self, tokens, varlen: VarlenMetadata, cache: KVCache | None):
         if cache is not None:
             cache.prepare(varlen)
-        x = self.model.embed_tokens(tokens)  # [N, D]
+        x = self.model.embed_tokens(tokens)  # [T, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream is float32 even where weights are bf16
         if self.config.family.scaled_embeddings:
@@ -585,7 +585,7 @@ class Transformer(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [N, in] -> [N, out]
+    """W x + (α/r) B A x: a frozen linear layer and a trainable low-rank update (Hu et al. 2021). [T, in] -> [T, out]
 
     A [r, in] and B [out, r] are float32 and not initialized here; `infra.hf.reset_lora` draws A at random and sets B to
     zero, so that training starts from the original layer.
@@ -607,7 +607,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         out = F.linear(x, self.weight, self.bias)
-        # The last matmul scales its result and adds it in place, so the sum takes no pass over [N, out] of its own.
+        # The last matmul scales its result and adds it in place, so the sum takes no pass over [T, out] of its own.
         return out.addmm_(F.linear(x, self.lora_A), self.lora_B.to(out.dtype).T, alpha=self.scale)
 
 

@@ -373,7 +373,8 @@ TEMPLATE_MARKERS = {
 def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], int | None]]:
     """For each turn, yield the template's text, the contents that belong in it, and its weight in the loss.
 
-    The weight is 0 or 1 for an assistant turn and None for a prompt.
+    The weight is 0 or 1 for an assistant turn and None for a prompt. So an answer of weight 0, which is not learned, is
+    encoded apart from its prompt too.
     """
     if messages[0]["role"] == "text":  # a plain document
         yield "{bos}", {}, None

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import answer_choices, generate
+from eval import generate, score_choices
 from infra.hf import load_model, load_tokenizer
 from infra.questions import LETTERS, load_questions
 
@@ -121,7 +121,7 @@ def choices(folder: Path, questions_file: Path, count: int, by: str) -> dict:
         if by == "text":
             scores = [score / len(choice) for score, choice in zip(scores, question.choices, strict=True)]
         theirs.append(scores)
-    scores, cut = answer_choices(load_model(folder), questions, load_tokenizer(folder), "plain", by)
+    scores, cut = score_choices(load_model(folder), questions, load_tokenizer(folder), "plain", by)
     ours = [int(score.argmax()) for score in scores]
     metric = report["results"]["choice"]["acc,none" if by == "letter" else "acc_norm,none"]
     largest_difference = max(

@@ -57,8 +57,9 @@ def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
     held_out = load_dataset(config.eval_data, *settings, skip_bad_records=config.skip_bad_records)
-    example_ids = set(held_out.example_ids.tolist())  # ids are hashes of the content
-    if shared := sum(example_id in example_ids for example_id in dataset.example_ids.tolist()):
+    # Ids are hashes of the content; that of a repeat has a number after it.
+    trained_on = {example_id.partition(b"-")[0] for example_id in dataset.example_ids.tolist()}
+    if shared := sum(example_id.partition(b"-")[0] in trained_on for example_id in held_out.example_ids.tolist()):
         print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
     return Inputs(tokenizer, dataset, held_out)
 

@@ -70,14 +70,14 @@ def test_gold_log_probs_equal_log_softmax_for_any_chunk(device):
 def test_accumulated_scores_by_hand(capsys, device):
     scores = ScoreAccumulator([2, 1], device)
     scores.add(torch.tensor([0, 1, 0], device=device), torch.tensor([0.5, 0.25, 0.125], device=device).log())
-    probability, log_probability = scores.pop_means()
+    probability, perplexity = scores.pop_scores()
     np.testing.assert_allclose(probability, [(0.5 + 0.125) / 2, 0.25], rtol=1e-6)
-    np.testing.assert_allclose(np.exp(-log_probability), [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
+    np.testing.assert_allclose(perplexity, [(0.5 * 0.125) ** -0.5, 4], rtol=1e-6)
     log_p = torch.tensor([-2000, float("nan"), 0], device=device)
     scores.add(torch.tensor([1, 0, 0], device=device), log_p)  # the sums have started at zero again
-    probability, log_probability = scores.pop_means()
+    probability, perplexity = scores.pop_scores()
     np.testing.assert_allclose(probability, [0.5, 0], atol=1e-200)
-    np.testing.assert_allclose(log_probability, [-345, -690], rtol=1e-6)
+    np.testing.assert_allclose(np.log(perplexity), [345, 690], rtol=1e-6)
     scores = ScoreAccumulator([1], device, max_epochs=3)
     for p in (0.25, 0.75):
         scores.add(torch.tensor([0], device=device), torch.tensor([p], device=device).log())

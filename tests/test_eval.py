@@ -16,7 +16,6 @@ from data import IGNORE_INDEX, Example, encode_example, encode_examples
 from eval import (
     PLAIN,
     Sampling,
-    answer_choices,
     choice_report,
     encode_choice,
     evaluate,
@@ -25,6 +24,7 @@ from eval import (
     generate,
     held_out_loss,
     main,
+    score_choices,
     split_last_turn,
     wilson_interval,
 )
@@ -99,12 +99,13 @@ def test_sequences_that_end_leave_the_others_as_they_are():
 
 
 @pytest.mark.parametrize("limit", [{"max_position_embeddings": 20}, {"model_type": "mistral", "sliding_window": 20}])
-def test_generation_ends_where_the_model_does(limit):
+def test_generation_ends_where_the_model_does(limit, capsys):
     """Tokens 0 to 19 have positions: 20 tokens, and one more that the last of them predicts."""
     model = tiny_model(**limit)
-    prompts = [list(range(3, 3 + n)) for n in (5, 18, 20)]
-    assert [len(answer) for answer in generate(model, prompts, 30)] == [16, 3, 1]
-    assert [len(answer) for answer in generate(model, prompts, 30, batch_size=1)] == [16, 3, 1]
+    prompts = [list(range(3, 3 + n)) for n in (5, 18, 21, 20)]
+    assert [len(answer) for answer in generate(model, prompts, 30)] == [16, 3, 0, 1]
+    assert [len(answer) for answer in generate(model, prompts, 30, batch_size=1)] == [16, 3, 0, 1]
+    assert "warning: 1 prompts are too long for the model: no answer" in capsys.readouterr().err
 
 
 def test_generation_takes_no_kernel_that_plans_for_each_length(monkeypatch):
@@ -269,7 +270,7 @@ QUESTIONS = [
 def test_scores_of_choices_equal_the_formulas_written_out(tokenizer, by, template):
     """Σ log p of an answer's tokens, its end left out; by text, divided by its number of characters."""
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
-    scores, cut = answer_choices(model, QUESTIONS, tokenizer, template, by, micro_batch_tokens=100)
+    scores, cut = score_choices(model, QUESTIONS, tokenizer, template, by, micro_batch_tokens=100)
     for question, score in zip(QUESTIONS, scores, strict=True):
         listed = "".join(f"{'ABC'[i]}. {choice}\n" for i, choice in enumerate(question.choices))
         asked = f"Question: {question.text}\n{listed if by == 'letter' else ''}Answer:"
@@ -288,10 +289,10 @@ def test_scores_of_choices_equal_the_formulas_written_out(tokenizer, by, templat
 @torch.no_grad()
 def test_of_a_long_prompt_the_beginning_is_cut_off(tokenizer):
     short = tiny_model(tokenizer.vocab_size, max_position_embeddings=20)
-    scores, cut = answer_choices(short, QUESTIONS, tokenizer, PLAIN)
+    scores, cut = score_choices(short, QUESTIONS, tokenizer, PLAIN)
     assert cut == 2
     with pytest.raises(ValueError, match=r"question 1: an answer of \d+ tokens is longer than the model's 20"):
-        answer_choices(short, [Question("?", ["the dog " * 30, "a"], 0, None)], tokenizer, PLAIN, "text")
+        score_choices(short, [Question("?", ["the dog " * 30, "a"], 0, None)], tokenizer, PLAIN, "text")
     prompt, (letter,) = encode_choice(tokenizer, PLAIN, format_question(QUESTIONS[0], "letter")[0], "B")
     last = short.logits(short(torch.tensor(prompt[-20:]))[-1]).log_softmax(-1)
     assert scores[0][1] == pytest.approx(float(last[letter]), rel=1e-4)
@@ -483,11 +484,13 @@ def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, t
 
     def spied(model, given, *more):
         prompts.append(tokenizer.decode(given[0]))
-        return real(model, given, *more)
+        assert more[0] == model.config.max_length  # random numbers are drawn for so many tokens
+        return real(model, given, 5, *more[1:])
 
     monkeypatch.setattr("builtins.input", read_line)
     monkeypatch.setattr(eval_module, "decode_batch", spied)
-    said = printed(capsys, "chat", "--model", model_folder, "--max_new_tokens", 5, "--dtype", "fp32").splitlines()
+    given = ("--model", model_folder, "--max_new_tokens", 10**13, "--dtype", "fp32")
+    said = printed(capsys, "chat", *given).splitlines()
     assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1] and prompts[2] == prompts[0]
     assert len(said) >= 3 and said[-1].strip() == said[0].strip()
 

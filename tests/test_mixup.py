@@ -399,7 +399,7 @@ def test_no_argument_of_the_compiled_part_is_a_view(monkeypatch):
 def test_padded_rows_give_the_same_and_align_all_matmuls(monkeypatch, rows, dtype):
     """As on a GPU, with 11 logits in rows of 16; memory that nothing has written to is filled with NaN."""
     monkeypatch.setattr(mixup_module, "chunk_size", lambda *_: rows)
-    monkeypatch.setattr(mixup_module, "ROW_MULTIPLE", {"cpu": 8})
+    monkeypatch.setattr(mixup_module, "VOCAB_MULTIPLE", {"cpu": 8})
     matrices = []
 
     def see(function, arguments, _out):

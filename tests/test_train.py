@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import model as model_module
 import train as train_module
 from benchmarks.scaling import peak_of
-from confidence import ScoreAccumulator, TrainingDynamics, mean_gold_probs, split_by_confidence
+from confidence import ScoreAccumulator, TrainingDynamics, score_examples, split_by_confidence
 from confidence import main as confidence_main
 from data import Dataset, build_batch, epoch_order, load_examples, paired_order, sample_lambda
 from infra.cache import load_dataset
@@ -201,7 +201,7 @@ def test_training_passes_score_as_scoring_does(device):
     for num_pairs in (0, 2):
         batch = build_batch(dataset, np.array([3, 1, 4, 0, 2]), torch.full((num_pairs,), 0.3), 50).to(device)
         forward_backward(model, batch, 0.5, 1.0, scores)
-        for one, other in zip(scores.pop_means(), mean_gold_probs(model, dataset, 1000), strict=True):
+        for one, other in zip(scores.pop_scores(), score_examples(model, dataset, 1000), strict=True):
             np.testing.assert_allclose(one, other, rtol=tolerance(device, 1e-5, 1e-4))
 
 
@@ -623,6 +623,13 @@ def test_truncated_dropped_and_leaked_examples_are_said(folder, tmp_path, capsys
     text = capsys.readouterr().out
     assert "20 examples" in text and "0 truncated to 200 tokens, 1 dropped" in text
     assert "20 held-out examples are training examples too" in text
+
+
+def test_a_repeated_held_out_example_is_leaked_each_time(folder, tmp_path, capsys):
+    first = (folder / "train.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "eval.jsonl").write_text(first * 3)
+    main(flags(folder, tmp_path / "o", "--stage", "base", "--eval_data", tmp_path / "eval.jsonl"))
+    assert "3 held-out examples are training examples too" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choice", ["reference", "sftmix"])
