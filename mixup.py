@@ -173,7 +173,8 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
             padded_V = V + (-V) % VOCAB_MULTIPLE.get(device_type, 1)  # the next multiple
-            gradient = _compiled_logits_gradient(device, matmul_dtype, padded_V) if hidden.is_cuda else _logits_gradient
+            is_compiled = hidden.is_cuda and not torch.are_deterministic_algorithms_enabled()
+            gradient = _compiled_logits_gradient(device, matmul_dtype, padded_V) if is_compiled else _logits_gradient
             for positions_slice, mixed_slice in chunks:
                 # A chunk has k confident positions, then their k unconfident partners; or k = 0 and unmixed positions.
                 s, lam_m = order[positions_slice], lam[mixed_slice, None].detach()  # [R], [k, 1]
@@ -252,10 +253,11 @@ def _compiled_logits_gradient(device, dtype, padded_V: int):
     """`_logits_gradient`, compiled for any number of rows of `padded_V` logits; uncompiled where that fails."""
     try:
         compiled = torch.compile(_logits_gradient, dynamic=True)
-        logits = torch.zeros(4, padded_V, dtype=dtype, device=device)
-        scale = torch.zeros(4, 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        rows = chunk_size(padded_V, device.type)  # kernels are chosen by the size of the first chunk
+        logits = torch.zeros(rows, padded_V, dtype=dtype, device=device)
+        scale = torch.zeros(rows, 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
         torch._dynamo.mark_static(logits, 1)  # a kernel that knows padded_V knows that rows are aligned
-        compiled(logits, scale.long(), scale[:2].detach(), scale, scale.sum(), dtype)
+        compiled(logits, scale.long(), scale[: rows // 2].detach(), scale, scale.sum(), dtype)
         return compiled
     except torch.OutOfMemoryError:
         raise

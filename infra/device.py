@@ -90,8 +90,13 @@ def resolve_compile(compile: bool | None, device) -> bool:
     """`compile`, or by default whether the device is an NVIDIA GPU on which `torch.compile` works.
 
     It needs a C++ compiler, on a GPU Triton too, and is tried once. ValueError if it does not work, but was asked for.
+    Kernels are chosen by the length of the first row, which in a resumed run is another one: so after
+    `set_deterministic` nothing is compiled, and to ask for it is a ValueError.
     """
-    if compile is False or (compile is None and device.type != "cuda"):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if compile and deterministic:
+        raise ValueError("--compile: does not give the same bits in each run; leave it out, or --deterministic")
+    if compile is False or (compile is None and (device.type != "cuda" or deterministic)):
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))

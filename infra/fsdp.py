@@ -42,6 +42,8 @@ def apply_fsdp(model: nn.Module, device) -> None:
         # gloo (pytorch#162338); an explicit sum is a sum everywhere.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    if not tied:
+        embedding.set_unshard_in_backward(False)  # the gradient of a look-up needs no weight
     model.register_forward_pre_hook(_cu_seqlens_as_list, prepend=True, with_kwargs=True)
 
 

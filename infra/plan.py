@@ -125,13 +125,14 @@ def estimate_communication(model: Transformer, config, world_size: int, passes: 
     """Bytes that a process sends, and as many that it receives, in a step of so many micro-batches.
 
     Of what is gathered or reduced, each of n processes sends (n−1)/n. `infra.fsdp.set_zero_stage` says how often
-    weights are gathered, in the dtype of matmuls, and gradients reduced, in float32. FSDP keeps what is outside the
-    blocks from the forward pass to the backward pass, except an embedding that is not `lm_head` too.
+    weights are gathered, in the dtype of matmuls, and gradients reduced, in float32. What is outside the blocks is
+    gathered once a pass: FSDP keeps `lm_head` until the backward pass, which has no use for an embedding's weight.
     """
     parameters, trainable, head, _ = parameter_counts(model)
     gathered, reduced = parameters, trainable
     if config.zero_stage == 3:
-        gathered = passes * (2 * parameters - head)  # norms, gathered once, are too small to count
+        once = head if model.config.tie_word_embeddings else 2 * head  # norms are too small to count
+        gathered = passes * (2 * parameters - once)
     if config.zero_stage > 1:
         reduced = passes * trainable
     return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size

@@ -104,10 +104,23 @@ def test_bf16_is_refused_on_a_gpu_before_ampere(gpus):
 # --- How it computes --------------------------------------------------------------------------------------------------
 
 
-def test_blocks_are_compiled_by_default_on_an_nvidia_gpu_alone(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+def pretend_to_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
     monkeypatch.setattr(torch, "ones", lambda *size, device: None)
+
+
+def test_nothing_is_compiled_where_each_run_gives_the_same_bits(monkeypatch):
+    """What is compiled depends on the first row, which in a resumed run is another one."""
+    pretend_to_compile(monkeypatch)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert resolve_compile(None, torch.device("cuda")) is False
+    with pytest.raises(ValueError, match="--compile: does not give the same bits in each run"):
+        resolve_compile(True, torch.device("cuda"))
+
+
+def test_blocks_are_compiled_by_default_on_an_nvidia_gpu_alone(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    pretend_to_compile(monkeypatch)
     compiled = [resolve_compile(compile, device) for device in (cuda, cpu) for compile in (None, True, False)]
     assert compiled == [True, True, False, False, True, False]
 

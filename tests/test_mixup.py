@@ -361,10 +361,11 @@ def test_where_torch_compile_fails_the_loss_goes_on_without_and_one_process_says
 
 
 def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_width(monkeypatch):
-    symbols = []  # of each graph, how many sizes it takes as arguments
+    symbols, sizes = [], []  # of each graph, how many sizes it takes as arguments, and which it is made for
 
     def backend(graph, examples):
         symbols.append(sum(not isinstance(x, torch.Tensor) for x in examples))
+        sizes.append({x.node.hint for x in examples if isinstance(x, torch.SymInt)})
         return graph.forward
 
     real = torch.compile
@@ -379,6 +380,7 @@ def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_w
             compiled(logits, y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(0.1), torch.float32)
         assert len(symbols) == graphs
     assert symbols[0] == 2  # rows and pairs
+    assert sizes[0] == {mixup_module.chunk_size(24), mixup_module.chunk_size(24) // 2}
     mixup_module._compiled_logits_gradient.cache_clear()
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import random_encoded, run_script, tiny_model
 
 import infra.savepoints
+import model as model_module
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
 from eval import generate
@@ -44,6 +45,7 @@ CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or 
     "accumulated, whole": {"micro_batch_tokens": 70, "zero_stage": 1},
     "lora, accumulated, whole": {"micro_batch_tokens": 70, "lora_rank": 4, "zero_stage": 1},
     "recomputed, whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 1},
+    "compiled": {"micro_batch_tokens": 70, "compile": True},
     "bf16": {"micro_batch_tokens": 70, "dtype": "bf16"},
     "bf16, whole": {"micro_batch_tokens": 70, "dtype": "bf16", "zero_stage": 1},
 }
@@ -82,6 +84,8 @@ def train_two_steps(folder: Path, **settings):
     config = TrainConfig(**{"lr": 1e-3, "dtype": "fp32", "micro_batch_tokens": 1000, **settings})
     model = load_model(folder, compute_dtype=DTYPES[config.dtype], lora_rank=config.lora_rank)
     model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        model.compile_blocks()
     optimizer = make_optimizer(model, config)
     for group in optimizer.param_groups:  # with 1e-8, an update whose gradient is rounding noise is noise too
         group["eps"] = 1e-5
@@ -151,7 +155,10 @@ def seen_in_forward(model_type: str, lora_rank: int | None = None) -> dict:
 def in_processes(folder: Path) -> None:
     """What every number of processes does; process 0 writes it down."""
     results, local_bytes = {}, {}
-    with init_distributed():
+    with init_distributed(), pytest.MonkeyPatch.context() as patch:
+        # As on GPUs, but for the kernels.
+        compiled = torch.compile(model_module._compute_block, dynamic=True, backend="eager")
+        patch.setattr(model_module, "_compiled_block", lambda: compiled)
         for model_name in MODELS:
             for case in CASES_OF[world_size()]:
                 settings = CASES[case]

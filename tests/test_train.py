@@ -339,6 +339,7 @@ def test_compiled_blocks_train_to_the_same_weights_and_are_compiled_but_once(mon
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model_module._compiled_block.cache_clear()
+    torch._dynamo.reset()  # what other tests have compiled
     weights = []
     for compiling in (False, True):
         model = tiny_model().to(device)
@@ -745,7 +746,7 @@ def test_what_stages_of_zero_take():
     assert memory[0]["whole weights"] == memory[1]["whole weights"] > 2 * parameters > memory[2]["whole weights"]
     assert memory[0]["whole gradients"] - 4 * parameters == memory[1]["whole gradients"] == memory[2]["whole gradients"]
     assert memory[0]["total"] > memory[1]["total"] > memory[2]["total"]
-    again = parameters - 1000 * 64  # lm_head stays from the forward pass to the backward pass
+    again = parameters - 2 * 1000 * 64  # lm_head stays for the backward pass, and the embedding is not used there
     gathered, reduced = (parameters, parameters, 3 * (parameters + again)), (parameters, 3 * parameters, 3 * parameters)
     assert [estimate_communication(model, stage, 8, 3) for stage in stages] == [
         (2 * g + 4 * r) * 7 // 8 for g, r in zip(gathered, reduced, strict=True)
