@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     """The names of a stage in the output."""
 
     path: str  # what it writes in the output folder
-    result: str  # its entry in results.json
+    result: str  # its entry in results.json; the reference run is the NTP that SFTMix is compared with
     title: str | None  # its row in the table
 
 
