@@ -390,10 +390,11 @@ def score_files(args, device) -> TrainingDynamics:
     model = args.checkpoints[0]
     tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
     template = choose_template(tokenizer, args.template, sys.stderr)
-    reading = {"skip_bad_records": args.skip_bad_records, "file": sys.stderr}
-    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, **reading)
-    settings = args.micro_batch_tokens, DTYPES[resolve_dtype(args.dtype, device)], device
-    return score_checkpoints(args.checkpoints, dataset, *settings, log=partial(log_checkpoint, file=sys.stderr))
+    dataset = load_dataset(
+        args.data, tokenizer, template, max_length, cache, skip_bad_records=args.skip_bad_records, file=sys.stderr
+    )
+    compute_dtype, log = DTYPES[resolve_dtype(args.dtype, device)], partial(log_checkpoint, file=sys.stderr)
+    return score_checkpoints(args.checkpoints, dataset, args.micro_batch_tokens, compute_dtype, device, log=log)
 
 
 def report(dynamics: TrainingDynamics, args) -> None:

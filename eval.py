@@ -455,8 +455,9 @@ def perplexity_or_match(args, device) -> None:
     cache = choose_cache(args.cache, file=sys.stderr)
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
-    reading = {"skip_bad_records": args.skip_bad_records, "file": sys.stderr}
-    dataset = load_dataset(args.data, tokenizer, template, max_length, cache, **reading)
+    dataset = load_dataset(
+        args.data, tokenizer, template, max_length, cache, skip_bad_records=args.skip_bad_records, file=sys.stderr
+    )
     model = load_for_inference(args.model, DTYPES[dtype], device)
     if args.command == "perplexity":
         result = held_out_loss(model, dataset, args.micro_batch_tokens)

@@ -419,8 +419,15 @@ def weights_dtype(config: TrainConfig) -> torch.dtype:
 
 def load_trainable(config: TrainConfig, device) -> Transformer:
     """Load the base model for training."""
-    lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "seed": config.seed}
-    model = load_model(config.model, weights_dtype(config), device, compute_dtype=DTYPES[config.dtype], **lora)
+    model = load_model(
+        config.model,
+        weights_dtype(config),
+        device,
+        compute_dtype=DTYPES[config.dtype],
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        seed=config.seed,
+    )
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         model.compile_blocks()
