@@ -48,6 +48,7 @@ from infra.distributed import (
     all_reduce_sum,
     barrier,
     init_distributed,
+    on_rank0,
     prefetch,
     print0,
     rank,
@@ -187,7 +188,7 @@ def score_checkpoints(
     continues with the next checkpoint.
     """
     paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
-    cached = {folder for folder, path in paths.items() if path.is_file()}
+    cached = on_rank0(lambda: {folder for folder, path in paths.items() if path.is_file()})
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
     scores, start, num_scored = [], time.perf_counter(), 0
     for folder in folders:

@@ -59,6 +59,7 @@ from infra.distributed import (
     barrier,
     defer_signals,
     init_distributed,
+    on_rank0,
     prefetch,
     print0,
     rank,
@@ -500,7 +501,7 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Score every training example with every checkpoint of the reference run."""
     start = time.perf_counter()
     dynamics = score_checkpoints(
-        reference_checkpoints(config),
+        on_rank0(reference_checkpoints, config),
         inputs.train,
         config.micro_batch_tokens,
         DTYPES[config.dtype],
@@ -585,7 +586,7 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]
 def run(config: TrainConfig, device) -> None:
     """Run the stages asked for, each from what the earlier ones left in the output folder, and report."""
     output, demo = Path(config.output), config.model is None
-    check_output(config)
+    on_rank0(check_output, config)
     if demo and config.max_length > DEMO_MODEL["max_position_embeddings"]:
         raise ValueError(
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
@@ -616,7 +617,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     inputs = load_inputs(config, tokenizer)
     # What a later stage reads is looked for now, and not after hours of the stages before.
     if "confidence" in stages and "reference" not in stages:
-        reference_checkpoints(config)
+        on_rank0(reference_checkpoints, config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     record_config(config)

@@ -101,7 +101,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     args, flags = parser.parse_args_into_dataclasses()
-    assert not list(Path(args.output_dir).glob("checkpoint-*")), "--output_dir has checkpoints of an earlier run"
+    if list(Path(args.output_dir).glob("checkpoint-*")):
+        sys.exit("--output_dir has checkpoints of an earlier run")
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), max_length=1024)
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]

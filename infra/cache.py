@@ -57,10 +57,10 @@ def try_to_write(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache=None) -> Path:
+def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache) -> Path:
     """The folder for encoded data files, named by a hash of everything that their ids depend on.
 
-    `cache` is the folder of all these folders (None: what `choose_cache` returns). Raises what `find_files` does.
+    `cache` is the folder of all these folders. Raises what `find_files` does.
     """
     digest = hashlib.sha256()
     code = [(ROOT / name).read_bytes() for name in CODE]
@@ -68,7 +68,7 @@ def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache
     contents = repr(([file.suffix for file in find_files(data)], data_checksums(data))).encode()
     for content in (*code, tokenizer.fingerprint, settings, contents):
         digest.update(hashlib.sha256(content).digest())
-    return Path(cache or choose_cache()) / digest.hexdigest()[:32]
+    return Path(cache) / digest.hexdigest()[:32]
 
 
 def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
@@ -88,7 +88,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
     try:
         with name_errors(folder), exit_on_signals(), ExitStack() as stack:
             files = {name: stack.enter_context(open(tmp / name, "wb")) for name in ARRAY_DTYPES}
-            for dataset, found in parallel_map(encode, split_files(data), stack):
+            for dataset, found in parallel_map(encode, split_files(data)):
                 reading.add(found)
                 counts += Counter(
                     examples=len(dataset),
@@ -102,7 +102,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
                     file.write(np.ascontiguousarray(getattr(dataset, name)).data)
             found = {"counts": reading.counts, "bad": reading.bad, "notes": reading.notes}
             found["files"] = [str(file) for file in find_files(data)]
-            (tmp / "reading.json").write_text(json.dumps(found, default=str))
+            (tmp / "reading.json").write_text(json.dumps(found))
             (tmp / "counts.json").write_text(json.dumps(counts))
         with name_errors(folder):
             for part in [*tmp.iterdir(), tmp]:
@@ -129,7 +129,7 @@ def _encode_chunk(tokenizer: Tokenizer, template: str, max_length: int, chunk: C
     return encode_examples(examples(), tokenizer, template, max_length), reading
 
 
-def parallel_map(function: Callable, items: Iterable, stack: ExitStack) -> Iterator:
+def parallel_map(function: Callable, items: Iterable) -> Iterator:
     """`map(function, items)` with one process for each core, or in this process if there is one core or one item.
 
     Items are taken as there are processes for them, and not all at once.
@@ -139,22 +139,18 @@ def parallel_map(function: Callable, items: Iterable, stack: ExitStack) -> Itera
     first = list(islice(items, cores))
     items = chain(first, items)
     if len(first) <= 1:
-        return map(function, items)
+        yield from map(function, items)
+        return
     can_fork = "fork" in multiprocessing.get_all_start_methods()  # saves importing everything again
     context = multiprocessing.get_context("fork" if can_fork else None)
-    return _map_in_pool(
-        stack.enter_context(ProcessPoolExecutor(len(first), context, _init_worker, (function,))), items, 2 * len(first)
-    )
-
-
-def _map_in_pool(pool: ProcessPoolExecutor, items: Iterable, max_pending: int) -> Iterator:
-    pending = deque()
-    for item in items:
-        pending.append(pool.submit(_call, item))
-        if len(pending) == max_pending:
+    with ProcessPoolExecutor(len(first), context, _init_worker, (function,)) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(_call, item))
+            if len(pending) == 2 * len(first):
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _init_worker(function: Callable) -> None:
@@ -176,7 +172,7 @@ def _call(item):
 def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, Reading]:
     """Memory-map what `encode_files` wrote. ValueError if it is not complete.
 
-    `files` have the content that was encoded, perhaps under other names, and bad records get theirs.
+    `files` are the data files under their present names, which are those that bad records get.
     """
     try:
         counts = Counter(json.loads((folder / "counts.json").read_text()))
@@ -196,6 +192,17 @@ def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, 
     return Dataset(*arrays.values(), counts["truncated"], counts["dropped"]), reading
 
 
+def encode_once(data, tokenizer: Tokenizer, template: str, max_length: int, cache) -> Path:
+    """Encode data files, unless the cache has them. -> the folder. ValueError if they change meanwhile."""
+    folder = cache_path(data, tokenizer, template, max_length, cache)
+    if not folder.exists():
+        encode_files(data, tokenizer, template, max_length, folder)
+        if cache_path(data, tokenizer, template, max_length, cache) != folder:
+            shutil.rmtree(folder)
+            raise ValueError(f"{describe(data)}: has changed while it was read; run the command again")
+    return folder
+
+
 def load_dataset(
     data, tokenizer: Tokenizer, template: str, max_length: int, cache=None, *, skip_bad_records: bool = False, file=None
 ) -> Dataset:
@@ -204,13 +211,10 @@ def load_dataset(
     Raises FileNotFoundError or ValueError, with what is wrong with the files. `skip_bad_records` leaves them out
     instead, unless they are more than half.
     """
-    folder, name = cache_path(data, tokenizer, template, max_length, cache), describe(data)
-    if rank() == 0 and not folder.exists():
-        encode_files(data, tokenizer, template, max_length, folder)
-        if cache_path(data, tokenizer, template, max_length, cache) != folder:
-            shutil.rmtree(folder)
-            raise ValueError(f"{name}: has changed while it was read; run the command again")
+    name, cache = describe(data), cache or choose_cache()
+    folder = encode_once(data, tokenizer, template, max_length, cache) if rank() == 0 else None
     wait_for_rank0()
+    folder = broadcast_object(folder)
     for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():
             break

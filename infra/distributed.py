@@ -233,6 +233,15 @@ def broadcast_object(value):
     return values[0]
 
 
+def on_rank0(function: Callable, *args):
+    """Call a function on rank 0. -> what it returns, on all processes
+
+    So only rank 0 looks for files of a run: NFS lets another node miss a file for up to a minute after it has looked
+    for it in vain.
+    """
+    return broadcast_object(function(*args) if rank() == 0 else None)
+
+
 def gather_objects(value) -> list:
     """The values of all processes by rank, on rank 0; elsewhere an empty list."""
     if world_size() == 1:

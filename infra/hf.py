@@ -223,7 +223,7 @@ def save_model(
     that has a config.json is complete. Raises FileExistsError if `path` has one already; nothing is overwritten.
     """
     path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps the model
-    if (path / "config.json").exists():
+    if rank() == 0 and (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
     reshard(model)
     with temporary_folder(path / "partial") as tmp:
@@ -232,7 +232,7 @@ def save_model(
             for file in sorted(tmp.iterdir(), key=lambda file: file.name == "config.json"):
                 fsync(file)
                 file.rename(path / file.name)
-            fsync(path)
+                fsync(path)  # or a crash could leave a config.json without the weights
 
 
 def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtype, max_shard_bytes: int) -> None:

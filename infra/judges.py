@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data import to_prompt
 from infra.cli import ArgumentParser, check_output_path
-from infra.distributed import barrier, print_result, rank, world_size
+from infra.distributed import barrier, print_result, rank, wait_for_rank0, world_size
 from infra.files import atomic_write, sha256_of
 from infra.locks import file_lock
 from infra.records import data_checksums, describe, read_records
@@ -164,7 +164,7 @@ def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
             settings |= {"template": template, "dtype": dtype, "turns": [len(record.turns) for record in records]}
             settings |= {"data": data_checksums(args.data), "model": sha256_of(args.model)}
             start_or_resume(file, settings)
-        barrier()  # the other processes wait until the file is there
+        wait_for_rank0()  # hashing the model and the data may take long
         yield file
         if rank() == 0:
             file.unlink()

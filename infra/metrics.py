@@ -22,7 +22,7 @@ class StepMetrics:
 
     _STATE = (
         "seconds",
-        "seconds_since_log",
+        "logged_at",
         "skipped",
         "consecutive_skips",
         "tokens",
@@ -33,7 +33,8 @@ class StepMetrics:
 
     def __init__(self, total_steps: int, device):
         self.total_steps, self.device = total_steps, device
-        self._start = self._last_log = time.perf_counter()  # a pause moves both forward
+        self._start = time.perf_counter()  # a pause moves it forward
+        self.logged_at = 0.0  # `seconds` at the last log line
         self.pending: deque = deque()  # steps whose values have not been read
         self.stop = False  # whether a process has received a signal to stop
         self.skipped = self.consecutive_skips = 0
@@ -48,15 +49,6 @@ class StepMetrics:
     @seconds.setter
     def seconds(self, value: float) -> None:
         self._start = time.perf_counter() - value
-
-    @property
-    def seconds_since_log(self) -> float:
-        """Since the last log line, without pauses."""
-        return time.perf_counter() - self._last_log
-
-    @seconds_since_log.setter
-    def seconds_since_log(self, value: float) -> None:
-        self._last_log = time.perf_counter() - value
 
     def state_dict(self) -> dict:
         """What a savepoint keeps, as JSON values."""
@@ -97,14 +89,14 @@ class StepMetrics:
 
     def record(self, step: int, **more) -> dict:
         """The means since the last log line, over the steps that were not skipped (None without any)."""
-        elapsed = self.seconds_since_log
+        seconds = self.seconds
         loss, ntp, mix = (total / self.num_steps if self.num_steps else None for total in self.sums)
         record = {"step": step, "total_steps": self.total_steps, **more, "loss": loss, "ntp": ntp, "mix": mix}
         record["grad_norm"] = self.grad_norm
-        record["tokens_per_second"] = self.tokens / elapsed
-        record["seconds"] = self.seconds
-        record["seconds_left"] = self.seconds / step * (self.total_steps - step)
-        self.tokens, self.num_steps, self.sums, self.seconds_since_log = 0, 0, [0.0, 0.0, 0.0], 0.0
+        record["tokens_per_second"] = self.tokens / (seconds - self.logged_at)
+        record["seconds"] = seconds
+        record["seconds_left"] = seconds / step * (self.total_steps - step)
+        self.tokens, self.num_steps, self.sums, self.logged_at = 0, 0, [0.0, 0.0, 0.0], seconds
         return record
 
     @contextlib.contextmanager
@@ -114,8 +106,7 @@ class StepMetrics:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         yield
-        pause = time.perf_counter() - start
-        self._start, self._last_log = self._start + pause, self._last_log + pause
+        self._start += time.perf_counter() - start
 
 
 # --- What is logged ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data import Dataset, steps_per_epoch
 from infra.demo import least_confident
 from infra.device import DTYPES
-from infra.distributed import barrier, broadcast_object, print0, rank, wait_for_rank0
+from infra.distributed import on_rank0, print0, rank, wait_for_rank0
 from infra.files import atomic_write, read_json, write_json
 from infra.hf import check_models, save_adapter, save_model
 from infra.locks import file_lock
@@ -131,15 +131,14 @@ def stages_to_run(config) -> list[str]:
     Raises FileExistsError if a run that is not resumed finds something of these stages in the output folder.
     """
     stages = stages_of(config)
-    if config.resume:
-        finished = [stage for stage in stages if STAGES[stage].result in load_results(Path(config.output))]
-        stages = [stage for stage in stages if stage not in finished]
-        for stage in finished:  # it may have been killed before it did so
-            stage_savepoints(config, stage).clear()
-    else:
-        check_not_started(config)
-    barrier()  # all processes have looked before rank 0 writes
-    return stages
+    if not config.resume:
+        on_rank0(check_not_started, config)
+        return stages
+    results = on_rank0(load_results, Path(config.output))
+    finished = [stage for stage in stages if STAGES[stage].result in results]
+    for stage in finished:  # it may have been killed before it did so
+        stage_savepoints(config, stage).clear()
+    return [stage for stage in stages if stage not in finished]
 
 
 def place_of(config, stage: str, inputs=None) -> Place:
@@ -243,7 +242,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
     """Save a model, on all processes together. A model that is there already, from before a restart, stays."""
-    if broadcast_object((path / "config.json").exists()):  # other nodes may see it later
+    if on_rank0((path / "config.json").exists):
         return
     check_finite(model)
     save_model(model, path, tokenizer.files_for(config.template), DTYPES[config.save_dtype])
@@ -252,7 +251,7 @@ def save_checkpoint(model: Transformer, path: Path, tokenizer: Tokenizer, config
 
 def save_result(model: Transformer, path: Path, tokenizer: Tokenizer, config) -> None:
     """Save the final model of a stage. With LoRA, the adapters are merged into it and saved beside it too."""
-    if config.lora_rank and not broadcast_object((path / "adapter").exists()):
+    if config.lora_rank and not on_rank0((path / "adapter").exists):
         save_adapter(model, path / "adapter", config.model)
     save_checkpoint(model, path, tokenizer, config)
 

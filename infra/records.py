@@ -51,9 +51,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
         below = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
         hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
         raise FileNotFoundError(f"{folder}: no file in it ends in {', '.join(SUFFIXES)}{hint}")
-    splits = sorted({m[0] for f in files if (m := re.match(r"train|test|valid|eval|dev", f.name.lower()))})
+    found = [re.search(r"(?<![a-z])(train|test|val|eval|dev)", f.name.lower()) for f in files]
+    splits = sorted({m[0] for m in found if m})
     if len(splits) > 1:
-        raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/{splits[-1]}*'")
+        one = "train" if "train" in splits else splits[0]
+        raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/*{one}*'")
     return files
 
 
@@ -99,10 +101,6 @@ class Lines(NamedTuple):
                     record = Unreadable(line.decode(errors="replace"), f"{error}; one complete object a line")
                 yield f"{self.path}:{number}", record
 
-    def json_lines(self) -> Iterator[bytes]:
-        """The lines that are not empty, as they are."""
-        return (line + b"\n" for line in self.content.split(b"\n") if line.strip())
-
 
 class Document(NamedTuple):
     """A file that is one JSON value: a list of records, or an object that holds one."""
@@ -125,10 +123,6 @@ class Document(NamedTuple):
         for number, record in enumerate(value, start=1):
             yield f"{self.path}: record {number}", record
 
-    def json_lines(self) -> Iterator[bytes]:
-        """Each record as a line of JSON."""
-        return (to_json_line(record) for _, record in self.records())
-
 
 class Rows(NamedTuple):
     """Rows of a row group of a parquet file."""
@@ -146,10 +140,6 @@ class Rows(NamedTuple):
             columns = [_to_list(column) for column in table.columns]
         for number, values in enumerate(zip(*columns, strict=True), start=self.first):
             yield f"{self.path}: row {number}", dict(zip(table.column_names, values, strict=True))
-
-    def json_lines(self) -> Iterator[bytes]:
-        """Each row as a line of JSON."""
-        return (to_json_line(record) for _, record in self.records())
 
 
 Chunk = Lines | Document | Rows
@@ -282,6 +272,13 @@ def parse_json(content: bytes):
         raise ValueError(f"not valid JSON ({error})") from None
 
 
+def json_lines(chunk: Chunk) -> Iterator[bytes]:
+    """Each record as a line of JSON; lines that are in the file stay as they are."""
+    if isinstance(chunk, Lines):
+        return (line + b"\n" for line in chunk.content.split(b"\n") if line.strip())
+    return (to_json_line(record) for _, record in chunk.records())
+
+
 def to_json_line(value) -> bytes:
     """A value as a line of JSON in UTF-8. Half characters stay escaped, and dates of parquet files become texts."""
     return (json.dumps(value, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
@@ -296,12 +293,12 @@ class BadRecord(NamedTuple):
     file: str
     place: str
     reason: str
-    record: object  # the text of a line that is no JSON
+    record: str  # as text
 
 
 @dataclass
 class Reading:
-    """What was found on the way through some records, beside what they say."""
+    """What was found while reading records: how many there are, which are bad, what was ignored."""
 
     counts: Counter = field(default_factory=Counter)  # records of each file
     bad: list[BadRecord] = field(default_factory=list)
@@ -327,16 +324,16 @@ class Reading:
                 self.bad.append(BadRecord(file, place, record.reason, record.text))
                 continue
             try:
-                if is_conversation(record):
-                    record = {"messages": record}
-                if not isinstance(record, dict):
-                    raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
-                yield parse(record)
+                values = {"messages": record} if is_conversation(record) else record
+                if not isinstance(values, dict):
+                    raise ValueError(f"an object with keys is expected, not {type(values).__name__}")
+                yield parse(values)
             except ValueError as error:
-                self.bad.append(BadRecord(file, place, str(error), record))
+                text = to_json_line(record).decode().rstrip("\n")
+                self.bad.append(BadRecord(file, place, str(error), text))
 
     def summary(self) -> list[str]:
-        """Lines that say what was left out, of how many records."""
+        """Lines that say what was left out or ignored, of how many records."""
         ignored = {note: n for note, n in self.notes.items() if note.startswith("ignored key ")}
         reasons = Counter(re.sub(r"\d+", "N", bad.reason) for bad in self.bad)
         lines = [f"{n:,} of {self.num_records:,} records skipped: {reason}" for reason, n in reasons.most_common()]

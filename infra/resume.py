@@ -6,7 +6,7 @@ Below, `config` is a `train.TrainConfig`.
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from infra.distributed import rank
+from infra.distributed import on_rank0, rank
 from infra.files import read_json, sha256_of, write_json
 from infra.output import has_begun, load_results, stages_of
 from infra.records import data_checksums
@@ -31,7 +31,7 @@ def continue_config(config):
     What no flag sets but the earlier run has resolved is taken from it. Raises ValueError for the first flag that has
     another value, if results depend on it.
     """
-    before = _config_before(config)
+    before = on_rank0(_config_before, config)
     if not before:
         return config
     resolved = {name: before.get(name) for name in RESOLVED if getattr(config, name) is None}

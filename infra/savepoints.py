@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import all_reduce_sum, barrier, gather_objects, print0, rank, temporary_folder, wait_for_rank0
+from infra.distributed import (
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    print0,
+    rank,
+    temporary_folder,
+    wait_for_rank0,
+)
 from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, utf8_folder, verify_manifest, write_json
 from infra.fsdp import local_shard, reshard
 from infra.hf import split_into_shards
@@ -70,11 +79,9 @@ class Savepoints:
 
     def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
         """Restore the newest intact savepoint. -> the number of steps done, 0 if there is no savepoint"""
-        newest = torch.zeros(1, dtype=torch.int64, device=model.head_weight.device)
-        if rank() == 0:
-            newest.fill_(self._newest_intact())
+        step = self._newest_intact() if rank() == 0 else None
         wait_for_rank0()  # hashing a savepoint may take long
-        step = int(all_reduce_sum(newest))
+        step = broadcast_object(step)
         if rank() == 0:
             self._rewind_metrics(step)
         if step == 0:

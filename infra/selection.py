@@ -16,7 +16,7 @@ import numpy as np
 from data import Example, to_example, unique_ids
 from infra.distributed import print0
 from infra.files import atomic_write
-from infra.records import Reading, describe, find_files, is_conversation, split_files
+from infra.records import Reading, describe, find_files, is_conversation, json_lines, split_files
 from infra.terminal import printable
 
 NUM_NAMED = 5  # records without a score
@@ -180,7 +180,7 @@ def keep_records(records: ScoredRecords, dynamics, by: str, share: float, output
     if count == 0:
         raise ValueError(f"--keep {share}: of {len(records.rows):,} records that is none")
     scores, ranked = dynamics.score(by)[records.rows], records.ranked(dynamics.score(by))
-    lines = (line for chunk in split_files(records.files) for line in chunk.json_lines())
+    lines = (line for chunk in split_files(records.files) for line in json_lines(chunk))
     with atomic_write(output) as tmp, open(tmp, "wb") as kept:
         if sum(bool(kept.write(line)) for line in compress(lines, _mask(records.numbers[ranked[:count]]))) != count:
             raise ValueError(f"{records.name}: has changed while it was read; run the command again")

@@ -326,6 +326,15 @@ def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp
     assert len({key(), key(copy), key(tokenizer=other), key(template="mistral"), key(max_length=91)}) == 5
 
 
+def test_a_bad_record_may_be_nested_deeply(data_file, tokenizer, tmp_path):
+    """Where files are read in several processes, what was found is pickled, which takes more stack than parsing."""
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text(data_file.read_text() + '{"instruction": "x", "z": ' + "[" * 600 + "]" * 600 + "}\n")
+    dataset = load_dataset([data_file, deep], tokenizer, "alpaca", 90, tmp_path / "cache", skip_bad_records=True)
+    assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["62"]
+    assert dataset.skipped[0].record.endswith("]" * 600 + "}")
+
+
 def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data_file, tokenizer, tmp_path, capsys):
     """Each record is bad at the same place as in one process; the good ones get the same ids as without the bad."""
     monkeypatch.setattr(infra.records, "CHUNK_BYTES", 300)
@@ -338,7 +347,7 @@ def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data
     dataset = load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache", skip_bad_records=True)
     assert dataset.ids == expected.ids and np.array_equal(dataset.token_ids, expected.token_ids)
     assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["46", "63"]
-    assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == {"text": " "}
+    assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == '{"text": " "}'
     data_file = data_file.rename(tmp_path / "renamed.jsonl")
     with pytest.raises(ValueError, match=r"renamed\.jsonl: 2 of 63 .*\n.*renamed\.jsonl:46: not valid"):
         load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")

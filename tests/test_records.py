@@ -149,8 +149,15 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file in it ends in .*; there are some in .*data"):
         find_files(tmp_path)
     (tmp_path / "data" / "test-00000.parquet").touch()
-    with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/train\*'"):
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/\*train\*'"):
         find_files(tmp_path / "data")
+    for names in (("train.jsonl", "val.jsonl"), ("medqa_train.jsonl", "medqa_dev.jsonl"), ("Train.json", "valid.json")):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in (*names, "intervals.jsonl"):
+            (folder / name).touch()
+        with pytest.raises(ValueError, match=r"several splits .* give '.*/\*train\*'"):
+            find_files(folder)
     with pytest.raises(ValueError, match=r"is a pipe or a device, .* write it to a file first"):
         find_files("/dev/null")
 

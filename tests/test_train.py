@@ -592,7 +592,7 @@ def test_skipped_records_are_listed_in_the_output(copied):
     main(flags(copied, copied / "o", "--stage", "base", "--skip_bad_records"))
     skipped = [json.loads(line) for line in (copied / "o" / "skipped.jsonl").read_text().splitlines()]
     assert [record["place"] for record in skipped] == [f"{copied}/train.jsonl:{line}" for line in (22, 23)]
-    assert [record["record"] for record in skipped] == [{"instruction": "x", "output": ""}, "{broken"]
+    assert [record["record"] for record in skipped] == ['{"instruction": "x", "output": ""}', "{broken"]
     assert "output is empty" in skipped[0]["reason"] and "not valid JSON" in skipped[1]["reason"]
 
 
@@ -912,6 +912,22 @@ def test_a_process_that_fails_alone_says_so(tmp_path):
     )
     done = run_script(script, processes=2)
     assert done.returncode != 0 and "script.py: error: my disk is full\n" in done.stderr
+
+
+def test_only_process_0_looks_for_files_and_all_know_what_it_found(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom infra.cache import load_dataset\nfrom infra.hf import load_tokenizer\n"
+        "from infra.distributed import init_distributed, on_rank0, rank\n"
+        "def look():\n    open(f'looked-{rank()}', 'w')\n    return rank()\n"
+        "os.environ['XDG_CACHE_HOME'] = 'cache'\nwith init_distributed('cpu'):\n"
+        f"    dataset = load_dataset('{folder}/train.jsonl', load_tokenizer('{folder}/model'), 'alpaca', 200)\n"
+        "    open(f'{rank()}.txt', 'w').write(f'{on_rank0(look)} {len(dataset)}')\n"
+    )
+    done = run_script(script, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0 20", "0 20"]
+    assert [file.name for file in tmp_path.glob("looked-*")] == ["looked-0"]
 
 
 def test_a_model_is_never_its_own_output(folder, capsys):
