@@ -14,8 +14,7 @@ from dataclasses import field, fields
 from pathlib import Path
 
 from data import MICRO_BATCH_TOKENS
-from infra.device import DEVICE_TYPES
-from infra.distributed import is_local_rank_zero
+from infra.device import DEVICE_TYPES, local_rank
 from tokenizer import TEMPLATES
 
 # --- The parser -------------------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ class ArgumentParser(argparse.ArgumentParser):
             flags = {flag for parser in parsers for flag in parser._option_string_actions}
             near = [FLAGS_OF_PEERS[word]] if word in FLAGS_OF_PEERS else difflib.get_close_matches(word, flags, n=1)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
-        self.exit(2, f"{self.prog}: error: {message}\n" if is_local_rank_zero() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if local_rank() == 0 else None)
 
 
 class Once(argparse.Action):

@@ -90,8 +90,8 @@ def resolve_compile(compile: bool | None, device) -> bool:
     """`compile`, or by default whether the device is an NVIDIA GPU on which `torch.compile` works.
 
     It needs a C++ compiler, on a GPU Triton too, and is tried once. ValueError if it does not work, but was asked for.
-    Kernels are chosen by the length of the first row, which in a resumed run is another one: so after
-    `set_deterministic` nothing is compiled, and to ask for it is a ValueError.
+    Kernels depend on the length of the first row, and a resumed run begins with another row. So nothing is compiled
+    after `set_deterministic`, and to ask for it is a ValueError.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     if compile and deterministic:

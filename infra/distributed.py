@@ -69,7 +69,7 @@ def _discard(stream) -> None:
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 PEER_ERRORS = "by peer|Broken pipe|[Tt]imed? ?out"  # how gloo says that another process does not answer
-TIMEOUT = timedelta(minutes=30)  # of collectives; what rank 0 does meanwhile, such as hashing a model, is shorter
+TIMEOUT = timedelta(minutes=30)  # of collectives; `wait_for_rank0` waits longer
 
 
 @contextlib.contextmanager
@@ -135,23 +135,17 @@ def _report(error: BaseException) -> int:
 
 
 def _print_error(message: str, wait: bool = False) -> None:
-    """Print `message` as one line on stderr. Where processes fail alike or one after the other, the first one prints.
+    """Print `message` as one line on stderr. If several processes fail, only the first one prints.
 
-    `wait` says that another process has failed before. The others wait until it has printed and torchrun has ended
-    them.
+    The others wait until it has printed and torchrun has ended them. `wait`: another process has failed before.
     """
-    if wait or not is_local_rank_zero():
+    if wait or local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     message = printable(message)
     message = message if len(message) <= 2000 else message[:2000] + " …"
     with contextlib.suppress(OSError):  # stderr may be a closed pipe
         print(f"{Path(sys.argv[0]).name}: {style('error:', 'red', sys.stderr)} {message}", file=sys.stderr, flush=True)
-
-
-def is_local_rank_zero() -> bool:
-    """Whether this process reports errors for all processes of its machine."""
-    return local_rank() == 0
 
 
 @contextlib.contextmanager

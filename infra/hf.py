@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from infra.distributed import is_local_rank_zero, print0, rank, temporary_folder, world_size
+from infra.device import local_rank
+from infra.distributed import print0, rank, temporary_folder, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -164,7 +165,7 @@ def load_weights(model: Transformer, files: dict[str, Path], device) -> None:
 
 def warm_page_cache(path) -> None:
     """Read a folder's weights into the page cache, so that they load faster soon afterwards. None: read nothing."""
-    for file in _weight_files(Path(path)) if path and is_local_rank_zero() else []:
+    for file in _weight_files(Path(path)) if path and local_rank() == 0 else []:
         with open(file, "rb") as weights:
             while weights.read(2**24):
                 pass
@@ -389,7 +390,7 @@ def check_models(folders) -> None:
 
 def verify_weights(path) -> None:
     """Compare a model folder with its manifest, on one process of each machine. ValueError names a damaged file."""
-    if is_local_rank_zero():
+    if local_rank() == 0:
         verify_manifest(Path(path))
 
 

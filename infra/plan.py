@@ -97,8 +97,8 @@ def estimate_memory(
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
-    # The logits of the rows in the dtype of matmuls and in float32, and in float32 those of half as many mixed rows; on
-    # a GPU without torch.compile also their gradient in bf16, or with it the gradient in float32.
+    # Of the chunk's rows, logits in the dtype of matmuls and in float32; of half as many mixed rows, logits in float32.
+    # On a GPU also the gradient of the logits, in bf16, or in float32 with torch.compile.
     element = DTYPES[config.dtype].itemsize
     chunk = rows * vocab_size * {"cuda": {2: 10, 4: 8}}.get(device_type, {2: 8, 4: 6})[element]
     if config.activation_checkpointing:  # the inputs of the blocks; the loss is freed before a block is recomputed
@@ -114,8 +114,8 @@ def estimate_memory(
         "logits chunk": chunk,
     }
     in_pass = whole_weights + whole_gradients + activations + chunk
-    # Accumulated gradients exist during the next pass; those of a single micro-batch grow as activations are freed, and
-    # shards of what was accumulated whole as that is freed.
+    # With several micro-batches, the gradients so far exist during the next pass. With one, they grow while activations
+    # are freed. Where whole gradients are accumulated (stage 1), their shards grow while the whole ones are freed.
     accumulates_shards = largest.passes > 1 and (world_size == 1 or config.zero_stage > 1)
     peak = memory["gradients"] + in_pass if accumulates_shards else max(memory["gradients"], in_pass)
     return memory | {"total": memory["weights"] + memory["optimizer state"] + peak}

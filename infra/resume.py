@@ -81,9 +81,9 @@ def _config_before(config) -> dict:
 
 
 def _stage_may_change(config) -> set:
-    """The flags that may differ, because the stage that they count in is another or, without --resume, begins now."""
-    going_on = stages_of(config) if config.resume else []
-    return {name for stage, names in STAGE_FLAGS.items() if stage not in going_on for name in names}
+    """The flags that may differ: those of other stages and, without --resume, those of all stages, which begin now."""
+    resumed = stages_of(config) if config.resume else []
+    return {name for stage, names in STAGE_FLAGS.items() if stage not in resumed for name in names}
 
 
 def check_model_unchanged(config) -> None:

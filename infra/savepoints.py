@@ -56,7 +56,8 @@ class Savepoints:
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if some were skipped
         state = {"step": step, "num_updates": num_updates, "metrics": metrics.state_dict()}
         path = self.output / "resume" / f"{self.stage}-step-{step}"
-        with temporary_folder(path.with_name("partial")) as tmp:
+        # With its own name: of a name used before, another node may still know the folder that it was then, over NFS.
+        with temporary_folder(path.with_name(f"{path.name}.partial")) as tmp:
             with _distributed_checkpoint(path) as dcp, utf8_folder(tmp) as folder:
                 dcp.save(tensors, storage_writer=_storage_writer(dcp, folder, tensors))
             # Each process reads again what it has written itself, which is still in its machine's page cache.
@@ -69,7 +70,7 @@ class Savepoints:
                 shutil.rmtree(path, ignore_errors=True)  # a damaged savepoint of an earlier attempt
                 tmp.rename(path)
                 fsync(path.parent)
-                # What is after `step` was damaged, or is of an attempt that was taken back.
+                # A savepoint after `step` is damaged, or from before the run went back to an earlier one.
                 existing = self._existing()
                 kept = [number for number, _ in existing if number <= step][-self.keep :]
                 for number, folder in existing:
@@ -79,6 +80,9 @@ class Savepoints:
 
     def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
         """Restore the newest intact savepoint. -> the number of steps done, 0 if there is no savepoint"""
+        if rank() == 0:
+            for unfinished in (self.output / "resume").glob("*.partial"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         step = self._newest_intact() if rank() == 0 else None
         wait_for_rank0()  # hashing a savepoint may take long
         step = broadcast_object(step)

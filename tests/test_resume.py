@@ -203,7 +203,9 @@ def test_a_savepoint_outlives_a_damaged_one_of_a_later_step(tmp_path, capsys):
         savepoints.save(step, model, optimizer, metrics)
         for file in (tmp_path / "resume" / "reference-step-9").glob("*.safetensors"):
             file.write_bytes(b"damaged")
+    (tmp_path / "resume" / "reference-step-6.partial").mkdir()  # of a process that was killed
     assert savepoints.load(model, optimizer, metrics) == 4
+    assert [folder.name for folder in (tmp_path / "resume").iterdir()] == ["reference-step-4"]
 
 
 def test_a_signal_while_the_last_savepoint_is_written_ends_the_run(folder, plain, tmp_path, monkeypatch):
