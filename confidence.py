@@ -18,6 +18,7 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 
 import json
 import math
+import re
 import sys
 import time
 from array import array
@@ -288,7 +289,8 @@ class TrainingDynamics:
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(ids)} examples have no confidence score (ids {', '.join(missing[:3])}…): "
-                "the scores must come from the same data"
+                "the scores are of other data, or the model that made them had no room for these; "
+                "confidence.py --keep 1 writes the records that have scores"
             )
         index = [index_of[example_id] for example_id in ids]
         return TrainingDynamics(ids, self.probability[:, index], self.perplexity[:, index])
@@ -354,7 +356,7 @@ def parse_args(argv=None):
     about = "How confidently a run's checkpoints predict each example of a file."
     parser = ArgumentParser(usage, description=about)
     data, saving = parser.group("data"), parser.group("saving")
-    help = "model folders, oldest first"
+    help = "model folders, oldest first (step-N and checkpoint-N are sorted)"
     data.add_argument("--checkpoints", **SEVERAL, metavar="DIR", help=help)
     add_data_flag(parser, "the examples", required=False)
     data.add_argument("--scores", metavar="FILE", help="existing scores, instead of --checkpoints")
@@ -384,18 +386,29 @@ def main(argv=None) -> None:
             report(dynamics, args)
 
 
+def oldest_first(folders: list[str]) -> list[str]:
+    """Sort folders that are all called step-N or checkpoint-N by N, which a shell's pattern does not; others stay.
+
+    >>> oldest_first(["run/step-10", "run/step-2"])
+    ['run/step-2', 'run/step-10']
+    """
+    steps = [re.fullmatch(r"(?:step|checkpoint)-(\d+)", Path(folder).name) for folder in folders]
+    return sorted(folders, key=lambda folder: int(folder.rpartition("-")[2])) if all(steps) else folders
+
+
 def score_files(args, device) -> TrainingDynamics:
     """Score the examples of --data with --checkpoints."""
     cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
-    check_models(args.checkpoints)
-    model = args.checkpoints[0]
+    checkpoints = oldest_first(args.checkpoints)
+    check_models(checkpoints)
+    model = checkpoints[0]
     tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
     template = choose_template(tokenizer, args.template, sys.stderr)
     dataset = load_dataset(
         args.data, tokenizer, template, max_length, cache, skip_bad_records=args.skip_bad_records, file=sys.stderr
     )
     compute_dtype, log = DTYPES[resolve_dtype(args.dtype, device)], partial(log_checkpoint, file=sys.stderr)
-    return score_checkpoints(args.checkpoints, dataset, args.micro_batch_tokens, compute_dtype, device, log=log)
+    return score_checkpoints(checkpoints, dataset, args.micro_batch_tokens, compute_dtype, device, log=log)
 
 
 def report(dynamics: TrainingDynamics, args) -> None:

@@ -249,7 +249,7 @@ def _role(turn, place: str) -> str:
 
 
 def _content_key(turn: dict) -> str:
-    return "content" if "content" in turn else "value"
+    return "value" if "content" not in turn and ("value" in turn or "from" in turn) else "content"
 
 
 def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:

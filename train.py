@@ -595,7 +595,7 @@ def run(config: TrainConfig, device) -> None:
     with lock_output(output):
         run_stages(config, stages_to_run(config), device)
         if rank() == 0:
-            print_report(output, demo)
+            print_report(output, config.data)
 
 
 def warn_if_idle(config: TrainConfig, num_processes: int) -> None:

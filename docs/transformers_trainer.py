@@ -103,14 +103,17 @@ if __name__ == "__main__":
     args, flags = parser.parse_args_into_dataclasses()
     if list(Path(args.output_dir).glob("checkpoint-*")):
         sys.exit("--output_dir has checkpoints of an earlier run")
+    if args.per_device_train_batch_size % 2:
+        sys.exit("--per_device_train_batch_size must be even, since SFTMix trains on pairs")
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
-    encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), max_length=1024)
+    limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
+    encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), limit)
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
     # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # for TRL, too
     padding.pad_token = padding.pad_token or padding.eos_token
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
-    (trainer := Trainer(load(flags.model), args, collator, data)).train()
+    (trainer := Trainer(load(flags.model), args, collator, data, processing_class=padding)).train()
     trainer.accelerator.wait_for_everyone()  # for process 0, which writes the checkpoints
     folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     scores = torch.tensor([[score(model.eval(), example) for example in data] for model in map(load, folders)])
@@ -118,4 +121,5 @@ if __name__ == "__main__":
     if args.should_save:
         dynamics.save(f"{args.output_dir}/confidence.jsonl")
     args.output_dir, halves = f"{args.output_dir}/sftmix", split_by_confidence(dynamics.confidence)
-    SFTMixTrainer(load(flags.model), args, partial(collate, collator), data, halves=halves).train()
+    settings = {"halves": halves, "processing_class": padding}
+    SFTMixTrainer(load(flags.model), args, partial(collate, collator), data, **settings).train()

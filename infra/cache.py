@@ -229,7 +229,9 @@ def load_dataset(
     print0(f"{name}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.num_truncated or dataset.num_dropped:
         print0(
-            f"{name}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped", file
+            f"{name}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped"
+            + " (no response starts within them)" * bool(dataset.num_dropped),
+            file,
         )
     for line in reading.summary():
         print0(f"{name}: {line}", file)

@@ -161,6 +161,9 @@ def defer_signals():
         if number != signal.SIGHUP and set(received) - {signal.SIGHUP} and world_size() == 1:
             raise KeyboardInterrupt
         received.append(number)
+        if number == signal.SIGINT and world_size() == 1:  # by os.write, since the signal may interrupt a print
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing the step and saving it; Ctrl-C again stops at once\n")
 
     with _signal_handler(handler, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         yield received

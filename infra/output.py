@@ -5,7 +5,8 @@ Below, `config` is a `train.TrainConfig`.
 
 import contextlib
 import json
-import math
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -136,8 +137,13 @@ def stages_to_run(config) -> list[str]:
         return stages
     results = on_rank0(load_results, Path(config.output))
     finished = [stage for stage in stages if STAGES[stage].result in results]
-    for stage in finished:  # it may have been killed before it did so
-        stage_savepoints(config, stage).clear()
+    for stage in finished:
+        stage_savepoints(config, stage).clear()  # it may have been killed before it did so
+        path = Path(config.output) / STAGES[stage].path
+        if stage != "base" and not on_rank0(path.exists):
+            print0(
+                f"warning: {path}: is gone, though its stage is finished; --stage {stage} makes it again", sys.stderr
+            )
     return [stage for stage in stages if stage not in finished]
 
 
@@ -192,9 +198,12 @@ def stage_log(config, stage: str, inputs=None) -> Callable[[dict], None]:
     return partial(log_step, Path(config.output) / "metrics.jsonl", place_of(config, stage, inputs))
 
 
-def print_report(output: Path, demo: bool) -> None:
-    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next."""
-    results = load_results(output)
+def print_report(output: Path, data: str | tuple[str, ...] | None) -> None:
+    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next.
+
+    `data` is what --data was given, or None for the demo.
+    """
+    results, demo = load_results(output), data is None
     try:
         rows = {
             stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
@@ -213,8 +222,9 @@ def print_report(output: Path, demo: bool) -> None:
     made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
     print0(f"In {output}/ now: {', '.join(name for name in made if (output / name).exists())}")
     if (output / "confidence.jsonl").exists():
-        look = f"python confidence.py --scores {output}/confidence.jsonl"
-        look += f" --data {output}/data/train.jsonl" if demo else " --data FILE"
+        files = f"{output}/data/train.jsonl" if demo else data
+        files = shlex.join([files] if isinstance(files, str) else files)
+        look = f"python confidence.py --scores {shlex.quote(f'{output}/confidence.jsonl')} --data {files}"
         print0(f"The least confident examples:  {look} --by perplexity --show 20")
         print0(f"The data map:  {look} --plot map.png")
     if demo:
@@ -227,8 +237,8 @@ def results_table(results: dict[str, dict]) -> str:
     def cell(result: dict, name: str, spec: str) -> str:
         if result.get(name) is None:
             return "–"
-        low, high = result[f"{name}_interval"] or (-math.inf, math.inf)
-        return f"{result[name]:{spec}} [{low:{spec}}, {high:{spec}}]"
+        interval = result[f"{name}_interval"]  # None for a single example
+        return f"{result[name]:{spec}}" + (f" [{interval[0]:{spec}}, {interval[1]:{spec}}]" if interval else "")
 
     lines = [f"{'':8}{'held-out loss [95 %]':>26}{'exact match [95 %]':>26}{'training':>11}"]
     for name, result in results.items():

@@ -152,6 +152,8 @@ def split_file(path: Path) -> Iterator[Chunk]:
     if start[:4] == b"PAR1":
         yield from _split_parquet(path)
         return
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise ValueError(f"{path}: tables in text are not read; save it as .jsonl or .parquet")
     for signature, what in _NO_TEXT.items():
         if start.startswith(signature):
             raise ValueError(f"{path}: {what}")
@@ -358,7 +360,7 @@ class Reading:
         if num_bad == 0 or (skip_bad and not mostly_bad):
             return
         first, *more = [f"{bad.place}: {bad.reason}" for bad in self.bad[:5]]
-        advice = "correct or remove them" if skip_bad is None else "--skip_bad_records leaves them out"
+        advice = "correct or remove them" if skip_bad is None or mostly_bad else "--skip_bad_records leaves them out"
         if skip_bad:
             advice = f"in {mostly_bad[0]} more than half, so that none is skipped"
         if not more:

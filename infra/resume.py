@@ -100,7 +100,7 @@ def check_scores_unchanged(config) -> None:
     """ValueError if the run's scores are not those that its confidence stage has written."""
     file = Path(config.output) / "confidence.jsonl"
     written = load_results(Path(config.output)).get("confidence", {}).get("sha256")
-    if written and sha256_of(file) != written:
+    if written and file.exists() and sha256_of(file) != written:
         raise ValueError(
             f"{file}: is not what the confidence stage has written; bring its content back, or give scores of your own "
             "as --confidence FILE"

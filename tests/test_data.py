@@ -326,6 +326,15 @@ def test_an_encoded_file_is_known_by_all_that_makes_it(data_file, tokenizer, tmp
     assert len({key(), key(copy), key(tokenizer=other), key(template="mistral"), key(max_length=91)}) == 5
 
 
+def test_a_turn_without_content_is_named_by_the_key_that_it_lacks(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    with pytest.raises(ValueError, match=r"messages\[1\]\.content must be a text"):
+        to_example({"messages": turns})
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]
+    with pytest.raises(ValueError, match=r"conversations\[1\]\.value must be a text"):
+        to_example({"conversations": turns})
+
+
 def test_a_bad_record_may_be_nested_deeply(data_file, tokenizer, tmp_path):
     """Where files are read in several processes, what was found is pickled, which takes more stack than parsing."""
     deep = tmp_path / "deep.jsonl"

@@ -140,6 +140,9 @@ def test_a_folder_a_pattern_and_several_files_are_read_in_order(tmp_path):
 
 
 def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
+    (tmp_path / "table.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(ValueError, match=r"table\.csv: tables in text are not read; save it as \.jsonl or \.parquet"):
+        list(infra.records.split_files(tmp_path / "table.csv"))
     with pytest.raises(FileNotFoundError, match=r"none.jsonl: not found"):
         find_files(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"\*.jsonl: no file matches"):
@@ -179,6 +182,8 @@ def test_a_file_that_is_bad_for_the_most_part_is_refused(tmp_path):
     (tmp_path / "good.jsonl").write_bytes(LINES)  # good records of another file do not make up for it
     with pytest.raises(ValueError, match=r"2 of 8 records are bad \(in .*d.jsonl more than half, so"):
         load_examples(tmp_path, skip_bad_records=True)
+    with pytest.raises(ValueError, match=r"2 of 8 records are bad \(correct or remove them\)"):
+        load_examples(tmp_path)
 
 
 def test_the_summary_says_what_was_left_out_of_how_many():

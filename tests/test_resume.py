@@ -331,7 +331,8 @@ def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder
     (state,) = (tmp_path / "o" / "resume").iterdir()
     verify_manifest(state)
     step = state.name.removeprefix("reference-step-")
-    assert error == f"stopped after step {step}; --resume goes on from there\n"
+    told = "\nfinishing the step and saving it; Ctrl-C again stops at once\n" if number == signal.SIGINT else ""
+    assert error == f"{told}stopped after step {step}; --resume goes on from there\n"
     assert json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(step)
 
 
@@ -468,6 +469,20 @@ def test_savepoints_of_a_finished_stage_go_when_the_run_goes_on(folder, tmp_path
     (tmp_path / "o" / "resume" / "reference-step-3").mkdir(parents=True)
     main(flags(folder, tmp_path / "o", "--resume"))
     assert not (tmp_path / "o" / "resume").exists()
+
+
+def test_what_a_finished_stage_has_made_and_is_gone_is_said(folder, tmp_path, capsys):
+    output = tmp_path / "o"
+    main(flags(folder, output))
+    shutil.rmtree(output / "sftmix")
+    (output / "confidence.jsonl").unlink()
+    main(flags(folder, output, "--resume"))
+    told = capsys.readouterr().err
+    for name, stage in (("confidence.jsonl", "confidence"), ("sftmix", "sftmix")):
+        assert f"{output / name}: is gone, though its stage is finished; --stage {stage} makes it again" in told
+    assert told.count("is gone") == 2
+    code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix"))
+    assert code == 1 and f"{output}/confidence.jsonl: not found; train.py --stage confidence makes it" in error
 
 
 def test_results_that_were_changed_are_named(folder, tmp_path, capsys):

@@ -223,11 +223,14 @@ def test_the_demo_ends_with_what_it_is_least_sure_of(folder, capsys):
     assert [line.strip() for line in least_confident(folder).splitlines()[1:]] == rows
     for damage in (lambda: None, (folder / "data" / "wrong.json").unlink):
         damage()
-        print_report(folder, demo=True)
+        print_report(folder, None)
         told = capsys.readouterr().out
         assert (rows[0] in told) == (folder / "data" / "wrong.json").exists()
         look = f"--scores {folder}/confidence.jsonl --data {folder}/data/train.jsonl"
         assert f"{look} --by perplexity --show 20\n" in told
+    (folder / "results.json").write_text("{}")
+    print_report(folder, ("my data.jsonl", "more.jsonl"))
+    assert "/confidence.jsonl --data 'my data.jsonl' more.jsonl --by" in capsys.readouterr().out
 
 
 def test_names_of_few_records_are_each_given_once(tmp_path):

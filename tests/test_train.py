@@ -846,7 +846,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--data", "broken.jsonl"], "broken.jsonl:7: not valid JSON"),
         (["--data", "unknown.jsonl"], "unknown.jsonl:1: unknown key 'instrution' (did you mean 'instruction'?)"),
         (["--data", "empty.jsonl"], "empty.jsonl:2: output is empty"),
-        (["--data", "bad.jsonl"], "2 of 3 records are bad (--skip_bad_records leaves them out), such as\n  "),
+        (["--data", "bad.jsonl"], "2 of 3 records are bad (correct or remove them), such as\n  "),
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
