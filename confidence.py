@@ -266,7 +266,7 @@ class TrainingDynamics:
         try:
             with open(path, encoding="utf-8-sig") as file:
                 for line in file:
-                    example_id, probabilities, perplexities = _parse_scores(line)
+                    example_id, probabilities, perplexities = cls._parse_scores(line)
                     if len(probability) != len(ids) * len(probabilities):
                         raise ValueError("not as many checkpoints as in the lines before it")
                     ids.append(example_id)
@@ -282,6 +282,17 @@ class TrainingDynamics:
         columns = (np.array(scores).reshape(len(ids), -1).T for scores in (probability, perplexity))  # [C, N] each
         return cls(ids, *map(np.ascontiguousarray, columns))
 
+    @staticmethod
+    def _parse_scores(line: str) -> tuple[str, list[float], list[float]]:
+        """(id, probabilities, perplexities) of a line of the file. ValueError, TypeError or KeyError if it is bad."""
+        record = json.loads(line)
+        probabilities, perplexities = ([float(x) for x in record[name]] for name in ("probabilities", "perplexities"))
+        if not isinstance(record["id"], str):
+            raise TypeError("id is not a text")
+        if not 0 < len(probabilities) == len(perplexities) or not all(map(math.isfinite, probabilities + perplexities)):
+            raise ValueError("one finite probability and perplexity a checkpoint is expected")
+        return record["id"], probabilities, perplexities
+
     def select(self, ids: list[str]) -> "TrainingDynamics":
         """The scores of these examples, in this order. ValueError counts the ids without scores and names three."""
         index_of = {example_id: i for i, example_id in enumerate(self.ids)}
@@ -294,17 +305,6 @@ class TrainingDynamics:
             )
         index = [index_of[example_id] for example_id in ids]
         return TrainingDynamics(ids, self.probability[:, index], self.perplexity[:, index])
-
-
-def _parse_scores(line: str) -> tuple[str, list[float], list[float]]:
-    """The id, the probabilities and the perplexities of a line of scores. ValueError, TypeError or KeyError if bad."""
-    record = json.loads(line)
-    probabilities, perplexities = ([float(x) for x in record[name]] for name in ("probabilities", "perplexities"))
-    if not isinstance(record["id"], str):
-        raise TypeError("id is not a text")
-    if not 0 < len(probabilities) == len(perplexities) or not all(map(math.isfinite, probabilities + perplexities)):
-        raise ValueError("one finite probability and perplexity a checkpoint is expected")
-    return record["id"], probabilities, perplexities
 
 
 # --- The split --------------------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_torchrun_restarts_a_run_that_then_goes_on(folder, plain, tmp_path):
     process = subprocess.Popen(
         [*command, str(ROOT / "train.py"), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while not list((tmp_path / "o").glob("resume/reference-step-*")):
+    while not list((tmp_path / "o").glob("resume/reference-step-*[0-9]")):
         assert process.poll() is None
         time.sleep(0.005)
     (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

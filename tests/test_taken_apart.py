@@ -12,6 +12,7 @@ NEEDS_NO_MODEL = ("TrainingDynamics", "split_by_confidence", "roc_auc")  # of co
 THEIR_IMPORTS = """
 import json
 import math
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
