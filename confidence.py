@@ -18,7 +18,6 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 
 import json
 import math
-import re
 import sys
 import time
 from array import array
@@ -57,7 +56,15 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write, check_file
-from infra.hf import check_models, choose_template, load_models, load_tokenizer, open_safetensors, resolve_max_length
+from infra.hf import (
+    check_models,
+    choose_template,
+    load_models,
+    load_tokenizer,
+    oldest_first,
+    open_safetensors,
+    resolve_max_length,
+)
 from infra.metrics import log_checkpoint
 from infra.selection import add_selection_flags, check_flags, keep_records, label_records, match_scores, show_records
 from model import Transformer
@@ -384,16 +391,6 @@ def main(argv=None) -> None:
         dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
         if rank() == 0:
             report(dynamics, args)
-
-
-def oldest_first(folders: list[str]) -> list[str]:
-    """Sort folders that are all called step-N or checkpoint-N by N, which a shell's pattern does not; others stay.
-
-    >>> oldest_first(["run/step-10", "run/step-2"])
-    ['run/step-2', 'run/step-10']
-    """
-    steps = [re.fullmatch(r"(?:step|checkpoint)-(\d+)", Path(folder).name) for folder in folders]
-    return sorted(folders, key=lambda folder: int(folder.rpartition("-")[2])) if all(steps) else folders
 
 
 def score_files(args, device) -> TrainingDynamics:

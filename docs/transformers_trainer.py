@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
+from infra.hf import oldest_first
 from mixup import pair_positions, sftmix_loss
 from tokenizer import Tokenizer
 
@@ -115,7 +116,7 @@ if __name__ == "__main__":
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
     (trainer := Trainer(load(flags.model), args, collator, data, processing_class=padding)).train()
     trainer.accelerator.wait_for_everyone()  # for process 0, which writes the checkpoints
-    folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    folders = oldest_first(list(Path(args.output_dir).glob("checkpoint-*")))
     scores = torch.tensor([[score(model.eval(), example) for example in data] for model in map(load, folders)])
     dynamics = TrainingDynamics(encoded.ids, *scores.permute(2, 0, 1).numpy())  # from [C, N, 2]
     if args.should_save:

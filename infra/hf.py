@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -386,6 +387,16 @@ def check_models(folders) -> None:
                 f"{folder}: has {model.config.vocab_size:,} rows and {model.config.max_length:,} positions, "
                 f"where {folders[0]} has {first.vocab_size:,} and {first.max_length:,}"
             )
+
+
+def oldest_first(folders: list) -> list:
+    """Sort folders that are all called step-N or checkpoint-N by N, which a shell's pattern does not; others stay.
+
+    >>> oldest_first(["run/step-10", "run/step-2"])
+    ['run/step-2', 'run/step-10']
+    """
+    steps = [re.fullmatch(r"(?:step|checkpoint)-(\d+)", Path(folder).name) for folder in folders]
+    return sorted(folders, key=lambda folder: int(Path(folder).name.rpartition("-")[2])) if all(steps) else folders
 
 
 def verify_weights(path) -> None:

@@ -17,7 +17,7 @@ from infra.demo import least_confident
 from infra.device import DTYPES
 from infra.distributed import on_rank0, print0, rank, wait_for_rank0
 from infra.files import atomic_write, read_json, write_json
-from infra.hf import check_models, save_adapter, save_model
+from infra.hf import check_models, oldest_first, save_adapter, save_model
 from infra.locks import file_lock
 from infra.metrics import Place, log_step
 from infra.savepoints import Savepoints, check_finite
@@ -279,4 +279,4 @@ def reference_checkpoints(config) -> list[Path]:
             "confidence.py scores those that are left"
         )
     check_models([config.model, *folders])
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+    return oldest_first(folders)
