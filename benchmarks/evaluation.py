@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import generate, score_choices
+from eval import score_choices
+from infra.generation import generate
 from infra.hf import load_model, load_tokenizer
 from infra.questions import LETTERS, load_questions
 

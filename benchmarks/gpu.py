@@ -35,8 +35,8 @@ from benchmarks.budget import LARGE, STEP, Work, model_flops, peak_flops, print_
 from benchmarks.parts import Row, print_table, run_parts
 from confidence import score_examples
 from data import Dataset, build_batch, epoch_order, sample_lambda
-from eval import generate
 from infra.demo import demo_corpus
+from infra.generation import generate
 from infra.hf import save_model
 from infra.plan import estimate_memory, largest_micro_batch
 from mixup import sftmix_loss

@@ -19,11 +19,11 @@ import infra.savepoints
 import model as model_module
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
-from eval import generate
 from infra.device import DTYPES
 from infra.distributed import gather_objects, init_distributed, rank, world_size
 from infra.files import verify_manifest
 from infra.fsdp import apply_fsdp, full_tensor, is_sharded, local_shard
+from infra.generation import generate
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.plan import estimate_communication
