@@ -3,6 +3,7 @@
     python benchmarks/study.py run --work DIR           on the demo's corpus
     python benchmarks/study.py run --work DIR --corpus NAME --model DIR --data FILE [--weaker DIR]    on real data
     python benchmarks/study.py report                   the tables and the picture of docs/study.md
+    python benchmarks/study.py lengths --corpus NAME --data FILE     how well length alone finds wrong answers
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
 with others of the same seed, which have the same base and data. Nothing is tuned: arms have the same settings but for
@@ -367,23 +368,40 @@ def make_demo_cell(cell: Path, seed: int, demo: Demo) -> None:
 
 
 def make_real_cell(cell: Path, seed: int, real: Real, args) -> None:
-    """A real base, and examples drawn by the seed: to train on, to report and to validate on."""
-    records = [json.loads(line) for line in dict.fromkeys(args.data.read_text(encoding="utf-8").split("\n")) if line]
-    rng, sizes = np.random.default_rng(seed), (real.num_train, real.num_held_out, real.num_validation)
-    if "correct" in records[0]:
-        parts = draw_solutions(records, rng, sizes)
-    else:
-        limit = real.max_question or math.inf
-        records = [r for r in records if 0 < len(r.get("instruction", "") + r.get("input", "")) <= limit]
-        if len(records) < sum(sizes):
-            sys.exit(f"{args.data}: {len(records)} records that can be used are fewer than {sum(sizes)}")
-        order = rng.permutation(len(records))
-        parts = [[records[i] for i in part] for part in np.split(order, np.cumsum(sizes))[:3]]
+    """A real base and real examples."""
+    parts = draw_examples(seed, real, args.data)
     wrong = [not record.get("correct", True) for record in parts[0]]
     write_cell(cell, dict(zip(("train", "held-out", "validation"), parts, strict=True)), wrong)
     link(cell / "base", args.model)
     if args.weaker:
         link(cell / "weaker", args.weaker)
+
+
+def draw_examples(seed: int, real: Real, data: Path) -> list[list[dict]]:
+    """Examples drawn by the seed: to train on, to report and to validate on."""
+    records = [json.loads(line) for line in dict.fromkeys(data.read_text(encoding="utf-8").split("\n")) if line]
+    rng, sizes = np.random.default_rng(seed), (real.num_train, real.num_held_out, real.num_validation)
+    if "correct" in records[0]:
+        return draw_solutions(records, rng, sizes)
+    limit = real.max_question or math.inf
+    records = [r for r in records if 0 < len(r.get("instruction", "") + r.get("input", "")) <= limit]
+    if len(records) < sum(sizes):
+        sys.exit(f"{data}: {len(records)} records that can be used are fewer than {sum(sizes)}")
+    order = rng.permutation(len(records))
+    return [[records[i] for i in part] for part in np.split(order, np.cumsum(sizes))[:3]]
+
+
+def print_lengths(args) -> None:
+    """Print how many answers are wrong, and the area under the ROC curve with which length alone finds them."""
+    real, areas, shares = REALS[args.corpus], [], []
+    for seed in range(real.seeds):
+        records, *_ = draw_examples(seed, real, args.data)
+        wrong = [not record["correct"] for record in records]
+        shares.append(np.mean(wrong))
+        areas.append([roc_auc([len(record[key]) for record in records], wrong) for key in ("output", "instruction")])
+    print(f"wrong: {np.mean(shares):.0%} of the answers")
+    for name, column in zip(("answer", "question"), np.transpose(areas), strict=True):
+        print(f"length of the {name}: {column.mean():.3f} ± {column.std(ddof=1):.3f} over {len(column)} seeds")
 
 
 def draw_solutions(records: list[dict], rng: np.random.Generator, sizes: tuple[int, int, int]) -> list[list[dict]]:
@@ -590,7 +608,7 @@ def main() -> None:
     if sys.argv[1:2] == ["one"]:
         return one(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "report", "lengths"))
     parser.add_argument("--work", type=Path, help="a folder for bases, scores and the run at hand")
     parser.add_argument("--corpus", choices=(*DEMOS, *REALS), metavar="NAME", help=", ".join((*DEMOS, *REALS)))
     parser.add_argument("--model", type=Path, help="the base of a cell of real data")
@@ -601,10 +619,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "run" and args.work is None:
         parser.error("run needs --work")
+    if args.what == "lengths" and (args.corpus != "135M GSM8K mistakes" or args.data is None):
+        parser.error('lengths needs --corpus "135M GSM8K mistakes", whose answers are marked, and --data')
     if args.what == "run" and (args.corpus in REALS) != (None not in (args.model, args.data)):
         parser.error("a cell of real data needs --model and --data, and the demo's take neither")
     if args.what == "run":
         return run(args)
+    if args.what == "lengths":
+        return print_lengths(args)
     from benchmarks.study_report import report
 
     report()
