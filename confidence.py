@@ -193,7 +193,7 @@ def score_checkpoints(
     """Score all examples with each checkpoint, oldest first. `log` receives a record for each one that is scored.
 
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
-    continues with the next checkpoint.
+    resumes with the next checkpoint.
     """
     paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
     cached = on_rank0(lambda: {folder for folder, path in paths.items() if path.is_file()})

@@ -441,7 +441,7 @@ def pack(encoded: Sequence[tuple]) -> Batch:
 
 
 # --- The order of an epoch, and λ -------------------------------------------------------------------------------------
-# Each is a pure function of (seed, epoch) or (seed, step), so that a run can continue at any step.
+# Each is a pure function of (seed, epoch) or (seed, step), so that a run can resume at any step.
 
 # The random stream of each purpose. They start at 1, because NumPy seeds [0, 2] and [0, 2, 0] alike.
 LAMBDA_STREAM, DEMO_STREAM, ORDER_STREAM = range(1, 4)

@@ -18,7 +18,14 @@ import torch
 from confidence import score_examples
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, require_text
 from infra.cache import choose_cache, load_dataset
-from infra.cli import ArgumentParser, add_data_flag, add_data_flags, add_model_flags, check_output_path
+from infra.cli import (
+    ArgumentParser,
+    add_data_flag,
+    add_data_flags,
+    add_micro_batch_flag,
+    add_model_flags,
+    check_output_path,
+)
 from infra.device import DTYPES, resolve_dtype
 from infra.distributed import init_distributed, print0, print_result, rank, set_up_process, world_size
 from infra.files import atomic_write
@@ -438,13 +445,14 @@ def main(argv=None) -> None:
         add_model_flags(command, templates)
         return command
 
-    def add_sampling_flags(command: ArgumentParser, temperature: float | None, help: str) -> None:
-        add_argument = command.group("generation").add_argument
-        add_argument("--max_new_tokens", type=parser.positive, default=512, metavar="N", help="(default 512)")
-        add_argument("--temperature", type=parser.number(0, 100), default=temperature, metavar="X", help=help)
-        top_p_help = "of the probability to draw from (default 1)"
-        add_argument("--top_p", type=parser.number(1e-6, 1), default=1.0, metavar="X", help=top_p_help)
-        add_argument("--seed", type=parser.number(0, 2**63 - 1, int), default=0, metavar="N", help="(default 0)")
+    def add_sampling_flags(command: ArgumentParser, temperature: float | None, temperature_help: str) -> None:
+        for name, type, default, help in (
+            ("--max_new_tokens", parser.positive, 512, "most tokens of an answer (default 512)"),
+            ("--temperature", parser.number(0, 100), temperature, temperature_help),
+            ("--top_p", parser.number(1e-6, 1), 1.0, "sample from the most likely tokens of this total probability"),
+            ("--seed", parser.number(0, 2**63 - 1, int), 0, "seed of sampling (default 0)"),
+        ):
+            command.group("generation").add_argument(name, type=type, default=default, metavar="X", help=help)
 
     for name, help in (("perplexity", "held-out loss and perplexity"), ("match", "exact match by greedy generation")):
         add_data_flags(add_command(name, perplexity_or_match, help, "the examples"))
@@ -452,15 +460,14 @@ def main(argv=None) -> None:
     command = add_command("choice", multiple_choice, help, data, (*TEMPLATES, PLAIN))
     group = command.group("data")
     group.add_argument("--by", choices=("letter", "text"), default="letter", help="what is scored (default letter)")
-    group = command.group("hardware")
-    group.add_argument("--micro_batch_tokens", type=parser.positive, default=MICRO_BATCH_TOKENS, metavar="N")
+    add_micro_batch_flag(command)
     command.group("saving").add_argument("--output", metavar="FILE", help="where a line for each question goes")
     help, data = "answer the records of a file", "the records"
     command = add_command("generate", generate_answers, help, data)
     add_answer_flags(command)
     add_sampling_flags(command, None, "(default 0; for mt_bench by category, as FastChat has it)")
     command = add_command("chat", chat, "talk with a model", None)
-    command.group("data").add_argument("--system", metavar="TEXT", help="what it is told before all else")
+    command.group("data").add_argument("--system", metavar="TEXT", help="system turn of each conversation")
     add_sampling_flags(command, 0.7, "(default 0.7)")
     args = parser.parse_args(argv)
     with init_distributed(args.device) as device:

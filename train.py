@@ -12,9 +12,9 @@ A run has four stages. Each of them writes a part of the output folder:
                  between the confident and the unconfident half
 
 A checkpoint is a model, which can be scored and opened elsewhere; a savepoint
-is the whole state of training. A stopped run continues from its last
-savepoint with --resume. It ends at the same weights, bit for bit, on a CPU,
-and on a GPU with --deterministic. Each model is evaluated on the held-out
+is the whole state of training. A stopped run resumes from its last savepoint
+with --resume. It ends at the same weights, bit for bit, on a CPU without
+--compile, and on a GPU with --deterministic. Each model is evaluated on the held-out
 data; results.json and a table at the end compare them.
 """
 
@@ -103,8 +103,8 @@ MAX_GRAD_NORM = 1.0
 class TrainConfig:
     """The configuration of a run; its fields are the flags of the command line.
 
-    The defaults are the paper's settings, except that the paper splits by perplexity; docs/paper.md lists what the
-    paper leaves open. Raises ValueError with the flag, its value and what is allowed.
+    The defaults are the paper's settings as reported, except that the paper splits by perplexity; docs/paper.md lists
+    what our sources leave open. Raises ValueError with the flag, its value and what is allowed.
     """
 
     model: str | None = flag(None, "model folder in Hugging Face layout; without it the demo runs", group="data")
@@ -112,7 +112,7 @@ class TrainConfig:
     eval_data: str | tuple[str, ...] | None = flag(None, "held-out examples to evaluate every model on, likewise")
     skip_bad_records: bool = flag(False, "leave out records that cannot be read, and list them in skipped.jsonl")
     template: str | None = flag(
-        None, "chat template (default: the model folder's chat_template, else alpaca)", choices=tuple(TEMPLATES)
+        None, "chat template (default: what the folder's resembles; alpaca if it has none)", choices=tuple(TEMPLATES)
     )
     max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
     cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
@@ -158,14 +158,19 @@ class TrainConfig:
         choices=("bf16", "fp32"),
     )
     zero_stage: int = flag(
-        3, "what a step keeps in shards: 1 optimizer state, 2 also gradients, 3 also weights", at_least=1, below=4
+        3,
+        "ZeRO stage, what a step keeps in shards: 1 optimizer state, 2 also gradients, 3 also weights",
+        at_least=1,
+        below=4,
     )
     device: str | None = flag(None, "what to train on (default: the best there is)", choices=DEVICE_TYPES)
     activation_checkpointing: bool = flag(False, "recompute each block in the backward pass, to save memory")
     compile: bool | None = flag(
         None, "torch.compile the blocks: half a minute at the start, then faster (default: on an NVIDIA GPU)"
     )
-    deterministic: bool = flag(False, "give the same bits in each run on the same GPU, more slowly; a CPU always does")
+    deterministic: bool = flag(
+        False, "give the same bits in each run on the same GPU, more slowly; a CPU always does, uncompiled"
+    )
     tf32: bool = flag(False, "let float32 matmuls on a GPU round their inputs to TF32's 10 bits: faster")
     dry_run: int | None = flag(
         None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
@@ -174,9 +179,9 @@ class TrainConfig:
     output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)", group="saving")
     save_dtype: str = flag("fp32", "dtype of the weights in saved models", choices=("bf16", "fp32"))
     log_every: int = flag(10, "steps between log lines", at_least=1)
-    save_every: int = flag(500, "steps between savepoints, from which --resume continues", at_least=1)
+    save_every: int = flag(500, "steps between savepoints, from which --resume resumes", at_least=1)
     keep_last: int = flag(2, "how many savepoints are kept", at_least=1)
-    resume: bool = flag(False, "continue the run in --output from its newest savepoint (start it, if there is none)")
+    resume: bool = flag(False, "resume the run in --output from its newest savepoint (start it, if there is none)")
 
     def __post_init__(self):
         check_values(self)
@@ -332,7 +337,7 @@ def train(
     """Train `model` in place for `config.epochs`. -> {"seconds"} without pauses, and rank 0's {"peak_memory_bytes"}
 
     `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
-    finished steps to a function that is then called. With `savepoints`, training continues from the newest of them and
+    finished steps to a function that is then called. With `savepoints`, training resumes from the newest of them and
     writes new ones; SIGTERM, SIGINT and SIGHUP then finish the step, write a savepoint and end the process.
     """
     optimizer, device = make_optimizer(model, config), model.head_weight.device
@@ -382,7 +387,7 @@ def train(
 
 def exit_stopped(done: int, signals: list[int]) -> None:
     """End the process after step `done`, with the exit code of its signal, or of SIGTERM if another process got one."""
-    print0(f"stopped after step {done}; --resume goes on from there", sys.stderr)
+    print0(f"stopped after step {done}; --resume resumes it", sys.stderr)
     sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 

@@ -5,9 +5,9 @@
     python benchmarks/study.py report                   the tables and the picture of docs/study.md
     python benchmarks/study.py lengths --corpus NAME --data FILE     how well length alone finds wrong answers
 
-A run that is in docs/study.jsonl already is not run again, so that a study which was stopped goes on. Each is compared
-with others of the same seed, which have the same base and data. Nothing is tuned: arms have the same settings but for
-what their names say, and all are reported, on held-out examples that no arm has seen.
+A run that is in docs/study.jsonl already is not run again, so that a study which was stopped can be resumed. Each is
+compared with others of the same seed, which have the same base and data. Nothing is tuned: arms have the same settings
+but for what their names say, and all are reported, on held-out examples that no arm has seen.
 """
 
 import argparse
@@ -243,7 +243,7 @@ DEMO_SETTINGS = SETTINGS | {"lr": 1e-3, "max_length": 256, "dtype": "fp32"}
 
 
 def run_train(flags: dict, *words: str) -> None:
-    """train.py, with values by flag; it goes on from where it was stopped."""
+    """train.py, with values by flag; a run that was stopped is resumed."""
     flags = {"save_every": 25, "keep_last": 1, **flags}
     train.main([*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *words, "--resume"])
 

@@ -119,10 +119,10 @@ SEVERAL = {"nargs": "+", "action": Once}  # how flags that take several values a
 
 def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     """Add the flags of each script that opens a model."""
-    help = f"chat template: {', '.join(templates)} (default: the model folder's, else alpaca)"
+    help = f"chat template: {', '.join(templates)} (default: what the folder's resembles; alpaca if it has none)"
     parser.group("data").add_argument("--template", choices=templates, metavar="NAME", help=help)
     hardware = parser.group("hardware")
-    hardware.add_argument("--dtype", choices=("bf16", "fp32"), help="of matmuls (default: the faster one here)")
+    hardware.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of matmuls (default: the faster one here)")
     hardware.add_argument("--device", choices=DEVICE_TYPES, help="what to run on (default: the best there is)")
 
 
@@ -142,6 +142,11 @@ def add_data_flags(parser: ArgumentParser) -> None:
     help = "truncate longer examples (default: the model's, at most 1024)"
     data.add_argument("--max_length", type=parser.positive, metavar="N", help=help)
     data.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
+    add_micro_batch_flag(parser)
+
+
+def add_micro_batch_flag(parser: ArgumentParser) -> None:
+    """Add --micro_batch_tokens, for a script that packs examples."""
     help = f"tokens in a forward pass; fewer take less memory (default {MICRO_BATCH_TOKENS})"
     settings = {"type": parser.positive, "default": MICRO_BATCH_TOKENS, "metavar": "N"}
     parser.group("hardware").add_argument("--micro_batch_tokens", **settings, help=help)

@@ -249,7 +249,7 @@ def gather_objects(value) -> list:
 
 
 def print0(text: str, file=None, progress: float | None = None) -> None:
-    """Print a line on rank 0. If `file` (default: stdout) is closed or full, the run goes on without it.
+    """Print a line on rank 0. If `file` (default: stdout) is closed or full, the run continues without it.
 
     `progress` is the share of the work that is done. On a terminal, the next line replaces a line with a share below 1.
     """
@@ -262,7 +262,7 @@ def print0(text: str, file=None, progress: float | None = None) -> None:
     except OSError as error:
         _discard(file or sys.stdout)
         if file is None:
-            print0(f"stdout: {error.strerror}; the run goes on, and no longer prints there", sys.stderr)
+            print0(f"stdout: {error.strerror}; the run continues, and no longer prints there", sys.stderr)
 
 
 def print_result(text: str, end: str = "\n") -> None:

@@ -95,7 +95,7 @@ def decode_batch(
 ) -> Iterator[torch.Tensor]:
     """Continue a batch of prompts. Yields the next id of each, int64 [B], and −1 for a sequence that has ended.
 
-    Each process takes part in each forward pass of a sharded model, so it goes on until the sequences of all processes
+    Each process takes part in each forward pass of a sharded model, so it ends when the sequences of all processes
     have ended. Without sequences of its own to continue, it computes on a single one and ignores the result.
     """
     device = model.head_weight.device

@@ -27,10 +27,10 @@ from infra.records import data_checksums, describe, read_records
 def add_answer_flags(parser: ArgumentParser) -> None:
     """Add the flags that say where answers go, and in which format."""
     saving = parser.group("saving")
-    saving.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); goes on if stopped")
+    saving.add_argument("--output", metavar="FILE", help="where answers go (default: stdout); needed to resume")
     help = "what to write (default jsonl)"
     saving.add_argument("--format", choices=("jsonl", "alpaca_eval", "mt_bench"), default="jsonl", help=help)
-    saving.add_argument("--name", help="of the model, for a judge (default: its folder's)")
+    saving.add_argument("--name", help="name of the model, for a judge (default: its folder's)")
     help = "records a process answers at once (default 32)"
     parser.group("hardware").add_argument("--batch_size", type=parser.positive, default=32, metavar="N", help=help)
 

@@ -104,9 +104,13 @@ def check_not_started(config) -> None:
     output = Path(config.output)
     for name in paths_of(config):
         if (output / name).exists():
-            raise FileExistsError(f"{output / name}: already there; --resume goes on, or choose another --output")
+            raise FileExistsError(
+                f"{output / name}: already there; --resume resumes the run, or choose another --output"
+            )
     if any((output / "resume").glob("*")):
-        raise FileExistsError(f"{output}/resume: a run was stopped here; --resume goes on, or choose another --output")
+        raise FileExistsError(
+            f"{output}/resume: a run was stopped here; --resume resumes it, or choose another --output"
+        )
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Whether a run that is resumed, or goes on stage by stage, is still the same run: config.json in the output folder.
+"""Whether a run that is resumed, or run stage by stage, is still the same run: config.json in the output folder.
 
 Below, `config` is a `train.TrainConfig`.
 """
@@ -74,7 +74,7 @@ def record_config(config) -> None:
 
 
 def _config_before(config) -> dict:
-    """What config.json says of the run that goes on: resumed, or by another of its stages. Empty for a new run."""
+    """What config.json says of the run that is resumed, or of which another stage is run. Empty for a new run."""
     file = Path(config.output) / "config.json"
     goes_on = file.is_file() and (config.resume or has_begun(Path(config.output)))
     return read_json(file) if goes_on else {}

@@ -1,4 +1,4 @@
-"""The savepoints of a training stage, from which a stopped run continues.
+"""The savepoints of a training stage, from which a stopped run resumes.
 
 A savepoint is what other projects call a training checkpoint; here, checkpoints are the models whose confidence the
 paper measures.
@@ -91,7 +91,7 @@ class Savepoints:
         if step == 0:
             return 0
         path = self.output / "resume" / f"{self.stage}-step-{step}"
-        print0(f"{self.stage:>10}  goes on after step {step}")
+        print0(f"{self.stage:>10}  resumes after step {step}")
         reshard(model)
         state = read_json(path / "state.json")
         score_tensors = _score_tensors(accumulator)

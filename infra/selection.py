@@ -33,7 +33,9 @@ def add_selection_flags(parser) -> None:
     group.add_argument("--show", type=parser.positive, metavar="N", help="print the N least confident examples")
     group.add_argument("--most", action="store_true", help="with --show: the most confident ones")
     group.add_argument("--keep", type=parser.number(0, 1), metavar="SHARE", help="write the most confident records")
-    group.add_argument("--by", choices=("probability", "perplexity"), help="of --show, --keep (default: probability)")
+    group.add_argument(
+        "--by", choices=("probability", "perplexity"), help="measure of --show, --keep (default: probability)"
+    )
 
 
 def check_flags(parser, args) -> None:

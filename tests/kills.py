@@ -2,9 +2,9 @@
 
     python tests/kills.py --kills 20 --processes 2 --seed 0
 
-SIGKILL goes to one process of the run, whichever; torchrun then ends the others. The run goes on with --resume. A last
-line of JSON says how many kills there were, how many of them while something was being saved, and whether the weights
-are those of an uninterrupted run, bit for bit. Exit code 1 where they are not.
+SIGKILL goes to one process of the run, whichever; torchrun then ends the others. Then the run is resumed. A last line
+of JSON says how many kills there were, how many of them while something was being saved, and whether the weights are
+those of an uninterrupted run, bit for bit. Exit code 1 where they are not.
 """
 
 import argparse

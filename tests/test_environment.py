@@ -292,7 +292,7 @@ def test_a_run_ends_well_when_nobody_reads_what_it_prints(folder, tmp_path):
     )
     os.close(writer)
     assert done.returncode == 0
-    assert done.stderr == b"stdout: Broken pipe; the run goes on, and no longer prints there\n"
+    assert done.stderr == b"stdout: Broken pipe; the run continues, and no longer prints there\n"
     assert "ntp" in json.loads((tmp_path / "o" / "results.json").read_text())
 
 
@@ -302,7 +302,8 @@ def test_progress_that_cannot_be_printed_is_given_up(monkeypatch, capsys):
         print0("one")
         print0("two")
         assert (
-            capsys.readouterr().err == "stdout: No space left on device; the run goes on, and no longer prints there\n"
+            capsys.readouterr().err
+            == "stdout: No space left on device; the run continues, and no longer prints there\n"
         )
 
 

@@ -164,7 +164,7 @@ def test_a_changed_flag_or_file_is_refused_and_named(folder, tmp_path, monkeypat
         code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume", *change))
         assert code == 1 and change[0] in error and "was begun with" in error and error.count("\n") == 1
     code, error = error_of(capsys, flags(folder, tmp_path / "o", *given))
-    assert code == 1 and "reference: already there; --resume goes on" in error
+    assert code == 1 and "reference: already there; --resume resumes the run" in error
     data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
     code, error = error_of(capsys, flags(folder, tmp_path / "o", *given, "--resume"))
     assert code == 1 and f"--data {data}: is not what it was" in error
@@ -178,7 +178,7 @@ def test_a_stopped_run_is_not_begun_anew(folder, tmp_path, monkeypatch, capsys):
     stopped(folder, tmp_path / "o", monkeypatch, step=3)  # before it has made anything else
     capsys.readouterr()
     code, error = error_of(capsys, flags(folder, tmp_path / "o"))
-    assert code == 1 and "a run was stopped here; --resume goes on" in error
+    assert code == 1 and "a run was stopped here; --resume resumes it" in error
 
 
 def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, tmp_path, monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, t
     capsys.readouterr()
     main(flags(folder, tmp_path / "o", "--resume"))
     told = capsys.readouterr()
-    assert f"{file}: damaged" in told.err and "goes on after step 3" in told.out
+    assert f"{file}: damaged" in told.err and "resumes after step 3" in told.out
     assert_same(outcome(tmp_path / "o"), plain)
 
 
@@ -309,7 +309,7 @@ def test_torchrun_restarts_a_run_that_then_goes_on(folder, plain, tmp_path):
     (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and b"goes on after step" in said
+    assert process.returncode == 0 and b"resumes after step" in said
     for name in ("reference", "sftmix"):
         one, other = load_file(tmp_path / "o" / name / "model.safetensors"), plain[0][name]
         for key, weight in one.items():  # with another number of threads
@@ -332,7 +332,7 @@ def test_signals_finish_the_step_save_and_end_with_the_code_of_convention(folder
     verify_manifest(state)
     step = state.name.removeprefix("reference-step-")
     told = "\nfinishing the step and saving it; Ctrl-C again stops at once\n" if number == signal.SIGINT else ""
-    assert error == f"{told}stopped after step {step}; --resume goes on from there\n"
+    assert error == f"{told}stopped after step {step}; --resume resumes it\n"
     assert json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(step)
 
 
