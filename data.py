@@ -120,7 +120,7 @@ def to_example(record: dict) -> Example:
             notes.append("tokens of a chat template spelled out in a text, learned as plain text")
     else:
         messages = _conversation(record, form, notes)
-    notes += [f"ignored key {key}" for key, value in record.items() if value not in ("", [], {})]  # not yet read
+    notes += [f"ignored key {key}" for key, value in record.items() if not _is_empty(value)]  # not yet read
     content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
     return Example(content_id, messages, tuple(dict.fromkeys(notes)))
 
@@ -131,7 +131,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
     record = drop_missing(record)
-    prompts = [Format("turns"), *(Format(prompt) for prompt, _ in FORMATS if prompt != "text")]
+    prompts = map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")]))
     form = _find_format(record, prompts)
     if form.prompt == "turns":
         if not isinstance(record["turns"], list) or not record["turns"]:
@@ -147,10 +147,18 @@ def drop_missing(record: dict) -> dict:
     return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
 
 
+def _is_empty(value) -> bool:
+    return value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
 def _find_format(record: dict, formats: Iterable[Format]) -> Format:
-    for form in formats:
-        if all(key is None or key in record for key in form):
-            return form
+    formats = list(formats)
+    # Merged data sets may have "" or [] in the columns of the others. Where no format is filled, an empty key is named.
+    filled = {key for key, value in record.items() if not _is_empty(value)}
+    for keys in (filled, record.keys()):
+        for form in formats:
+            if all(key is None or key in keys for key in form):
+                return form
     known = sorted({key for form in formats for key in form if key})
     near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
@@ -166,15 +174,16 @@ def _conversation(record: dict, form: Format, notes: list[str], last: str = "ass
     """
     messages = _read_turns(_take_turns(record, form), form.prompt, notes, last)
     num_system = int(messages[0]["role"] == "system")
-    if num_system and (record.get("system") or record.get("system_prompt")):
+    system = _take_system(record)
+    if num_system and system:
         raise ValueError("system is given twice, as a key and as a turn")
-    return _take_system(record) + messages[:num_system] + _take_history(record) + messages[num_system:]
+    return system + messages[:num_system] + _take_history(record) + messages[num_system:]
 
 
 def _take_system(record: dict) -> list[dict]:
     """The system turn under the key `system` or `system_prompt`, if there is one."""
-    system = record.pop("system", None) or record.pop("system_prompt", None)
-    return [{"role": "system", "content": require_text(system, "system")}] if system else []
+    given = [key for key in ("system", "system_prompt") if not _is_empty(record.get(key, ""))]
+    return [{"role": "system", "content": require_text(record.pop(key), key)} for key in given[:1]]
 
 
 def _take_history(record: dict) -> list[dict]:
@@ -193,12 +202,13 @@ def _take_history(record: dict) -> list[dict]:
 def _take_turns(record: dict, form: Format) -> list:
     """The turns of a record: the list under its first key, or a prompt and its response."""
     turns, response = record.pop(form.prompt), record.pop(form.response, None)
-    if isinstance(turns, list):
-        answer = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
-        return turns + answer if form.response else turns
+    if isinstance(turns, list) and form.response is None:
+        return turns
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
     if form.prompt in TURN_KEYS:
         raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
-    key = "input" if "input" in record else "context"
+    key = "input" if record.get("input") not in (None, "") else "context"
     prompt, extra = require_text(turns, form.prompt), record.pop(key, "")
     if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
         prompt += INPUT_HEADING + require_text(extra, key)
@@ -231,7 +241,7 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
         if roles[n] != expected and not (roles[n] == "system" and n == 0):
             due = f"where the {expected}'s turn is due; join turns of one role, or remove the record"
             raise ValueError(f"{name}[{n}]: the role is {roles[n]} {due}")
-        if roles[n] == "system" and not turns[n].get(_content_key(turns[n])):
+        if roles[n] == "system" and _is_empty(turns[n].get(_content_key(turns[n]), "")):
             notes.append("empty system turn left out")
         else:
             messages.append(_message(turns[n], roles[n], f"{name}[{n}]", notes))
@@ -264,7 +274,7 @@ def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
                 message["weight"] = 0
             elif role != "assistant" and value:
                 notes.append(f"ignored key {list_name}[].{key} of a turn that is not the assistant's")
-        elif key not in ("role", "from", "content", "value") and value not in ("", [], {}):
+        elif key not in ("role", "from", "content", "value") and not _is_empty(value):
             notes.append(f"ignored key {list_name}[].{key}")
     return message
 
@@ -278,8 +288,9 @@ def require_text(value, key: str) -> str:
         return json.dumps(value)
     if isinstance(value, list) and value:
         if other := [part for part in value if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
-            kind = other[0].get("type") if isinstance(other[0], dict) else type(other[0]).__name__
-            raise ValueError(f"{key} has a part of type {kind!r}; only texts are supported")
+            if not isinstance(other[0], dict) or "role" in other[0]:
+                raise ValueError(f"{key} must be a text, not a list")
+            raise ValueError(f"{key} has a part of type {other[0].get('type')!r}; only texts are supported")
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {type(value).__name__}")

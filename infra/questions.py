@@ -6,6 +6,7 @@ from data import drop_missing, require_text
 from infra.records import read_records
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
+ANSWER_KEYS = ("answer_idx", "answer_index", "answer", "answerKey")  # the first one that a record has is read
 
 
 class Question(NamedTuple):
@@ -36,10 +37,16 @@ def to_question(record: dict) -> Question:
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
     choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
 
-    answer = next((record[key] for key in ("answer_idx", "answer", "answerKey") if key in record), None)
-    labels = [str(label) for label in labels] if isinstance(labels, list) else []
-    if type(answer) in (str, int) and str(answer) in labels:
-        answer = labels.index(str(answer))
+    answer = next((record[key] for key in ANSWER_KEYS if key in record), None)
+    if answer is None:
+        raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
+    labels = labels if isinstance(labels, list) else []
+    if type(answer) is int and str(answer) in labels:  # labels are texts, so this may be an index
+        if answer != labels.index(str(answer)) and answer < len(choices):
+            raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
+        answer = str(answer)
+    if type(answer) in (str, int) and answer in labels:
+        answer = labels.index(answer)
     elif isinstance(answer, str) and answer.strip() in choices:
         answer = choices.index(answer.strip())
     if type(answer) is not int or not 0 <= answer < len(choices):

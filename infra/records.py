@@ -47,6 +47,7 @@ def find_files(data) -> list[Path]:
 def _files_of_folder(folder: Path) -> list[Path]:
     """The data files of a folder. Those of several splits are refused: to train on a test set is never meant."""
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name not in METADATA_FILES]
+    files = [f for f in files if not f.name.startswith(".")]  # such as macOS's ._train.jsonl
     if not files:
         below = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
         hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
@@ -206,8 +207,9 @@ def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
     try:
         value = parse_json(first)
     except ValueError:  # no value on its own: the first line of a longer one, or a bad record
-        goes_on = first.rstrip()[-1:] in (b"{", b"[", b",") or ".json" in map(str.lower, path.suffixes)
-        return first[:1] == b"[" or (first[:1] == b"{" and goes_on)
+        continues = first.rstrip()[-1:] in (b"{", b"[", b",") or ".json" in map(str.lower, path.suffixes)
+        second = rest.lstrip().partition(b"\n")[0]
+        return first[:1] == b"[" or (first[:1] == b"{" and continues and not _is_object(second))
     if not is_whole or rest.strip():
         return False
     if isinstance(value, dict):
@@ -215,15 +217,27 @@ def _is_document(path: Path, content: bytes, is_whole: bool) -> bool:
     return _is_list_of((dict, list), value) and not is_conversation(value)
 
 
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
 def _lists_of_records(value: dict) -> dict[str, list]:
-    """The lists of records that an object holds under the usual keys."""
+    """The lists of records that an object holds under the usual keys; none if it is a record itself."""
+    if value.keys() & {"messages", "conversations", "instruction", "prompt", "question", "query", "problem", "text"}:
+        return {}
     usual = ("data", "train", "validation", "valid", "eval", "dev", "test", "records", "examples", "rows")
     return {key: value[key] for key in usual if value.get(key) and _is_list_of(dict, value[key])}
 
 
 def is_conversation(value) -> bool:
     """Whether a value is a list of messages, which is a record, and not a list of records."""
-    return bool(value) and _is_list_of(dict, value) and all("content" in turn or "value" in turn for turn in value)
+    has_message = ({"role", "from"}, {"content", "value"})
+    return (
+        bool(value) and _is_list_of(dict, value) and all(turn.keys() & keys for turn in value for keys in has_message)
+    )
 
 
 def _is_list_of(kinds, value) -> bool:

@@ -145,6 +145,25 @@ def test_system_and_history_of_any_format_come_first():
     assert to_prompt(asked) == ([system, *earlier], ["Why?", "And?"])
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"messages": []},
+        {"prompt": "", "completion": " "},
+        {"input": "", "response": "", "system": " ", "system_prompt": "\n"},
+        {"instruction": "Why?", "output": "", "response": "So."},
+    ],
+)
+def test_an_empty_column_of_merged_data_is_no_value(empty):
+    assert to_example({"instruction": "Why?", "output": "So."} | empty).messages == TURN
+    assert to_example({"messages": [{"role": "system", "content": " "}, *TURN]}).messages == TURN
+
+
+def test_context_is_read_beside_an_empty_input():
+    record = {"instruction": "Why?", "input": "", "output": "", "context": "It rains.", "response": "So."}
+    assert to_example(record).messages[0]["content"] == "Why?\n\n### Input:\nIt rains."
+
+
 def test_numbers_are_texts():
     messages = to_example({"instruction": 2, "input": 0.5, "output": True}).messages
     assert [message["content"] for message in messages] == ["2\n\n### Input:\n0.5", "true"]
@@ -214,8 +233,10 @@ GOOD = FORMATS["alpaca"]
         ("[" * 100_000 + "\n", "not valid JSON"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: the role \['user'\] is not supported"),
         ({"messages": [7, TURN]}, r"messages\[0\]: a turn must be an object with role and content, not int"),
-        ({"text": float("nan"), "prompt": 1, "completion": [float("nan")]}, "completion has a part of type 'float'"),
-        ({"text": ["x"]}, "text has a part of type 'str'; only texts"),
+        ({"text": float("nan"), "prompt": 1, "completion": [float("nan")]}, "completion must be a text, not a list"),
+        ({"text": ["x"]}, "text must be a text, not a list"),
+        ({"instruction": ["a", "b"], "output": ["c", "d"]}, "instruction must be a text, not a list"),
+        ({"prompt": "a", "completion": [TURN[1]]}, "completion must be a text, not a list"),
         (
             {"messages": [TURN[0], TURN[1] | {"content": [{"type": "image_url"}]}]},
             ".* of type 'image_url'; only te",

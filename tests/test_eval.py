@@ -144,6 +144,7 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "B", "meta_info": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": "yes", "answer_index": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "category": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["1", "2"]}, "answerKey": "2", "subject": "s"},
@@ -168,11 +169,15 @@ def test_questions_are_read_however_they_tell_the_answer(record):
     "record, message",
     [
         ({"question": "Q?"}, "question and options"),
+        ({"question": "Q?", "choices": {"1": "yes", "2": "no"}, "answer": 1}, "answer 1 may be a label or an index"),
         ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
         ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": True}, "answer True is none"),
-        ({"question": "Q?", "choices": ["yes", "no"]}, "answer None is none"),
+        (
+            {"question": "Q?", "choices": ["yes", "no"]},
+            "one of answer_idx, answer_index, answer, answerKey is expected",
+        ),
     ],
 )
 def test_questions_that_are_none_are_named(record, message):

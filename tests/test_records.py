@@ -33,6 +33,8 @@ ONE = json.dumps(RECORDS[:1]).encode()
         ("d.json", json.dumps([*RECORDS, PAIR]).encode(), 6),
         ("d.jsonl", ONE + b"\n\n", 1),
         ("d.json", json.dumps(RECORDS[0], indent=1).encode(), 1),
+        ("d.jsonl", json.dumps(RECORDS[0] | {"examples": RECORDS}).encode(), 1),  # a record, whatever else it holds
+        ("d.json", json.dumps([record | {"content": "a"} for record in RECORDS]).encode(), 5),  # no conversation
         ("d.jsonl", json.dumps({"data": ["Why?", "So."]}).encode(), 1),
         ("d.jsonl.gz", gzip.compress(LINES), 5),
         ("d.jsonl", gzip.compress(LINES), 5),
@@ -67,6 +69,11 @@ def test_a_file_that_holds_no_records_is_named_by_what_it_is(tmp_path, content, 
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.jsonl: {message}"):
         load_examples(tmp_path / "d.jsonl")
+
+
+def test_a_bad_first_line_is_one_bad_record(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"instruction": "a",\n' + LINES)
+    assert len(load_examples(tmp_path / "d.jsonl", skip_bad_records=True)) == 5
 
 
 def test_a_compressed_list_that_ends_too_early_is_damaged(monkeypatch, tmp_path):
@@ -129,7 +136,7 @@ def test_parquet_is_read_in_parts(tmp_path):
 
 
 def test_a_folder_a_pattern_and_several_files_are_read_in_order(tmp_path):
-    for n, name in enumerate(["b.jsonl", "a.jsonl", "c.json", "notes.md", "dataset_info.json"]):
+    for n, name in enumerate(["b.jsonl", "a.jsonl", "c.json", "notes.md", "._a.jsonl"]):
         (tmp_path / name).write_text(json.dumps(RECORDS[n]))
     names = lambda data: [file.name for file in find_files(data)]  # noqa: E731
     assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c.json"]
