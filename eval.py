@@ -39,13 +39,14 @@ from infra.hf import (
     verify_weights,
 )
 from infra.judges import (
+    Answers,
     PromptRecord,
     add_answer_flags,
     append_answers,
-    check_answer_flags,
     load_answers,
     load_prompt_records,
     progress_file,
+    resolve_answer_flags,
     unanswered_batches,
     write_answers,
 )
@@ -265,14 +266,14 @@ def answer_turns(
     template: str,
     max_new_tokens: int,
     sampling: Sampling,
-) -> tuple[list[list[str]], int]:
-    """Answer the user turns of all records together. -> (an answer for each turn of each, number of truncated answers)
+) -> list[Answers]:
+    """Answer the user turns of all records together.
 
     A prompt holds all earlier turns and their answers. If it is too long for the model, the answer is empty.
     """
     conversations = [list(record.history) for record in records]
-    answers: list[list[str]] = [[] for _ in records]
-    stop_ids, num_truncated = tokenizer.stop_ids(template), 0
+    texts: list[list[str]] = [[] for _ in records]
+    stop_ids, num_truncated = tokenizer.stop_ids(template), [0] * len(records)
     for turn in range(max((len(record.turns) for record in records), default=0)):
         indices = [i for i, record in enumerate(records) if turn < len(record.turns)]
         for i in indices:
@@ -281,10 +282,10 @@ def answer_turns(
         new_ids = generate(model, prompts, max_new_tokens, stop_ids, len(records), sampling)  # the records are a batch
         for i, ids in zip(indices, new_ids, strict=True):
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
-            answers[i].append(answer)
+            texts[i].append(answer)
             conversations[i].append({"role": "assistant", "content": answer})
-            num_truncated += bool(ids) and ids[-1] not in stop_ids
-    return answers, num_truncated
+            num_truncated[i] += bool(ids) and ids[-1] not in stop_ids
+    return list(map(Answers, texts, num_truncated))
 
 
 # --- Evaluating the models of a run -----------------------------------------------------------------------------------
@@ -337,7 +338,8 @@ def perplexity_or_match(args, device) -> None:
     else:
         result = exact_match(model, dataset, tokenizer, template, args.micro_batch_tokens)
         result["examples"] = len(dataset)
-    print_result(json.dumps(result | {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}))
+    counts = {"truncated": dataset.num_truncated, "dropped": dataset.num_dropped}
+    print_result(json.dumps({"template": template, **result, **counts}))
 
 
 def multiple_choice(args, device) -> None:
@@ -362,22 +364,20 @@ def multiple_choice(args, device) -> None:
 
 def generate_answers(args, device) -> None:
     """Answer the records in a data file. A stopped run resumes from the answers that it has left beside --output."""
-    check_answer_flags(args)
+    resolve_answer_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
     records = load_prompt_records(args)
-    num_truncated = 0
     with progress_file(args, records, template, dtype) as file:
         answers = load_answers(file, records)
         model = load_for_inference(args.model, DTYPES[dtype], device)
         for temperature, indices in unanswered_batches(args, records, answers):
             batch, sampling = [records[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
-            texts, count = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
-            new_answers = dict(zip(indices, texts, strict=True))
+            new_answers = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
+            new_answers = dict(zip(indices, new_answers, strict=True))
             append_answers(file, new_answers)
             answers |= new_answers
-            num_truncated += count
             print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
-        if num_truncated:
+        if num_truncated := sum(answer.num_truncated for answer in answers.values()):
             limits = "--max_new_tokens or the model's last position"
             print0(f"warning: {num_truncated} answers were truncated at {limits}", sys.stderr)
         write_answers(args, records, answers)
@@ -401,12 +401,20 @@ def chat(args, device) -> None:
         if not line.strip():
             messages = list(system)
             continue
-        messages.append({"role": "user", "content": require_text(line, "what you say")})
-        prompt, _ = tokenizer.render_conversation(messages, template)
-        if len(prompt) > limit:
-            print0(f"that is longer than the model's {limit} tokens; a new conversation starts", sys.stderr)
-            messages = list(system)
+        try:
+            turn = {"role": "user", "content": require_text(line, "the line")}
+        except ValueError as error:
+            print0(str(error), sys.stderr)
             continue
+        prompt, _ = tokenizer.render_conversation([*messages, turn], template)
+        if len(prompt) > limit and messages != system:
+            print0(f"a new conversation starts, since this one has reached the model's {limit} tokens", sys.stderr)
+            messages = list(system)
+            prompt, _ = tokenizer.render_conversation([*messages, turn], template)
+        if len(prompt) > limit:
+            print0(f"the line is longer than the model's {limit} tokens", sys.stderr)
+            continue
+        messages.append(turn)
         max_new_tokens = min(args.max_new_tokens, limit)
         new_tokens = decode_batch(model, [prompt], max_new_tokens, tokenizer.stop_ids(template), sampling)
         answer = print_text(new_tokens, tokenizer, tokenizer.stop_ids(template))
@@ -445,10 +453,10 @@ def main(argv=None) -> None:
         add_model_flags(command, templates)
         return command
 
-    def add_sampling_flags(command: ArgumentParser, temperature: float | None, temperature_help: str) -> None:
+    def add_sampling_flags(command: ArgumentParser, max_new_tokens: tuple, temperature: tuple) -> None:
         for name, type, default, help in (
-            ("--max_new_tokens", parser.positive, 512, "most tokens of an answer (default 512)"),
-            ("--temperature", parser.number(0, 100), temperature, temperature_help),
+            ("--max_new_tokens", parser.positive, *max_new_tokens),
+            ("--temperature", parser.number(0, 100), *temperature),
             ("--top_p", parser.number(1e-6, 1), 1.0, "sample from the most likely tokens of this total probability"),
             ("--seed", parser.number(0, 2**63 - 1, int), 0, "seed of sampling (default 0)"),
         ):
@@ -465,10 +473,12 @@ def main(argv=None) -> None:
     help, data = "answer the records of a file", "the records"
     command = add_command("generate", generate_answers, help, data)
     add_answer_flags(command)
-    add_sampling_flags(command, None, "(default 0; for mt_bench by category, as FastChat has it)")
+    max_new_tokens = (None, "most tokens of an answer (default 512; for mt_bench 1024, as in FastChat)")
+    temperature = (None, "of sampling (default 0; for mt_bench by category, as in FastChat)")
+    add_sampling_flags(command, max_new_tokens, temperature)
     command = add_command("chat", chat, "talk with a model", None)
     command.group("data").add_argument("--system", metavar="TEXT", help="system turn of each conversation")
-    add_sampling_flags(command, 0.7, "(default 0.7)")
+    add_sampling_flags(command, (512, "most tokens of an answer (default 512)"), (0.7, "of sampling (default 0.7)"))
     args = parser.parse_args(argv)
     with init_distributed(args.device) as device:
         if sys.stdout is None:

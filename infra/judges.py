@@ -35,8 +35,10 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.group("hardware").add_argument("--batch_size", type=parser.positive, default=32, metavar="N", help=help)
 
 
-def check_answer_flags(args) -> None:
-    """Raise ValueError if --format needs --output, or what `check_output_path` raises."""
+def resolve_answer_flags(args) -> None:
+    """Fill in what --format decides. Raises ValueError if it needs --output, or what `check_output_path` raises."""
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.format == "mt_bench" else 512  # FastChat's default is 1024
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
     if args.output is not None:
@@ -55,6 +57,13 @@ class PromptRecord(NamedTuple):
     record: dict  # as it stands in the file
     history: list[dict]  # the messages before the turns
     turns: list[str]
+
+
+class Answers(NamedTuple):
+    """The answers to a record, one for each of its turns."""
+
+    texts: list[str]
+    num_truncated: int  # how many of them ended before their end token
 
 
 def to_prompt_record(record: dict, output_format: str) -> PromptRecord:
@@ -86,7 +95,7 @@ def temperature_of(record: PromptRecord, args) -> float:
 
 
 def unanswered_batches(
-    args, records: list[PromptRecord], answers: dict[int, list[str]]
+    args, records: list[PromptRecord], answers: dict[int, Answers]
 ) -> Iterator[tuple[float, list[int]]]:
     """Divide the records without answers into batches of one temperature and similar lengths.
 
@@ -121,17 +130,18 @@ def to_judge_format(record: PromptRecord, answers: list[str], output_format: str
             "tstamp": time.time(),
         }
     messages = list(record.history)
+    record_id = {"id": record.record["id"]} if "id" in record.record else {}
     for turn, answer in zip(record.turns, answers, strict=True):
         messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-    return {"messages": messages}
+    return record_id | {"messages": messages}
 
 
-def write_answers(args, records: list[PromptRecord], answers: dict[int, list[str]]) -> None:
+def write_answers(args, records: list[PromptRecord], answers: dict[int, Answers]) -> None:
     """Write all records with their answers to --output, or to stdout without it. Only rank 0 writes."""
     if rank() != 0:
         return
     model_name = args.name or Path(args.model).resolve().name
-    answered = [to_judge_format(record, answers[i], args.format, model_name) for i, record in enumerate(records)]
+    answered = [to_judge_format(record, answers[i].texts, args.format, model_name) for i, record in enumerate(records)]
     lines = "".join(json.dumps(record) + "\n" for record in answered)
     if not args.output:
         print_result(lines, end="")
@@ -142,7 +152,8 @@ def write_answers(args, records: list[PromptRecord], answers: dict[int, list[str
 
 
 # --- Answers of an unfinished run -------------------------------------------------------------------------------------
-# The progress file has a JSON line with the settings of the run, then {"number", "answers"} for each answered record.
+# The progress file has a JSON line with the settings of the run, then for each answered record a line with "number",
+# "answers" and "truncated".
 
 
 @contextlib.contextmanager
@@ -171,9 +182,9 @@ def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
 
 
 def start_or_resume(file: Path, settings: dict) -> None:
-    """Write the settings into an empty progress file; otherwise compare them, and remove an incomplete last line.
+    """Write the settings into a progress file without answers; otherwise compare them, and cut an incomplete last line.
 
-    Raises ValueError if the file was started with other settings.
+    Raises ValueError if the answers were made with other settings.
     """
     if file.stat().st_size == 0:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
@@ -181,6 +192,9 @@ def start_or_resume(file: Path, settings: dict) -> None:
     with wrap_errors(file):
         previous = json.loads(content.splitlines()[0].decode())
         changed = [key for key in settings if previous.get(key) != settings[key]]
+    if changed and content.count(b"\n") == 1 and previous.keys() == settings.keys():  # stopped before any answer
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return
     if changed:
         old, new = previous.get(changed[0]), settings[changed[0]]
         difference = f" {old!r}, not {new!r}" if len(str((old, new))) < 100 else " of other content"
@@ -191,8 +205,8 @@ def start_or_resume(file: Path, settings: dict) -> None:
         stream.truncate(content.rfind(b"\n") + 1)
 
 
-def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, list[str]]:
-    """The answers in a progress file: index of a record -> an answer for each of its turns.
+def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, Answers]:
+    """The answers in a progress file, by the index of their record.
 
     Raises ValueError if they do not fit the records.
     """
@@ -206,17 +220,18 @@ def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, li
                 raise ValueError("an answer is not a list of texts")
             if len(texts) != len(records[index].turns):
                 raise ValueError(f"record {index} has other turns")
-            answers[index] = texts
+            answers[index] = Answers(texts, int(line["truncated"]))
     barrier()  # all processes have read the file before rank 0 appends to it
     return answers
 
 
-def append_answers(file: Path | None, answers: dict[int, list[str]]) -> None:
+def append_answers(file: Path | None, answers: dict[int, Answers]) -> None:
     """Append answers, as of `load_answers`, to a progress file. Only rank 0 writes."""
     if file is None or rank() != 0:
         return
     with open(file, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"number": index, "answers": texts}) + "\n" for index, texts in answers.items())
+        for index, (texts, num_truncated) in answers.items():
+            stream.write(json.dumps({"number": index, "answers": texts, "truncated": num_truncated}) + "\n")
 
 
 @contextlib.contextmanager

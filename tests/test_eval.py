@@ -281,7 +281,13 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
     (tmp_path / "q.json").write_text(json.dumps(ASKED[form]))
     given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--format", form, "--batch_size", 1]
     given += ["--max_new_tokens", 6, "--dtype", "fp32", "--output"]
-    summary = json.loads(printed(capsys, *given, tmp_path / "whole"))
+
+    def read_output(capsys):
+        out, err = capsys.readouterr()
+        return json.loads(out), [line for line in err.splitlines() if "truncated" in line]
+
+    main([str(argument) for argument in (*given, tmp_path / "whole")])
+    summary, (truncated,) = read_output(capsys)
     assert summary["records"] == 3 and not (tmp_path / "whole.answered").exists()
 
     def read(path):
@@ -312,8 +318,8 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
         printed(capsys, *given, tmp_path / "o")
     assert "o.answered: begun with data of other content" in capsys.readouterr().err
     (tmp_path / "q.json").write_text(json.dumps(ASKED[form]))
-    printed(capsys, *given, tmp_path / "o")
-    assert read(tmp_path / "o") == read(tmp_path / "whole")
+    main([str(argument) for argument in (*given, tmp_path / "o")])
+    assert read(tmp_path / "o") == read(tmp_path / "whole") and read_output(capsys)[1] == [truncated]
     first = read(tmp_path / "whole")[0]
     if form == "alpaca_eval":
         assert list(first) == ["dataset", "instruction", "output", "generator"] and first["generator"] == "m"
@@ -336,16 +342,20 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
 
     monkeypatch.setattr(eval_module, "generate", generate)
     two = to_prompt_record({"turns": ["the dog?", "and the fox?"]}, "jsonl")
-    answers, unended = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling())
-    assert answers == [["it sleeps", "it sleeps"]] and unended == 0
+    answers = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling())
+    assert answers == [(["it sleeps", "it sleeps"], 0)]
     assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
 
 
 def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
     asked = [to_prompt_record({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
-    answers, unended = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling())
-    assert answers[1] == [""] and unended == 1 and "1 prompts are too long for the model" in capsys.readouterr().err
+    answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling())
+    assert (
+        answers[1] == ([""], 0)
+        and answers[0].num_truncated == 1
+        and "1 prompts are too long for the model" in capsys.readouterr().err
+    )
 
 
 def test_an_answer_ends_before_the_space_of_its_template(tokenizer):
@@ -385,6 +395,16 @@ def test_one_run_at_a_time_keeps_answers_in_a_file(model_folder, tmp_path, capsy
     printed(capsys, *given, "--max_new_tokens", 3)
 
 
+def test_other_settings_are_no_error_before_the_first_answer(model_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "q.json").write_text(json.dumps(ASKED["jsonl"]))
+    given = ["generate", "--model", model_folder, "--data", tmp_path / "q.json", "--output", tmp_path / "o"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(eval_module, "answer_turns", lambda *_: sys.exit(1))
+        printed(capsys, *given)
+    assert (tmp_path / "o.answered").read_text().count("\n") == 1
+    printed(capsys, *given, "--max_new_tokens", 3)
+
+
 @pytest.mark.parametrize("command", ["choice", "generate"])
 def test_an_output_without_a_name_is_told(model_folder, tmp_path, capsys, command):
     with pytest.raises(SystemExit):
@@ -401,7 +421,7 @@ def test_a_question_asked_twice_of_a_judge_is_told(model_folder, tmp_path, capsy
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):
-    lines, prompts, real = iter(["the dog", "and then?", "", "the dog"]), [], eval_module.decode_batch
+    lines, prompts, real = iter(["the dog", "\udcff", "and then?", "", "the dog"]), [], eval_module.decode_batch
 
     def read_line(_):
         try:
