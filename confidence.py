@@ -32,6 +32,7 @@ from safetensors.numpy import save
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
 from infra.cache import choose_cache, load_dataset
+from infra.chat_templates import choose_template
 from infra.cli import (
     SEVERAL,
     ArgumentParser,
@@ -58,7 +59,6 @@ from infra.distributed import (
 from infra.files import atomic_write, check_file
 from infra.hf import (
     check_models,
-    choose_template,
     load_models,
     load_tokenizer,
     oldest_first,

@@ -18,6 +18,7 @@ import torch
 from confidence import score_examples
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, require_text
 from infra.cache import choose_cache, load_dataset
+from infra.chat_templates import choose_template
 from infra.cli import (
     ArgumentParser,
     add_data_flag,
@@ -32,7 +33,6 @@ from infra.files import atomic_write
 from infra.generation import Sampling, decode_batch, generate
 from infra.hf import (
     check_models,
-    choose_template,
     load_for_inference,
     load_tokenizer,
     resolve_max_length,

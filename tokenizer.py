@@ -141,8 +141,15 @@ class Tokenizer:
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """The ids of a text, without special tokens; `continues` says that the text directly follows other text."""
-        may_add_prefix = self._prefix_rules.before_space or not text.startswith((" ", "▁"))
-        return self._model.encode(text, self._prefix_rules.adds_any and may_add_prefix and not continues)
+        ids, rules = [], self._prefix_rules
+        for part, added_id in self._model.split_added_tokens(text):
+            if added_id is None:
+                may_add_prefix = rules.before_space or not part.startswith(self._model.spaces)
+                ids += self._model.encode(part, rules.adds_any and may_add_prefix and not continues)
+            else:
+                ids.append(added_id)
+                continues = not rules.after_special
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens are skipped, and so are the ids of embedding rows beyond the vocabulary."""

@@ -51,6 +51,7 @@ from data import (
 )
 from eval import evaluate
 from infra.cache import choose_cache, load_dataset
+from infra.chat_templates import choose_template
 from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
 from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, set_deterministic
@@ -69,7 +70,7 @@ from infra.distributed import (
 )
 from infra.files import sha256_of
 from infra.fsdp import apply_fsdp, full_tensor, set_zero_stage
-from infra.hf import choose_template, load_model, meta_model, stored_dtype
+from infra.hf import load_model, meta_model, stored_dtype
 from infra.inputs import Inputs, load_inputs, resolve_hardware, resolve_model
 from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (

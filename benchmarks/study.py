@@ -36,10 +36,11 @@ from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confi
 from data import IGNORE_INDEX, Dataset, load_examples, paired_order, sample_lambda
 from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
+from infra.chat_templates import choose_template
 from infra.demo import demo_corpus
 from infra.device import DTYPES, resolve_dtype
 from infra.files import sha256_of
-from infra.hf import choose_template, load_config, load_model, load_tokenizer
+from infra.hf import load_config, load_model, load_tokenizer
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent

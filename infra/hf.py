@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from infra.device import local_rank
-from infra.distributed import print0, rank, temporary_folder, world_size
+from infra.distributed import rank, temporary_folder, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -359,21 +359,6 @@ def load_tokenizer(path) -> Tokenizer:
             "they do not belong together"
         )
     return tokenizer
-
-
-def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
-    """Choose as `Tokenizer.choose_template` does, and print to `file` how the folder's own template may differ."""
-    template, own = tokenizer.choose_template(name), tokenizer.hf_chat_templates
-    if name is None and own and "default" not in own:
-        names = ", ".join(own)
-        print0(
-            f"template {template}: the model has chat templates named {names}, and none named default; "
-            "--template chooses another",
-            file,
-        )
-    elif name is None and own and own["default"] != tokenizer.chat_template(template):
-        print0(f"template {template}: the model's chat_template is like it, but may differ in details", file)
-    return template
 
 
 def check_models(folders) -> None:

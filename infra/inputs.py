@@ -11,9 +11,10 @@ import torch
 
 from data import Dataset, encode_examples, to_example
 from infra.cache import load_dataset
+from infra.chat_templates import choose_template
 from infra.device import resolve_compile, resolve_dtype
 from infra.distributed import print0, rank
-from infra.hf import check_models, choose_template, load_config, load_tokenizer, resolve_max_length, verify_weights
+from infra.hf import check_models, load_config, load_tokenizer, resolve_max_length, verify_weights
 from infra.records import Reading, describe, split_files
 from tokenizer import Tokenizer
 

@@ -234,10 +234,8 @@ def _lists_of_records(value: dict) -> dict[str, list]:
 
 def is_conversation(value) -> bool:
     """Whether a value is a list of messages, which is a record, and not a list of records."""
-    has_message = ({"role", "from"}, {"content", "value"})
-    return (
-        bool(value) and _is_list_of(dict, value) and all(turn.keys() & keys for turn in value for keys in has_message)
-    )
+    keys = ({"role", "from"}, {"content", "value"})  # one of each
+    return bool(value) and _is_list_of(dict, value) and all(turn.keys() & names for turn in value for names in keys)
 
 
 def _is_list_of(kinds, value) -> bool:

@@ -6,6 +6,7 @@ not get one. Each class therefore holds its model twice: as it is in the file, a
 
 import json
 import re
+from itertools import groupby
 from typing import NamedTuple
 
 import sentencepiece
@@ -22,6 +23,8 @@ class NotSentencePieceError(ValueError):
 class SentencePieceModel:
     """A `tokenizer.model`, and the tokens that the other files add to it."""
 
+    spaces = (" ", "▁")  # SentencePiece writes a space as "▁"
+
     def __init__(self, proto: bytes, added: dict[str, tuple[int, bool]], special_tokens: set[str]):
         try:
             proto = _make_control_pieces(proto, special_tokens)
@@ -31,6 +34,8 @@ class SentencePieceModel:
             raise NotSentencePieceError("tokenizer.model: not a SentencePiece model") from None
         self._size = self._processor.vocab_size()
         self._added = {token: token_id for token, (token_id, _) in added.items() if token_id >= self._size}
+        in_text = [token for token in self._added if not added[token][1] and token not in special_tokens]
+        self._in_text = {self._added[token]: token for token in sorted(in_text, key=len, reverse=True)}
         self.vocab_size = max([self._size - 1, *self._added.values()]) + 1
         bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()  # -1 if the model has no such piece
         self.bos_id, self.eos_id = (None if token_id < 0 else token_id for token_id in (bos_id, eos_id))
@@ -48,8 +53,22 @@ class SentencePieceModel:
     def encode(self, text: str, dummy_prefix: bool) -> list[int]:
         return (self._processor if dummy_prefix else self._processor_no_prefix).encode(text)
 
+    def split_added_tokens(self, text: str) -> list[tuple[str, int | None]]:
+        """Cut a text at the added tokens in it, which the model does not know. -> each part, and its id if it is one"""
+        if not self._in_text:
+            return [(text, None)]
+        names = "|".join(map(re.escape, self._in_text.values()))
+        return [(part, self._added.get(part) if n % 2 else None) for n, part in enumerate(re.split(f"({names})", text))]
+
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode([token_id for token_id in ids if token_id < self._size])
+        texts, processor = [], self._processor  # which leaves out the dummy prefix of the first text
+        for is_added, group in groupby(ids, key=self._in_text.__contains__):
+            if is_added:
+                texts += [self._in_text[token_id] for token_id in group]
+            else:
+                texts.append(processor.decode([token_id for token_id in group if token_id < self._size]))
+            processor = self._processor_no_prefix
+        return "".join(texts)
 
 
 def _make_control_pieces(proto: bytes, names: set[str]) -> bytes:
@@ -79,6 +98,7 @@ class JsonModel:
         components = ("normalizer", "pre_tokenizer")
         no_prefix = tokenizer_json | {name: _without_prefix(tokenizer_json.get(name)) for name in components}
         self.adds_dummy_prefix = no_prefix != tokenizer_json
+        self.spaces = (" ",) if '"ByteLevel"' in json.dumps(tokenizer_json.get("pre_tokenizer")) else (" ", "▁")
         try:
             self._tokenizer = self._tokenizer_no_prefix = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json))
             if self.adds_dummy_prefix:
@@ -101,6 +121,9 @@ class JsonModel:
         tokenizer = self._tokenizer if dummy_prefix else self._tokenizer_no_prefix
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    def split_added_tokens(self, text: str) -> list[tuple[str, int | None]]:
+        return [(text, None)]  # `encode` finds them
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -113,6 +136,8 @@ def _without_prefix(component):
         return component
     if component.get("type") == "Prepend":
         return {"type": "Sequence", "normalizers": []}
+    if component.get("type") == "ByteLevel":
+        return component | {"add_prefix_space": False}
     component = {key: _without_prefix(value) for key, value in component.items()}
     return component | {"prepend_scheme": "never"} if component.get("type") == "Metaspace" else component
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
     "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
+    "infra.chat_templates": {"jinja2", "tokenizer", "infra.distributed"},
     "infra.device": {"torch"},
     "infra.distributed": {"torch", "infra.device", "infra.terminal"},
     "infra.files": set(),

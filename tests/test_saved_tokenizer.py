@@ -9,7 +9,8 @@ from test_tokenizer import assistant, user
 
 import train
 from data import encode_examples, load_examples
-from infra.hf import choose_template, save_model
+from infra.chat_templates import choose_template
+from infra.hf import save_model
 from infra.inputs import check_saved_tokenizer, fixed_conversations
 from tokenizer import TEMPLATES, Tokenizer
 

@@ -21,7 +21,7 @@ FRAGMENTS = [
     "the quick brown fox", "Dog", "jumps over", "it's", "I'LL", "1234567", "3.14", "?!", "...", "{}[]", "http://x.y/z?q",
     " ", "  ", "       ", "\n", "\n\n", "\r\n", "\t", "def f(x):\n    return x", "é", "a\u0301", "Zürich", "ﬁ", "ß",
     "Ａ", "漢字", "עברית", "العربية", "🎉", "👩\u200d👩\u200d👧", "\u200b", "▁", "\x00",
-    "<0x0A>", "<s>", "</s>", "<unk>", "<bos>", "<|im_start|>",
+    "§tool§", "<0x0A>", "<s>", "</s>", "<unk>", "<bos>", "<|im_start|>",
     "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "{bos}",
 ]  # fmt: skip
 PLAIN = [text for text in FRAGMENTS if not text.startswith(("<", "[", "{"))]  # transformers parses chats for tokens
@@ -57,6 +57,17 @@ def sentencepiece_model(**options) -> bytes:
 def llama2_files() -> dict[str, bytes]:
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
     return {"tokenizer.model": sentencepiece_model(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def add_token(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Add a token that is not special and not in the SentencePiece model, but found in texts."""
+    token = {"special": False, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    size = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"]).vocab_size()
+    names = {0: "<unk>", 1: "<s>", 2: "</s>"}
+    decoder = {str(i): {"content": name, **token, "special": True} for i, name in names.items()}
+    decoder[str(size)] = {"content": "§tool§", **token}
+    config = json.loads(files["tokenizer_config.json"]) | {"added_tokens_decoder": decoder}
+    return files | {"tokenizer_config.json": json.dumps(config).encode()}
 
 
 def mistral_files(folder) -> dict[str, bytes]:
@@ -150,6 +161,15 @@ def tekken_files() -> dict[str, bytes]:
     return byte_level_files(LLAMA3_SPLIT, special, config)
 
 
+def prefixed_files() -> dict[str, bytes]:
+    """Byte-level, with a space before the first word of a text, as `tokenizers` makes them by default."""
+    files = qwen_files()
+    spec = json.loads(files["tokenizer.json"])
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}
+    return {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
 def qwen3_files() -> dict[str, bytes]:
     """As Qwen 2's, with tokens for <think> and </think> that are not special."""
     files = qwen_files()
@@ -160,6 +180,9 @@ def qwen3_files() -> dict[str, bytes]:
 
 KINDS = {  # -> its files, the templates it has tokens for
     "llama2": ("llama", llama2_files, ("alpaca", "llama2", "mistral", "zephyr")),
+    "added": ("llama", lambda: add_token(llama2_files()), ("alpaca", "llama2")),
+    "added, legacy": ("llama", lambda: add_token(legacy_files()), ("alpaca", "llama2")),
+    "prefixed": ("llama", prefixed_files, ("alpaca", "chatml")),
     "mistral": ("mistral", mistral_files, ("alpaca", "llama2", "mistral", "zephyr")),
     "prepending": ("mistral", prepending_files, ("alpaca", "llama2", "mistral")),
     "mistral-v3": ("mistral", mistral_v3_files, ("alpaca", "mistral-v3")),
@@ -192,7 +215,7 @@ def test_ids_of_texts_equal_those_of_transformers(folders, kind):
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     special = set(theirs.all_special_ids) - {theirs.unk_token_id}
     assert not any(special & set(ours.encode(text)) for text in TEXTS)
-    decoded = [text for text in TEXTS if ours.decode(ours.encode(text)) == text]
+    decoded = [text for text in TEXTS if ours.decode(ours.encode(text)).lstrip(" ") == text.lstrip(" ")]
     assert len(decoded) > len(TEXTS) / 2
 
 
