@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+import zipfile
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
 from infra.cache import choose_cache, load_dataset
@@ -62,7 +62,6 @@ from infra.hf import (
     load_models,
     load_tokenizer,
     oldest_first,
-    open_safetensors,
     resolve_max_length,
 )
 from infra.metrics import log_checkpoint
@@ -195,25 +194,33 @@ def score_checkpoints(
     With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
     resumes with the next checkpoint.
     """
-    paths = {folder: cache_dir / f"{Path(folder).name}.safetensors" for folder in folders} if cache_dir else {}
-    cached = on_rank0(lambda: {folder for folder, path in paths.items() if path.is_file()})
+    paths = {folder: cache_dir / f"{Path(folder).name}.npz" for folder in folders} if cache_dir else {}
+    cached = on_rank0(lambda: {folder: read_scores(path) for folder, path in paths.items() if path.is_file()})
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
     scores, start, num_scored = [], time.perf_counter(), 0
     for folder in folders:
         if folder in cached:
-            with open_safetensors(paths[folder]) as file:
-                scores.append(file.get_tensor("scores").numpy())
+            scores.append(cached[folder])
             continue
         scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
         if paths and rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(paths[folder]) as tmp:
-                tmp.write_bytes(save({"scores": scores[-1]}))
+            with atomic_write(paths[folder]) as tmp, open(tmp, "wb") as file:
+                np.savez(file, scores=scores[-1])
         barrier()
         num_scored += 1
         progress = {"done": num_scored, "total": len(folders) - len(cached), "seconds": time.perf_counter() - start}
         log({"checkpoint": str(folder), "probability": scores[-1][0].mean(), **progress})
     return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """The scores of a checkpoint, which were written when it had been scored. ValueError if the file is damaged."""
+    try:
+        with np.load(path) as file:
+            return file["scores"]
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:  # a zip archive has checksums
+        raise ValueError(f"{path}: damaged ({error}); remove it, and the checkpoint is scored again") from None
 
 
 @dataclass(frozen=True)
@@ -303,14 +310,15 @@ class TrainingDynamics:
     def select(self, ids: list[str]) -> "TrainingDynamics":
         """The scores of these examples, in this order. ValueError counts the ids without scores and names three."""
         index_of = {example_id: i for i, example_id in enumerate(self.ids)}
-        missing = [example_id for example_id in ids if example_id not in index_of]
+        # A repeat, such as a-2, that has no score of its own has that of the first one, a.
+        index = [index_of.get(example_id, index_of.get(example_id.partition("-")[0])) for example_id in ids]
+        missing = [example_id for example_id, i in zip(ids, index, strict=True) if i is None]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(ids)} examples have no confidence score (ids {', '.join(missing[:3])}…): "
                 "the scores are of other data, or the model that made them had no room for these; "
                 "confidence.py --keep 1 writes the records that have scores"
             )
-        index = [index_of[example_id] for example_id in ids]
         return TrainingDynamics(ids, self.probability[:, index], self.perplexity[:, index])
 
 

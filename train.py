@@ -190,8 +190,12 @@ class TrainConfig:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, since SFTMix trains on pairs")
         if self.stage == "confidence" and self.confidence is not None:
             raise ValueError(f"--confidence {self.confidence}: leaves nothing to do for --stage confidence")
-        if self.confidence is not None and self.pairing == "random":
-            raise ValueError(f"--confidence {self.confidence}: --pairing random makes no use of it")
+        if self.pairing == "random" and (self.confidence is not None or self.confidence_by != "probability"):
+            raise ValueError("--pairing random: makes no use of --confidence and --confidence_by")
+        if self.lora_rank is None and self.lora_alpha != 16.0:
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: is for LoRA, which needs --lora_rank")
+        if self.dry_run is not None and self.stage in ("base", "confidence"):
+            raise ValueError(f"--dry_run: plans training, and --stage {self.stage} trains no model")
         if self.online and self.epochs < 2:
             raise ValueError(f"--epochs {self.epochs}: --confidence online needs 2 or more, the first being plain NTP")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
@@ -521,12 +525,11 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     """Save the training dynamics of a run. -> their entry in results.json"""
     file = Path(config.output) / "confidence.jsonl"
-    if rank() == 0:
-        dynamics.save(file)
-    barrier()
+    if rank() != 0:
+        return {}  # process 0 alone records it
+    dynamics.save(file)
     entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
-    if rank() == 0:  # the others record nothing
-        entry["sha256"] = sha256_of(file)
+    entry["sha256"] = sha256_of(file)
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence find them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -601,7 +604,7 @@ def run(config: TrainConfig, device) -> None:
     with lock_output(output):
         run_stages(config, stages_to_run(config), device)
         if rank() == 0:
-            print_report(output, config.data)
+            print_report(config)
 
 
 def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
@@ -617,10 +620,14 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if config.model is None:
         if "base" in stages:
             train_stats = pretrain_demo_base(config, device)
+        elif not on_rank0((Path(config.output) / "base" / "config.json").exists):
+            raise FileNotFoundError(f"{config.output}/base: not found; --stage base makes it")
         paths = {"model": "base", "data": "data/train.jsonl", "eval_data": "data/test.jsonl"}
         config = replace(config, **{name: str(Path(config.output) / path) for name, path in paths.items()})
     config, tokenizer = resolve_model(config)
     inputs = load_inputs(config, tokenizer)
+    if "sftmix" in stages and len(inputs.train) < 2:
+        raise ValueError(f"{config.data}: SFTMix mixes two examples, and there is only one")
     # What a later stage reads is looked for now, and not after hours of the stages before.
     if "confidence" in stages and "reference" not in stages:
         on_rank0(reference_checkpoints, config)

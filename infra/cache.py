@@ -22,7 +22,7 @@ import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
 from infra.distributed import broadcast_object, exit_on_signals, print0, rank, wait_for_rank0
-from infra.files import fsync, name_errors, set_mode
+from infra.files import MANIFEST, checksums, fsync, name_errors, set_mode, verify_manifest, write_json
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
 
@@ -105,6 +105,7 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
             (tmp / "reading.json").write_text(json.dumps(found))
             (tmp / "counts.json").write_text(json.dumps(counts))
         with name_errors(folder):
+            write_json(tmp / MANIFEST, checksums(tmp.iterdir()))
             for part in [*tmp.iterdir(), tmp]:
                 fsync(part)
         try:
@@ -195,7 +196,12 @@ def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, 
 def encode_once(data, tokenizer: Tokenizer, template: str, max_length: int, cache) -> Path:
     """Encode data files, unless the cache has them. -> the folder. ValueError if they change meanwhile."""
     folder = cache_path(data, tokenizer, template, max_length, cache)
-    if not folder.exists():
+    if folder.exists():
+        try:
+            verify_manifest(folder)
+        except ValueError:
+            raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again") from None
+    else:
         encode_files(data, tokenizer, template, max_length, folder)
         if cache_path(data, tokenizer, template, max_length, cache) != folder:
             shutil.rmtree(folder)

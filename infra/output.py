@@ -4,7 +4,9 @@ Below, `config` is a `train.TrainConfig`.
 """
 
 import contextlib
+import glob
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -67,10 +69,11 @@ def check_output(config) -> None:
     output, data = Path(config.output), []
     for given in (config.data, config.eval_data):
         data += given if isinstance(given, tuple) else [given] if given else []
-    folders = [Path(name) if Path(name).is_dir() else Path(name).parent for name in data if not Path(name).is_file()]
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"--output {output}: is not a folder; choose another")
     if config.model is not None and output.resolve() == Path(config.model).resolve():
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
-    if output.resolve() in [folder.resolve() for folder in folders]:
+    if any(may_hold_data(name, output) for name in data):
         raise ValueError(f"--output {output}: is the folder of the data, of which the output would become a part")
     before = read_json(output / "config.json") if (output / "config.json").is_file() else {}
     is_of_a_run = "num_checkpoints" in before
@@ -83,6 +86,23 @@ def check_output(config) -> None:
         others.append("data")
     if others:
         raise FileExistsError(f"{output / others[0]}: already there, and not written by a run; choose another --output")
+
+
+def may_hold_data(name: str, folder: Path) -> bool:
+    """Whether files that a run makes in `folder` would be among those of `name`, a data folder or a pattern."""
+    if Path(name).is_file():
+        return False
+    root, *rest = (Path(name), "*") if Path(name).is_dir() else _split_pattern(name)
+    if not folder.resolve().is_relative_to(root.resolve()):
+        return False
+    return "**" in rest or len(folder.resolve().relative_to(root.resolve()).parts) < len(rest)
+
+
+def _split_pattern(pattern: str) -> tuple:
+    """The folder that a pattern starts in, and its other parts: a/b/*/c.json -> a/b, *, c.json"""
+    parts = Path(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:fixed]), *parts[fixed:]
 
 
 def has_begun(output: Path) -> bool:
@@ -100,14 +120,14 @@ def save_skipped(output: Path, *datasets: Dataset | None) -> None:
 
 
 def check_not_started(config) -> None:
-    """Raise FileExistsError if the output folder holds something of the stages of this run, or savepoints."""
+    """Raise FileExistsError if the output folder holds something of the stages of this run, or savepoints of them."""
     output = Path(config.output)
     for name in paths_of(config):
         if (output / name).exists():
             raise FileExistsError(
                 f"{output / name}: already there; --resume resumes the run, or choose another --output"
             )
-    if any((output / "resume").glob("*")):
+    if any(any((output / "resume").glob(f"{stage}*")) for stage in stages_of(config)):
         raise FileExistsError(
             f"{output}/resume: a run was stopped here; --resume resumes it, or choose another --output"
         )
@@ -202,12 +222,10 @@ def stage_log(config, stage: str, inputs=None) -> Callable[[dict], None]:
     return partial(log_step, Path(config.output) / "metrics.jsonl", place_of(config, stage, inputs))
 
 
-def print_report(output: Path, data: str | tuple[str, ...] | None) -> None:
-    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next.
-
-    `data` is what --data was given, or None for the demo.
-    """
-    results, demo = load_results(output), data is None
+def print_report(config) -> None:
+    """Print the table, how well low confidence finds wrong answers, where everything is, and what to run next."""
+    output, demo = Path(config.output), config.model is None
+    results = load_results(output)
     try:
         rows = {
             stage.title: results[stage.result] for stage in STAGES.values() if stage.title and stage.result in results
@@ -226,8 +244,9 @@ def print_report(output: Path, data: str | tuple[str, ...] | None) -> None:
     made = ("data", *(stage.path for stage in STAGES.values()), "config.json", "metrics.jsonl", "results.json")
     print0(f"In {output}/ now: {', '.join(name for name in made if (output / name).exists())}")
     if (output / "confidence.jsonl").exists():
-        files = f"{output}/data/train.jsonl" if demo else data
+        files = f"{output}/data/train.jsonl" if demo else config.data
         files = shlex.join([files] if isinstance(files, str) else files)
+        files += " --skip_bad_records" * config.skip_bad_records
         look = f"python confidence.py --scores {shlex.quote(f'{output}/confidence.jsonl')} --data {files}"
         print0(f"The least confident examples:  {look} --by perplexity --show 20")
         print0(f"The data map:  {look} --plot map.png")

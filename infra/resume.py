@@ -62,6 +62,13 @@ def record_config(config) -> None:
     before = _config_before(config)
     content = before.get("content") if isinstance(before.get("content"), dict) else {}
     checksums = input_checksums(config)
+    evaluates = stages_of(config) != ["confidence"]
+    if before and evaluates and ("eval_data" in checksums) != ("eval_data" in content):
+        how, now = ("with", "without") if "eval_data" in content else ("without", "with")
+        raise ValueError(
+            f"--eval_data: the run in {config.output} was begun {how} it, and models evaluated {now} it would not be "
+            "compared; give it as it was, and evaluate others with eval.py"
+        )
     for name, checksum in checksums.items():
         if checksum != content.get(name, checksum) and name not in _stage_may_change(config):
             raise ValueError(
@@ -110,6 +117,6 @@ def check_scores_unchanged(config) -> None:
 def input_checksums(config) -> dict:
     """Checksums of the files that a run reads."""
     checksums = {"model": sha256_of, "data": data_checksums, "eval_data": data_checksums}
-    if not config.online:
+    if not config.online and "sftmix" in stages_of(config):
         checksums["confidence"] = sha256_of
     return {name: of(getattr(config, name)) for name, of in checksums.items() if getattr(config, name) is not None}

@@ -132,9 +132,12 @@ def test_kept_scores_of_a_checkpoint_that_are_damaged_are_named(tmp_path):
     arguments = [tmp_path / "step-1"], Dataset.from_encoded(random_encoded([5]), ["a"]), 1000, torch.float32, "cpu"
     kept = score_checkpoints(*arguments, tmp_path / "kept")
     assert np.array_equal(score_checkpoints(*arguments, tmp_path / "kept").probability, kept.probability)
-    (tmp_path / "kept" / "step-1.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"step-1\.safetensors: not a whole safetensors file"):
-        score_checkpoints(*arguments, tmp_path / "kept")
+    content = (file := tmp_path / "kept" / "step-1.npz").read_bytes()
+    start = content.index(scores := np.float64(kept.probability[0, 0]).tobytes())
+    for damaged in (b"x", content[:start] + bytes(8) + content[start + len(scores) :]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"step-1\.npz: damaged .*; remove it, and the checkpoint is scored again"):
+            score_checkpoints(*arguments, tmp_path / "kept")
 
 
 # --- Dynamics ---------------------------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ def test_loaded_scores_have_the_bits_of_saved_ones(tmp_path):
 
 def test_select_orders_and_names_what_is_missing():
     assert DYNAMICS.select(["c", "a"]).confidence.tolist() == DYNAMICS.confidence[[2, 0]].tolist()
+    assert DYNAMICS.select(["a", "a-2"]).probability[0, 1] == DYNAMICS.select(["a"]).probability[0, 0]  # a repeat
     with pytest.raises(ValueError, match=r"4 of 5 examples have no confidence score \(ids w, x, y…\)"):
         DYNAMICS.select(["a", "w", "x", "y", "z"])
 

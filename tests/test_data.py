@@ -440,6 +440,16 @@ def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):
         load_cache(tmp_path / "encoded")
 
 
+def test_an_id_that_was_changed_in_the_cache_is_told(data_file, tokenizer, tmp_path):
+    load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+    (ids,) = (tmp_path / "cache").glob("*/token_ids")
+    content = bytearray(ids.read_bytes())
+    content[-9] ^= 1
+    ids.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{ids.parent}: damaged; remove that folder"):
+        load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+
+
 def test_what_is_made_ahead_is_one_item_and_errors_come_through():
     made = []
 

@@ -260,6 +260,8 @@ def test_unsupported_configurations_are_named(change, message):
         ({"model_type": ["llama"]}, "model_type: "),
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}"),
         ({"num_local_experts": 8}, "num_local_experts: 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier: 12.0 is not supported, only 1.0"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "rope_type: 'linear'"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": [1]}, "rope_scaling: "),

@@ -26,7 +26,7 @@ from data import load_examples
 from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
-from infra.output import lock_output
+from infra.output import lock_output, may_hold_data
 from infra.resume import continue_config
 from infra.savepoints import Savepoints
 from train import TrainConfig, main, make_optimizer
@@ -172,6 +172,11 @@ def test_a_changed_flag_or_file_is_refused_and_named(folder, tmp_path, monkeypat
     shutil.copy(folder / "train.jsonl", data)
     free = ("--log_every", "2", "--save_every", "2", "--keep_last", "1", "--micro_batch_tokens", "500")
     main(flags(folder, tmp_path / "o", *given, "--resume", *free))
+
+
+def test_a_stage_of_the_demo_without_its_base_is_told(tmp_path, capsys):
+    code, error = error_of(capsys, ["--output", str(tmp_path / "o"), "--stage", "reference"])
+    assert code == 1 and f"{tmp_path / 'o'}/base: not found; --stage base makes it" in error
 
 
 def test_a_stopped_run_is_not_begun_anew(folder, tmp_path, monkeypatch, capsys):
@@ -392,11 +397,32 @@ def test_the_demo_does_not_replace_the_data_of_another_run(folder, tmp_path, cap
     assert data.read_bytes() == (folder / "train.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("data", ["", "*.jsonl"])
+@pytest.mark.parametrize("data", ["", "*.jsonl", "**/*.jsonl", "../*/*.jsonl"])
 def test_the_output_does_not_become_part_of_the_data(folder, tmp_path, capsys, data):
     shutil.copy(folder / "train.jsonl", tmp_path)
     code, error = error_of(capsys, flags(folder, tmp_path, "--data", str(folder / "eval.jsonl"), str(tmp_path / data)))
     assert code == 1 and "is the folder of the data" in error and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_below_the_data_is_not_part_of_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "d.jsonl").touch()
+    for data, parts in (("a", ["a"]), ("a/d.jsonl", []), ("a/*.jsonl", ["a"]), ("*/*.jsonl", ["", "a"])):
+        for folder in ("", "a", "a/o", "b"):
+            expected = folder in parts or (data == "*/*.jsonl" and folder == "b")
+            assert may_hold_data(str(tmp_path / data), tmp_path / folder) == expected
+    assert may_hold_data(str(tmp_path / "**" / "*.jsonl"), tmp_path / "a" / "o")
+
+
+def test_scores_that_are_gone_are_made_again_beside_savepoints(folder, plain, tmp_path, monkeypatch, capsys):
+    stopped(folder, tmp_path / "o", monkeypatch, step=11)  # in the SFTMix run
+    (tmp_path / "o" / "confidence.jsonl").unlink()
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--resume"))
+    assert code == 1 and "--stage confidence makes it" in error
+    main(flags(folder, tmp_path / "o", "--stage", "confidence"))
+    main(flags(folder, tmp_path / "o", "--resume"))
+    models, _, scores = outcome(tmp_path / "o")
+    assert_same((models, scores), (plain[0], plain[2]))
 
 
 def test_stages_started_one_by_one_are_of_one_run(folder, tmp_path, capsys):
@@ -412,6 +438,8 @@ def test_stages_started_one_by_one_are_of_one_run(folder, tmp_path, capsys):
         code, error = error_of(capsys, flags(folder, output, "--stage", "confidence", *change))
         assert code == 1 and said in error and error.count("\n") == 1
     main(without)
+    code, error = error_of(capsys, ["sftmix" if word == "confidence" else word for word in without])
+    assert code == 1 and f"--eval_data: the run in {output} was begun with it" in error
     code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix", "--eval_data", folder / "train.jsonl"))
     assert code == 1 and "--eval_data" in error and "is not what it was" in error
     scores, others = output / "confidence.jsonl", tmp_path / "scores.jsonl"
@@ -603,6 +631,8 @@ def test_a_model_folder_that_was_damaged_is_refused(folder, tmp_path, capsys):
     file.write_bytes(content)
     code, error = error_of(capsys, flags(folder, tmp_path / "o", "--model", tmp_path / "m"))
     assert code == 1 and f"{file}: damaged" in error and error.count("\n") == 1
+    (tmp_path / "m" / "manifest.json").write_text('{"name": "a model", "files": 3}')  # of another program
+    verify_manifest(tmp_path / "m")
 
 
 def test_a_model_folder_with_a_configuration_is_whole(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from infra import data_map, records
 from infra.demo import least_confident
 from infra.output import print_report
 from infra.selection import label_records, match_scores
+from train import TrainConfig
 
 # Record n has the confidence n/10 and the perplexity 1 + 2n. Lines are spaced as no program would write them.
 LINES = [b'{ "prompt":"ask %d",  "completion" : "say \xc3\xa9 %d", "extra": null}' % (n, n) for n in range(1, 9)]
@@ -223,14 +224,15 @@ def test_the_demo_ends_with_what_it_is_least_sure_of(folder, capsys):
     assert [line.strip() for line in least_confident(folder).splitlines()[1:]] == rows
     for damage in (lambda: None, (folder / "data" / "wrong.json").unlink):
         damage()
-        print_report(folder, None)
+        print_report(TrainConfig(output=str(folder), max_length=256, dtype="fp32"))
         told = capsys.readouterr().out
         assert (rows[0] in told) == (folder / "data" / "wrong.json").exists()
         look = f"--scores {folder}/confidence.jsonl --data {folder}/data/train.jsonl"
         assert f"{look} --by perplexity --show 20\n" in told
     (folder / "results.json").write_text("{}")
-    print_report(folder, ("my data.jsonl", "more.jsonl"))
-    assert "/confidence.jsonl --data 'my data.jsonl' more.jsonl --by" in capsys.readouterr().out
+    data = {"model": "m", "data": ("my data.jsonl", "more.jsonl"), "skip_bad_records": True}
+    print_report(TrainConfig(output=str(folder), **data))
+    assert "--data 'my data.jsonl' more.jsonl --skip_bad_records --by" in capsys.readouterr().out
 
 
 def test_names_of_few_records_are_each_given_once(tmp_path):

@@ -107,8 +107,14 @@ def test_flags_override_the_demos_settings():
         (["--eval_data", "d"], "--eval_data d: needs --model too"),
         (["--output", ""], "--output: must not be empty"),
         (["--stage", "confidence", "--confidence", "c"], "--confidence c: leaves nothing to do for --stage confidence"),
-        (["--confidence", "online", "--pairing", "random"], "--pairing random makes no use of it"),
-        (["--confidence", "scores.jsonl", "--pairing", "random"], "--confidence scores.jsonl: --pairing random makes"),
+        (["--confidence", "online", "--pairing", "random"], "--pairing random: makes no use of --confidence and"),
+        (["--confidence", "scores.jsonl", "--pairing", "random"], "--pairing random: makes no use of --confidence and"),
+        (
+            ["--confidence_by", "perplexity", "--pairing", "random"],
+            "--pairing random: makes no use of --confidence and",
+        ),
+        (["--lora_alpha", "32"], "--lora_alpha 32.0: is for LoRA, which needs --lora_rank"),
+        (["--model", "m", "--data", "d", "--dry_run", "2", "--stage", "confidence"], "--dry_run: plans training, and"),
         (["--confidence", "online", "--epochs", "1"], "--epochs 1: --confidence online needs 2 or more"),
     ],
 )
@@ -862,7 +868,8 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--confidence", "none.jsonl"], "none.jsonl: not found"),
         (["--stage", "confidence"], "no finished reference run there; --stage reference makes one"),
         (["--confidence", "other.jsonl", "--stage", "sftmix"], "20 of 20 examples have no confidence score"),
-        (["--output", "train.jsonl"], "train.jsonl"),
+        (["--output", "train.jsonl"], "--output train.jsonl: is not a folder; choose another"),
+        (["--data", "train.jsonl"], "train.jsonl: SFTMix mixes two examples, and there is only one"),
     ],
 )
 def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, message, capsys):
