@@ -39,9 +39,8 @@ from infra.cli import (
     add_data_flag,
     add_data_flags,
     add_model_flags,
-    check_output_folder,
     check_output_path,
-    require_matplotlib,
+    check_plot_path,
 )
 from infra.data_map import plot_data_map
 from infra.device import DTYPES, resolve_dtype
@@ -394,8 +393,7 @@ def main(argv=None) -> None:
         if args.output:
             check_output_path(args.output)
         if args.plot:
-            check_output_folder(args.plot)
-            require_matplotlib()
+            check_plot_path(args.plot)
         dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
         if rank() == 0:
             report(dynamics, args)
@@ -431,6 +429,7 @@ def report(dynamics: TrainingDynamics, args) -> None:
     if args.plot:
         labels = label_records(records, dynamics, count=3) if records else {}
         plot_data_map(dynamics, split_by_confidence(dynamics.confidence), args.plot, labels)
+        print0(f"the data map is in {args.plot}", sys.stderr)
 
 
 if __name__ == "__main__":

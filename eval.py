@@ -359,6 +359,8 @@ def multiple_choice(args, device) -> None:
         ]
         with atomic_write(Path(args.output)) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if num_truncated:
+        print0(f"warning: {num_truncated} prompts are too long for the model and lost their beginning", sys.stderr)
     print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_truncated": num_truncated}))
 
 

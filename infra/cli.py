@@ -231,6 +231,14 @@ def check_output_folder(file: str) -> None:
 # --- Optional packages ------------------------------------------------------------------------------------------------
 
 
+def check_plot_path(path: str) -> None:
+    """Raise ValueError or FileNotFoundError unless a picture can be written to `path`."""
+    check_output_folder(path)
+    kinds = require_matplotlib().figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"--plot {path}: must end in one of .{', .'.join(kinds)}")
+
+
 def require_matplotlib():
     """Import pyplot for drawing to files; ValueError says how to install it."""
     try:

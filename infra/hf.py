@@ -42,7 +42,11 @@ def load_config(path) -> ModelConfig:
     """Read the configuration of a model folder. FileNotFoundError or ValueError name the file and what is wrong."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors")
+        found = [f for name in ("step-*", "checkpoint-*") for f in sorted(Path(path).glob(f"{name}/config.json"))]
+        hint = f"; there is one in {found[0].parent}" if found else ""
+        if (Path(path) / "adapter_config.json").is_file():
+            hint = "; this is an adapter, to be merged into its base first"
+        raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors{hint}")
     check_no_pointers(Path(path))
     values = read_json(file)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -233,9 +234,12 @@ def test_area_under_roc_equals_counting_pairs():
 # --- Picture and command line -----------------------------------------------------------------------------------------
 
 
-def test_the_data_map_is_drawn_from_scores(tmp_path):
+def test_the_data_map_is_drawn_from_scores(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     DYNAMICS.save(tmp_path / "c.jsonl")
+    with pytest.raises(SystemExit):
+        main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.xyz")])
+    assert "map.xyz: must end in one of ." in capsys.readouterr().err
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -263,12 +267,14 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     dynamics = TrainingDynamics.load(output)
     assert dynamics.probability.shape == (2, 2) and (dynamics.variance == 0).all()
     assert "mean gold-token probability" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "runs" / "step-2")
     for changes, message in (
         (["--output", data], "already there"),
         (["--plot", "/none/x.png"], "its folder does not exist"),
+        ([str(tmp_path / "runs")], f"; there is one in {tmp_path / 'runs' / 'step-2'}"),
     ):
         with pytest.raises(SystemExit):
-            main(["--checkpoints", folder, "--data", data, "--output", output + ".new", *changes])
+            main(["--data", data, "--output", output + ".new", "--checkpoints", folder, *changes])
         assert message in capsys.readouterr().err
     assert "the dog" in (tmp_path / "d.jsonl").read_text()
 
