@@ -338,7 +338,7 @@ def report(args, folder: Path) -> None:
         ratio = ratios(seconds, of("recipe", "seconds", name="NTP"))
         print(f"| {name} | {spread(seconds, '.1f')} | {spread(ratio)} |")
     print(f"\nEncoding, examples a minute: {spread(of('encoding', 'examples_per_minute'), ',.0f')}")
-    print(f"Opening 1,000,000 encoded: {spread(of('warm start', 'seconds'))} s, ", end="")
+    print(f"Opening 1,000,000 encoded, without comparing checksums: {spread(of('warm start', 'seconds'))} s, ", end="")
     print(f"{spread(of('warm start', 'resident_megabytes'), '.0f')} MB")
     sizes = [of("growth, examples", "microseconds", examples=size) for size in (1_000, 100_000)]
     print(f"A token's time with 100,000 examples over that with 1,000: {spread(ratios(*sizes[::-1]))}")
