@@ -51,7 +51,6 @@ from data import (
 )
 from eval import evaluate
 from infra.cache import choose_cache, load_dataset
-from infra.chat_templates import choose_template
 from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
 from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, set_deterministic
@@ -463,7 +462,7 @@ def pretrain_demo_base(config: TrainConfig, device) -> dict:
         write_demo_data(output / "data", config.seed)
     barrier()
     tokenizer = train_demo_tokenizer(output / "data")
-    config = replace(config, template=choose_template(tokenizer, config.template))
+    config = replace(config, template=tokenizer.choose_template(config.template))
     dataset = load_dataset(output / "data" / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
     torch.manual_seed(config.seed)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)

@@ -63,7 +63,8 @@ def record_config(config) -> None:
     content = before.get("content") if isinstance(before.get("content"), dict) else {}
     checksums = input_checksums(config)
     evaluates = stages_of(config) != ["confidence"]
-    if before and evaluates and ("eval_data" in checksums) != ("eval_data" in content):
+    # Of the demo, content is empty until it has its data.
+    if content and evaluates and ("eval_data" in checksums) != ("eval_data" in content):
         how, now = ("with", "without") if "eval_data" in content else ("without", "with")
         raise ValueError(
             f"--eval_data: the run in {config.output} was begun {how} it, and models evaluated {now} it would not be "
