@@ -56,13 +56,7 @@ from infra.distributed import (
     world_size,
 )
 from infra.files import atomic_write, check_file
-from infra.hf import (
-    check_models,
-    load_models,
-    load_tokenizer,
-    oldest_first,
-    resolve_max_length,
-)
+from infra.hf import check_models, load_models, load_tokenizer, oldest_first, resolve_max_length
 from infra.metrics import log_checkpoint
 from infra.selection import add_selection_flags, check_flags, keep_records, label_records, match_scores, show_records
 from model import Transformer

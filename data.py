@@ -91,6 +91,7 @@ FORMATS = (  # the first one whose keys a record has is taken
 )
 # Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
 # prompt that is a text may have `input` or `context`, which follows it under a heading.
+PROMPT_FORMATS = tuple(map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")])))
 TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 ROLES = {
     "system": ("system", "developer"),
@@ -131,8 +132,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
     record = drop_missing(record)
-    prompts = map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")]))
-    form = _find_format(record, prompts)
+    form = _find_format(record, PROMPT_FORMATS)
     if form.prompt == "turns":
         if not isinstance(record["turns"], list) or not record["turns"]:
             raise ValueError("turns must be a list of texts")
@@ -151,8 +151,7 @@ def _is_empty(value) -> bool:
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
-def _find_format(record: dict, formats: Iterable[Format]) -> Format:
-    formats = list(formats)
+def _find_format(record: dict, formats: Sequence[Format]) -> Format:
     # Merged data sets may have "" or [] in the columns of the others. Where no format is filled, an empty key is named.
     filled = {key for key, value in record.items() if not _is_empty(value)}
     for keys in (filled, record.keys()):

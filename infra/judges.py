@@ -186,13 +186,11 @@ def start_or_resume(file: Path, settings: dict) -> None:
 
     Raises ValueError if the answers were made with other settings.
     """
-    if file.stat().st_size == 0:
-        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     content = file.read_bytes()
     with wrap_errors(file):
-        previous = json.loads(content.splitlines()[0].decode())
+        previous = json.loads(content.splitlines()[0].decode()) if content else dict.fromkeys(settings)
         changed = [key for key in settings if previous.get(key) != settings[key]]
-    if changed and content.count(b"\n") == 1 and previous.keys() == settings.keys():  # stopped before any answer
+    if content.count(b"\n") < 2 and previous.keys() == settings.keys():  # new, or stopped before any answer
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return
     if changed:

@@ -36,6 +36,7 @@ class SentencePieceModel:
         self._added = {token: token_id for token, (token_id, _) in added.items() if token_id >= self._size}
         in_text = [token for token in self._added if not added[token][1] and token not in special_tokens]
         self._in_text = {self._added[token]: token for token in sorted(in_text, key=len, reverse=True)}
+        self._in_text_pattern = re.compile(f"({'|'.join(map(re.escape, self._in_text.values()))})")
         self.vocab_size = max([self._size - 1, *self._added.values()]) + 1
         bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()  # -1 if the model has no such piece
         self.bos_id, self.eos_id = (None if token_id < 0 else token_id for token_id in (bos_id, eos_id))
@@ -57,11 +58,11 @@ class SentencePieceModel:
         """Cut a text at the added tokens in it, which the model does not know. -> each part, and its id if it is one"""
         if not self._in_text:
             return [(text, None)]
-        names = "|".join(map(re.escape, self._in_text.values()))
-        return [(part, self._added.get(part) if n % 2 else None) for n, part in enumerate(re.split(f"({names})", text))]
+        parts = self._in_text_pattern.split(text)  # every second part is a token
+        return [(part, self._added.get(part) if n % 2 else None) for n, part in enumerate(parts)]
 
     def decode(self, ids: list[int]) -> str:
-        texts, processor = [], self._processor  # which leaves out the dummy prefix of the first text
+        texts, processor = [], self._processor  # it leaves out the dummy prefix, which only the first text has
         for is_added, group in groupby(ids, key=self._in_text.__contains__):
             if is_added:
                 texts += [self._in_text[token_id] for token_id in group]
