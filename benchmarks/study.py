@@ -2,8 +2,8 @@
 
     python benchmarks/study.py run --work DIR           on the demo's corpus
     python benchmarks/study.py run --work DIR --corpus NAME --model DIR --data FILE [--weaker DIR]    on real data
-    python benchmarks/study.py report                   the tables and the picture of docs/study.md
-    python benchmarks/study.py lengths --corpus NAME --data FILE     how well length alone finds wrong answers
+    python benchmarks/study.py report                   the tables and the picture of its documents
+    python benchmarks/study.py lengths --corpus NAME --data FILE     confidence beside the length of answers
 
 A run that is in docs/study.jsonl already is not run again, so that a study which was stopped can be resumed. Each is
 compared with others of the same seed, which have the same base and data. Nothing is tuned: arms have the same settings
@@ -44,7 +44,8 @@ from infra.hf import load_config, load_model, load_tokenizer
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, DOCUMENT = ROOT / "docs" / "study.jsonl", ROOT / "docs" / "study.md"
+RESULTS = ROOT / "docs" / "study.jsonl"
+DOCUMENTS = ROOT / "docs" / "study.md", ROOT / "docs" / "study_tables.md"
 SCORES = ROOT / "docs" / "study_scores.jsonl"  # mean probability and perplexity of each training example
 
 # --- Other uses of confidence -----------------------------------------------------------------------------------------
@@ -77,7 +78,10 @@ def leaning(num_pairs: int, alpha: float, seed: int, step: int) -> torch.Tensor:
 
 
 class Arm(NamedTuple):
-    """A way of training, told from the others by its flags of train.py, its data, or what it has in place of a part."""
+    """A way of training, told from the others by its flags of train.py, its data, or what it has in place of a part.
+
+    An arm without flags is not trained.
+    """
 
     flags: str = "--stage sftmix"
     checkpoints: tuple[int, ...] | None = None  # that its scores are the mean of, by number; None: all
@@ -144,6 +148,7 @@ ARMS = {
         "--stage sftmix --mu 1", parts={"paired_epoch_order": partial(by_rank, mirrored=True)}
     ),
     "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"sample_lambda": leaning}),
+    "base": Arm(flags=""),
 }
 NAMES = list(ARMS)
 MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
@@ -161,11 +166,14 @@ COMPARED = [
     ("SFTMix, by a weaker model", "SFTMix"),
     ("LoRA, SFTMix", "LoRA, NTP"),
 ]
+EARLY_STOPPING = "NTP, early stopping"  # of NTP's checkpoints the one with the lowest validation loss
 COMPARED_ON_REAL_DATA = [
+    *((arm, other) for other in ("NTP", EARLY_STOPPING) for arm in ("SFTMix, by perplexity", "SFTMix", "random pairs")),
     ("SFTMix, by perplexity", "random pairs"),
     ("SFTMix", "random pairs"),
     ("SFTMix", "SFTMix, by perplexity"),
     ("SFTMix, by a weaker model", "SFTMix"),
+    *(("unigram smoothing, ε = 0.04", arm) for arm in ("SFTMix, by perplexity", "SFTMix", "random pairs")),
     ("NEFTune", "SFTMix"),
 ]
 
@@ -189,6 +197,7 @@ BASE_135M = [  # what docs/study.md specifies, the most important first
     "NTP",
     "random pairs",  # needs no scores, so that it can run beside NTP
     "SFTMix, by perplexity",
+    "base",
     "NTP in SFTMix's order, by perplexity",
     "SFTMix",
     "label smoothing, ε = 0.04",
@@ -197,14 +206,14 @@ BASE_135M = [  # what docs/study.md specifies, the most important first
 LR_135M = 3e-5  # NTP's best by validation loss, of the grid
 REALS = {
     "135M Alpaca": Real(BASE_135M, num_train=1000, epochs=3, lr=LR_135M),
-    "135M MedQuAD": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
-    "135M GSM8K mistakes": Real(BASE_135M[:4], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M MedQuAD": Real(BASE_135M[:5], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M GSM8K mistakes": Real(BASE_135M[:5], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
     **{
         f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
         for lr in (1e-5, 3e-5, 1e-4, 3e-4)
     },
 }
-FIRST_3M = [*BASE_135M[:3], "label smoothing, ε = 0.04"]
+FIRST_3M = [*BASE_135M[:4], "label smoothing, ε = 0.04"]
 STRENGTHS = [  # of smoothing and of Mixup
     *(f"label smoothing, ε = {epsilon}" for epsilon in (0.013, 0.04, 0.083, 0.25)),
     *("SFTMix, μ = 0.1", "SFTMix", "SFTMix, μ = 0.5", "SFTMix, μ = 1"),
@@ -298,6 +307,9 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
         for part in ("train", "validation", "held-out")
         if (cell / f"{part}.jsonl").stat().st_size
     }
+    load = partial(load_model, compute_dtype=DTYPES[settings["dtype"]])
+    if not arm.flags:
+        return measure_on(load(cell / "base"), encoded)
     parts = dict(arm.parts)
     if arm.loss is not None:
         targets = torch.cat([targets[targets != IGNORE_INDEX].long() for _, targets in encoded["train"]])
@@ -307,7 +319,6 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     run_train(flags, *arm.flags.split(), *more)
 
     stage, folder = ("ntp", "reference") if "reference" in arm.flags else ("sftmix", "sftmix")
-    load = partial(load_model, compute_dtype=DTYPES[settings["dtype"]])
     model = load(output / folder)
     last = measure_on(model, encoded)
     measured = dict(last)
@@ -390,19 +401,6 @@ def draw_examples(seed: int, real: Real, data: Path) -> list[list[dict]]:
         sys.exit(f"{data}: {len(records)} records that can be used are fewer than {sum(sizes)}")
     order = rng.permutation(len(records))
     return [[records[i] for i in part] for part in np.split(order, np.cumsum(sizes))[:3]]
-
-
-def print_lengths(args) -> None:
-    """Print how many answers are wrong, and the area under the ROC curve with which length alone finds them."""
-    real, areas, shares = REALS[args.corpus], [], []
-    for seed in range(real.seeds):
-        records, *_ = draw_examples(seed, real, args.data)
-        wrong = [not record["correct"] for record in records]
-        shares.append(np.mean(wrong))
-        areas.append([roc_auc([len(record[key]) for record in records], wrong) for key in ("output", "instruction")])
-    print(f"wrong: {np.mean(shares):.0%} of the answers")
-    for name, column in zip(("answer", "question"), np.transpose(areas), strict=True):
-        print(f"length of the {name}: {column.mean():.3f} ± {column.std(ddof=1):.3f} over {len(column)} seeds")
 
 
 def draw_solutions(records: list[dict], rng: np.random.Generator, sizes: tuple[int, int, int]) -> list[list[dict]]:
@@ -544,7 +542,7 @@ def run_one(cell: Cell, arm: str, record: bool = True) -> None:
     if arm == "NTP" and (output / scores.name).exists():
         shutil.copy(output / scores.name, scores)
         keep_scores(corpus, seed, folder)
-    shutil.rmtree(output)
+    shutil.rmtree(output, ignore_errors=True)
     if record:
         note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"], "commit": commit()}
         note |= json.loads(process.stdout.splitlines()[-1])
@@ -592,6 +590,7 @@ def run(args) -> None:
     if args.corpus in REALS:
         real = REALS[args.corpus]
         arms = list(dict.fromkeys(arm for arm in real.arms if args.weaker or not ARMS[arm].weaker))
+        arms = [arm for arm in arms if args.arm in (None, arm)]
         plan, seeds = [(args.corpus, arms[:3]), (args.corpus, arms)], real.seeds  # the two contrasts come first
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
@@ -613,6 +612,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for bases, scores and the run at hand")
     parser.add_argument("--corpus", choices=(*DEMOS, *REALS), metavar="NAME", help=", ".join((*DEMOS, *REALS)))
     parser.add_argument("--model", type=Path, help="the base of a cell of real data")
+    parser.add_argument("--arm", choices=ARMS, metavar="NAME", help="run this arm of a cell of real data alone")
     parser.add_argument("--weaker", type=Path, help="a smaller base, for an arm whose split is its")
     parser.add_argument("--data", type=Path, help="the data of such a cell in Alpaca's format, .jsonl")
     parser.add_argument("--dtype", choices=DTYPES, default=resolve_dtype(None, "cpu"), help="of matmuls on real data")
@@ -620,16 +620,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "run" and args.work is None:
         parser.error("run needs --work")
-    if args.what == "lengths" and (args.corpus != "135M GSM8K mistakes" or args.data is None):
-        parser.error('lengths needs --corpus "135M GSM8K mistakes", whose answers are marked, and --data')
+    if args.what == "lengths" and (args.corpus not in REALS or args.data is None):
+        parser.error("lengths needs the --corpus of a cell of real data, and --data")
     if args.what == "run" and (args.corpus in REALS) != (None not in (args.model, args.data)):
         parser.error("a cell of real data needs --model and --data, and the demo's take neither")
     if args.what == "run":
         return run(args)
-    if args.what == "lengths":
-        return print_lengths(args)
-    from benchmarks.study_report import report
+    from benchmarks.study_report import print_lengths, report
 
+    if args.what == "lengths":
+        return print_lengths(args.corpus, args.data)
     report()
 
 

@@ -1,10 +1,11 @@
-"""What the runs of the study say: paired differences, the tables of docs/study.md, and the picture.
+"""What the runs of the study say: paired differences, the tables of its documents, and the picture.
 
 python benchmarks/study.py report
 """
 
 import math
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +16,19 @@ from benchmarks.study import (
     COMPARED,
     COMPARED_ON_REAL_DATA,
     DEMOS,
-    DOCUMENT,
+    DOCUMENTS,
+    EARLY_STOPPING,
     LONG,
     REALS,
     ROOT,
+    SCORES,
     SHARES,
     STRENGTHS,
+    draw_examples,
+    read_lines,
     read_results,
 )
+from confidence import roc_auc, split_by_confidence
 
 # --- What they say ----------------------------------------------------------------------------------------------------
 
@@ -90,9 +96,6 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-EARLY_STOPPING = "NTP, early stopping"
-
-
 class Results:
     """The runs' figures by corpus, arm and seed."""
 
@@ -125,12 +128,12 @@ class Results:
 PARTS = {demo: [demo] for demo in DEMOS} | {"all shares": SHARES}
 MEASURES = {"loss": (".4f", 1), "accuracy": (".1f", 100)}  # held-out loss, and exact match in per cent
 SCALED = {"loss_at_temperature": (".4f", 1)}
-HEADINGS = {"loss": "held-out loss", "accuracy": "exact match, %", "loss_at_temperature": "temperature-scaled loss"}
+HEADINGS = {"loss": "raw loss", "accuracy": "exact match, %", "loss_at_temperature": "temperature-scaled loss"}
 
 
 def report() -> None:
-    """Write the tables into docs/study.md, between their marks, and draw docs/study.png."""
-    results, text = Results(), DOCUMENT.read_text(encoding="utf-8")
+    """Write the tables into the documents, between their marks, and draw docs/study.png."""
+    results = Results()
     corpora = {corpus for corpus, _, _ in results.notes}
     tables = {n: arms_table(results, p) + others_table(results, p, COMPARED, MEASURES) for n, p in PARTS.items()}
     real = [corpus for corpus in REALS if corpus in corpora]
@@ -144,13 +147,14 @@ def report() -> None:
     tables["wrong answers found"] = areas_table(results)
     tables["beyond the paper"] = beyond_table(results)
     tables["overfitting"] = overfit_table(results)
+    texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
     for name, lines in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin not in text:
-            text += f"\n### {name}\n\n{begin}{end}\n"
-        before, rest = text.split(begin)
-        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
-    DOCUMENT.write_text(text, encoding="utf-8")
+        (document,) = [document for document, text in texts.items() if begin in text]
+        before, rest = texts[document].split(begin)
+        texts[document] = before + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
+    for document, text in texts.items():
+        document.write_text(text, encoding="utf-8")
     picture(results)
 
 
@@ -173,7 +177,7 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
     """A row for each arm, with its paired difference to NTP."""
     arms = results.arms(corpora)
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
-    lines = ["| arm | seeds | held-out loss | − NTP | p | exact match, % | − NTP | p | ECE | SD of p |"]
+    lines = ["| arm | seeds | raw loss | − NTP | p | exact match, % | − NTP | p | ECE | SD of p |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
     for arm in arms:
@@ -191,7 +195,7 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
 
 def others_table(results: Results, corpora: list[str], pairs: list[tuple[str, str]], measures: dict) -> list[str]:
     """Other comparisons of arms that have all seeds, each with its minimum detectable effect."""
-    pairs = [pair for pair in pairs if {*pair} <= {*results.arms(corpora)}]
+    pairs = [pair for pair in pairs if {*pair} <= {*results.arms(corpora), EARLY_STOPPING}]
     if not pairs:
         return []
     lines = ["", f"| one − other | {' | '.join(f'{HEADINGS[measure]} | p | MDE' for measure in measures)} |"]
@@ -208,7 +212,7 @@ def others_table(results: Results, corpora: list[str], pairs: list[tuple[str, st
 
 REAL_MEASURES = {  # heading -> key, format, factor
     "temperature-scaled loss": ("loss_at_temperature", ".4f", 1),
-    "loss": ("loss", ".4f", 1),
+    "raw loss": ("loss", ".4f", 1),
     "token accuracy, %": ("token_accuracy", ".2f", 100),
     "ECE": ("calibration_error", ".3f", 1),
 }
@@ -217,16 +221,18 @@ MARGIN = 0.01  # nats of temperature-scaled loss below which a difference is too
 
 
 def real_table(results: Results, corpus: str) -> list[str]:
-    """A row for each arm of a cell of real data: means over its seeds, and in parentheses differences from NTP."""
+    """A row for NTP with means over its seeds, and one for each arm that was run, with its differences from NTP."""
     lines = [f"| arm | seeds | {' | '.join(REAL_MEASURES)} |", "|---|---|" + "---|" * len(REAL_MEASURES)]
     for arm in dict.fromkeys(["NTP", EARLY_STOPPING, *REALS[corpus].arms]):
         row = [arm, str(len(results.of([corpus], arm, "loss")))]
         for key, form, factor in REAL_MEASURES.values():
-            values = [factor * value for value in results.of([corpus], arm, key).values()]
-            d = results.difference([corpus], arm, "NTP", key) if arm != "NTP" else None
-            cell = f"{statistics.mean(values):{form}}" if values else "–"
-            row.append(cell + (f" ({signed(d, None, form, factor)[0]})" if d else ""))
-        lines.append(f"| {' | '.join(row)} |")
+            if arm == "NTP":
+                values = results.of([corpus], arm, key).values()
+                row.append(f"{factor * statistics.mean(values):{form}}")
+            else:
+                row.append(signed(results.difference([corpus], arm, "NTP", key), None, form, factor)[0])
+        if row[1] != "0":
+            lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
@@ -249,7 +255,7 @@ def contrasts_table(results: Results) -> list[str]:
 
 def grid_table(results: Results, corpora: list[str]) -> list[str]:
     """NTP's validation loss by learning rate."""
-    lines = ["| learning rate | validation loss | after temperature scaling |", "|---|---|---|"]
+    lines = ["| learning rate | raw loss, validation | temperature-scaled loss, validation |", "|---|---|---|"]
     for corpus in sorted(corpora, key=lambda corpus: REALS[corpus].lr):
         note = results.notes[corpus, "NTP", 0]
         cells = [f"{note['validation'][key]:.4f}" for key in ("loss", "loss_at_temperature")]
@@ -286,7 +292,7 @@ def overfit_table(results: Results) -> list[str]:
 
 
 def areas_table(results: Results) -> list[str]:
-    """How well low confidence tells the wrong answers, where it is known which are wrong."""
+    """How well low confidence finds the wrong answers, where it is known which are wrong."""
     lines = ["| corpus | by probability | by perplexity |", "|---|---|---|"]
     for corpus in (*SHARES, "135M GSM8K mistakes"):
         areas = [
@@ -294,9 +300,45 @@ def areas_table(results: Results) -> list[str]:
         ]
         if len(areas) > 2:
             columns = [[area[by] for area in areas] for by in ("probability", "perplexity")]
-            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
+            cells = [mean_and_half(values) for values in columns]
             lines.append(f"| {corpus} | {' | '.join(cells)} |")
     return lines
+
+
+def mean_and_half(values: list[float]) -> str:
+    """A mean, and half the width of its 95 % interval."""
+    d = difference(values, [0.0] * len(values))
+    return f"{d.mean:.3f} ± {d.half:.3f}"
+
+
+def print_lengths(corpus: str, data: Path) -> None:
+    """Print how long the answers of each half are, and how well length finds wrong answers, beside confidence.
+
+    By the seeds whose scores were kept. Lengths are in characters.
+    """
+    halves, areas = [], []
+    for line in [line for line in read_lines(SCORES) if line["corpus"] == corpus]:
+        records, *_ = draw_examples(line["seed"], REALS[corpus], data)
+        answer, question = (np.array([len(record[key]) for record in records]) for key in ("output", "instruction"))
+        perplexity = np.array(line["perplexity"])
+        halves.append([answer[half].mean() for half in split_by_confidence(-perplexity)])
+        if "correct" in records[0]:
+            wrong = [not record["correct"] for record in records]
+            signals = {"low probability": -np.array(line["probability"]), "high perplexity": perplexity}
+            signals |= {"long answer": answer, "long question": question}
+            signals["high perplexity and long answer (sum of ranks)"] = ranks(perplexity) + ranks(answer)
+            areas.append({name: roc_auc(signal, wrong) for name, signal in signals.items()})
+    confident, unconfident = np.mean(halves, axis=0)
+    print(f"{len(halves)} seeds; mean length of answers: confident half {confident:.0f}, unconfident {unconfident:.0f}")
+    by_signal = {name: [area[name] for area in areas] for name in (areas[0] if areas else ())}
+    for name, values in by_signal.items():
+        d = difference(values, by_signal["high perplexity"])
+        print(f"{name}: area {mean_and_half(values)}, − high perplexity {d.mean:+.3f} ± {d.half:.3f}")
+
+
+def ranks(values) -> np.ndarray:
+    """0 for the smallest value, 1 for the next, …"""
+    return np.argsort(np.argsort(values, kind="stable"))
 
 
 def beyond_table(results: Results) -> list[str]:
@@ -305,7 +347,7 @@ def beyond_table(results: Results) -> list[str]:
     pairs = [(arm, "random pairs, μ = 1") for arm in results.arms([LONG]) if arm in arms]
     measures = {"eval_accuracy": (".1f", 100), "accuracy": (".1f", 100), "loss": (".4f", 1)}
     columns = [[signed(*test, *measures[m]) for test in compared(results, [LONG], pairs, m)] for m in measures]
-    headings = "exact match to choose by, points | p | exact match on test, points | p | held-out loss on test | p"
+    headings = "exact match, validation, points | p | exact match, held out, points | p | raw loss, held out | p"
     lines = [f"| − random pairs, μ = 1 | {headings} |", "|---|---|---|---|---|---|---|"]
     for (arm, _), *cells in zip(pairs, *columns, strict=True):
         lines.append(f"| {arm} | {' | '.join(text for cell in cells for text in cell)} |")
@@ -315,19 +357,20 @@ def beyond_table(results: Results) -> list[str]:
 COLOURS = ("#2a6f97", "#d1495b")
 
 
-def effects(results: Results, axes, cells: list[str], arms: list[str], measure: str, factor: float) -> None:
-    """For each cell a row, and in it each arm's difference to NTP with its 95 % interval."""
-    for arm, colour, shift in zip(arms, COLOURS, (-0.12, 0.12), strict=True):
+def effects(results: Results, axes, cells: list[str], sftmix: str, split: str, measure: str, factor: float) -> None:
+    """For each cell a row, and in it the differences of SFTMix and of random pairs from NTP, with 95 % intervals."""
+    arms = {sftmix: f"SFTMix, by {split}", "random pairs": "random pairs"}
+    for (arm, label), colour, shift in zip(arms.items(), COLOURS, (-0.12, 0.12), strict=True):
         found = [results.difference([cell], arm, "NTP", measure) for cell in cells]
         means, halves = ([factor * value for value in values] for values in zip(*(d[:2] for d in found), strict=True))
         places = [row + shift for row in range(len(cells))]
-        axes.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=arm)
+        axes.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=colour, capsize=2, label=label)
     axes.axvline(0, color="black", lw=1)
-    seeds = [len(results.of([cell], arms[0], measure)) for cell in cells]
+    seeds = [len(results.of([cell], sftmix, measure)) for cell in cells]
     axes.set_yticks(range(len(cells)), [f"{cell}\n{n} seeds" for cell, n in zip(cells, seeds, strict=True)])
     empty = max(6 - len(cells), 0) / 2  # rows are as high in a panel of few
     axes.set_ylim(len(cells) - 0.5 + empty, -0.5 - empty)  # the first on top
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -341,11 +384,11 @@ def picture(results: Results) -> None:
     arms, key = ["SFTMix, by perplexity", "random pairs"], "loss_at_temperature"
     cells = [cell for cell in REALS if min(len(results.of([cell], arm, key)) for arm in ["NTP", *arms]) > 2]
     panels = 1 + bool(cells)
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.3), layout="constrained", squeeze=False)
     if cells:
-        effects(results, axes[0, 0], cells, arms, key, 1)
+        effects(results, axes[0, 0], cells, arms[0], "perplexity", key, 1)
         axes[0, 0].axvspan(-MARGIN, MARGIN, color="black", alpha=0.08, lw=0)
         axes[0, 0].set(xlabel="nats, lower is better; grey: too small to matter", title="Temperature-scaled loss − NTP")
-    effects(results, axes[0, -1], list(DEMOS), ["SFTMix", "random pairs"], "accuracy", 100)
+    effects(results, axes[0, -1], list(DEMOS), "SFTMix", "probability", "accuracy", 100)
     axes[0, -1].set(xlabel="points, higher is better; by % of wrong answers", title="Exact match − NTP")
     figure.savefig(ROOT / "docs" / "study.png", dpi=150)
