@@ -77,7 +77,7 @@ class Format(NamedTuple):
 FORMATS = (  # the first one whose keys a record has is taken
     Format("messages"),  # OpenAI, UltraChat 200K, Tulu 3
     Format("conversations"),  # ShareGPT, LIMA
-    Format("conversation"),  # Capybara
+    Format("conversation"),  # Capybara, XTuner
     Format("instruction", "output"),  # Alpaca, MedAlpaca
     Format("instruction", "response"),  # Dolly
     Format("prompt", "completion"),  # TRL; texts, or lists of turns
@@ -92,13 +92,15 @@ FORMATS = (  # the first one whose keys a record has is taken
 # Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
 # prompt that is a text may have `input` or `context`, which follows it under a heading.
 PROMPT_FORMATS = tuple(map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")])))
+RESPONSE_KEYS = {response for _, response in FORMATS if response}
 TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model"),
 }
-LOSS_KEYS = ("weight", "train", "loss_mask", "loss")  # of an assistant turn: 0 or false if it is not to be learned
+# Of an assistant turn: 0 or false if it is not to be learned.
+LOSS_KEYS = ("weight", "train", "loss_mask", "loss", "output_with_loss")
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _NO_INPUT = ("", "nan", "<noinput>", "<no input>")  # what data sets write where there is no input
 _SPELLED_OUT_TOKENS = re.compile(
@@ -117,29 +119,37 @@ def to_example(record: dict) -> Example:
     form, notes = _find_format(record, FORMATS), []
     if form.prompt == "text":
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
-        if _SPELLED_OUT_TOKENS.search(messages[0]["content"]):
-            notes.append("tokens of a chat template spelled out in a text, learned as plain text")
     else:
         messages = _conversation(record, form, notes)
+    if any(_SPELLED_OUT_TOKENS.search(message["content"]) for message in messages):
+        notes.append("tokens of a chat template spelled out in a text, taken as plain text")
     notes += [f"ignored key {key}" for key, value in record.items() if not _is_empty(value)]  # not yet read
     content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
     return Example(content_id, messages, tuple(dict.fromkeys(notes)))
 
 
-def to_prompt(record: dict) -> tuple[list[dict], list[str]]:
-    """Read what a record asks. -> (the messages before, the user turns to be answered one after the other)
+def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
+    """Read what a record asks: the prompt that `to_example` reads, or one without a response.
+
+    -> (the messages before, the user turns to be answered one after the other, notes as those of an `Example`)
 
     Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
     """
-    record = drop_missing(record)
-    form = _find_format(record, PROMPT_FORMATS)
+    record, notes = drop_missing(record), []
+    form = _match_format(_filled_keys(record), FORMATS)
+    if "turns" in record or form is None or form.prompt == "text":
+        form = _find_format(record, PROMPT_FORMATS)
     if form.prompt == "turns":
-        if not isinstance(record["turns"], list) or not record["turns"]:
+        turns = record.pop("turns")
+        if not isinstance(turns, list) or not turns:
             raise ValueError("turns must be a list of texts")
-        turns = [require_text(turn, f"turns[{number}]") for number, turn in enumerate(record["turns"])]
-        return _take_system(record) + _take_history(record), turns
-    *before, last = _conversation(record, form, [], last="user")
-    return before, [last["content"]]
+        turns = [require_text(turn, f"turns[{number}]") for number, turn in enumerate(turns)]
+        before = _take_system(record) + _take_history(record)
+    else:
+        *before, last = _conversation(record, Format(form.prompt), notes, last="user")
+        turns = [last["content"]]
+    ignored = record.keys() & _filled_keys(record) - RESPONSE_KEYS
+    return before, turns, [*dict.fromkeys(notes), *(f"ignored key {key}" for key in record if key in ignored)]
 
 
 def drop_missing(record: dict) -> dict:
@@ -151,13 +161,19 @@ def _is_empty(value) -> bool:
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
+def _filled_keys(record: dict) -> set[str]:
+    return {key for key, value in record.items() if not _is_empty(value)}
+
+
+def _match_format(keys, formats: Sequence[Format]) -> Format | None:
+    return next((form for form in formats if all(key is None or key in keys for key in form)), None)
+
+
 def _find_format(record: dict, formats: Sequence[Format]) -> Format:
     # Merged data sets may have "" or [] in the columns of the others. Where no format is filled, an empty key is named.
-    filled = {key for key, value in record.items() if not _is_empty(value)}
-    for keys in (filled, record.keys()):
-        for form in formats:
-            if all(key is None or key in keys for key in form):
-                return form
+    for keys in (_filled_keys(record), record.keys()):
+        if form := _match_format(keys, formats):
+            return form
     known = sorted({key for form in formats for key in form if key})
     near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
@@ -223,8 +239,7 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
     if all(isinstance(turn, str) for turn in turns):
         turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
-        pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in turns]
-        turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+        turns = [turn for number, pair in enumerate(turns) for turn in _turns_of_pair(pair, is_first=number == 0)]
     roles = [_role(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
     start = roles.index("user") if "user" in roles else len(roles)
     end = max((n + 1 for n, role in enumerate(roles) if role == last), default=0)
@@ -247,6 +262,14 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
     return messages
 
 
+def _turns_of_pair(pair: dict, is_first: bool) -> list[dict]:
+    """The turns of {"input", "output"}. The first pair may have a system turn; what else there is is the answer's."""
+    pair = dict(pair)
+    system = [{"role": "system", "content": pair.pop("system")}] if is_first and "system" in pair else []
+    user = {"role": "user", "content": pair.pop("input")}
+    return [*system, user, {"role": "assistant", "content": pair.pop("output"), **pair}]
+
+
 def _role(turn, place: str) -> str:
     if not isinstance(turn, dict):
         raise ValueError(f"{place}: a turn must be an object with role and content, not {type(turn).__name__}")
@@ -265,6 +288,8 @@ def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
     """The message of a turn, with "weight": 0 if it is marked as not to be learned."""
     message = {"role": role, "content": require_text(turn.get(key := _content_key(turn)), f"{place}.{key}")}
     list_name = place.partition("[")[0]
+    if role == "assistant" and message["content"][0] in " \t":  # in code, it may be the indentation
+        notes.append("white space before an answer left out")
     for key, value in turn.items():
         if key in LOSS_KEYS:
             if value not in (0, 1):

@@ -106,6 +106,8 @@ if __name__ == "__main__":
         sys.exit("--output_dir has checkpoints of an earlier run")
     if args.per_device_train_batch_size % 2:
         sys.exit("--per_device_train_batch_size must be even, since SFTMix trains on pairs")
+    if args.save_strategy == "no" or args.save_total_limit is not None:
+        sys.exit("the checkpoints of the reference run are scored: neither --save_strategy no nor --save_total_limit")
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
     encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), limit)

@@ -230,13 +230,13 @@ def load_dataset(
     dataset, reading = load_cache(folder, find_files(data))
     reading.check(name, skip_bad_records)
     if len(dataset) == 0:
-        raise ValueError(f"{name}: no response starts within --max_length {max_length}")
+        raise ValueError(f"{name}: no response to learn starts within --max_length {max_length}")
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
     print0(f"{name}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.num_truncated or dataset.num_dropped:
         print0(
             f"{name}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped"
-            + " (no response starts within them)" * bool(dataset.num_dropped),
+            + " (no response to learn starts within them)" * bool(dataset.num_dropped),
             file,
         )
     for line in reading.summary():

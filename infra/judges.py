@@ -6,6 +6,7 @@ Below, `args` are the parsed arguments of `eval.py generate`.
 import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 from data import to_prompt
 from infra.cli import ArgumentParser, check_output_path
-from infra.distributed import barrier, print_result, rank, wait_for_rank0, world_size
+from infra.distributed import barrier, print0, print_result, rank, wait_for_rank0, world_size
 from infra.files import atomic_write, sha256_of
 from infra.locks import file_lock
-from infra.records import data_checksums, describe, read_records
+from infra.records import data_checksums, describe, read_records, summarize_notes
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -57,6 +58,7 @@ class PromptRecord(NamedTuple):
     record: dict  # as it stands in the file
     history: list[dict]  # the messages before the turns
     turns: list[str]
+    notes: list[str]  # what of the record is not asked
 
 
 class Answers(NamedTuple):
@@ -77,6 +79,9 @@ def to_prompt_record(record: dict, output_format: str) -> PromptRecord:
 def load_prompt_records(args) -> list[PromptRecord]:
     """Read the records in --data. ValueError if two questions of MT-Bench have the same id."""
     records = read_records(args.data, partial(to_prompt_record, output_format=args.format))
+    if args.format == "jsonl":  # a judge knows the other keys of its own file
+        for line in summarize_notes(args.data, records):
+            print0(line, sys.stderr)
     if args.format == "mt_bench":
         counts = Counter(str(record.record["question_id"]) for record in records)
         repeated = [question_id for question_id, count in counts.items() if count > 1]

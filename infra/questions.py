@@ -1,12 +1,16 @@
 """Multiple-choice questions and the formats of their records."""
 
+import sys
 from typing import NamedTuple
 
 from data import drop_missing, require_text
-from infra.records import read_records
+from infra.distributed import print0
+from infra.records import read_records, summarize_notes
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
 ANSWER_KEYS = ("answer_idx", "answer_index", "answer", "answerKey")  # the first one that a record has is read
+SUBJECT_KEYS = ("subject", "category", "meta_info")  # likewise
+READ_KEYS = {"question", "options", "choices", *ANSWER_KEYS, *SUBJECT_KEYS}
 
 
 class Question(NamedTuple):
@@ -16,6 +20,7 @@ class Question(NamedTuple):
     choices: list[str]
     answer: int  # the index of the correct choice
     subject: str | None
+    notes: tuple[str, ...] = ()  # what of the record is not part of the question
 
 
 def to_question(record: dict) -> Question:
@@ -37,7 +42,8 @@ def to_question(record: dict) -> Question:
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
     choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
 
-    answer = next((record[key] for key in ANSWER_KEYS if key in record), None)
+    key = next((key for key in ANSWER_KEYS if key in record), None)
+    answer = record.get(key)
     if answer is None:
         raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
     labels = labels if isinstance(labels, list) else []
@@ -45,6 +51,8 @@ def to_question(record: dict) -> Question:
         if answer != labels.index(str(answer)) and answer < len(choices):
             raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
         answer = str(answer)
+    if key == "answer" and answer in labels and answer in choices and labels.index(answer) != choices.index(answer):
+        raise ValueError(f"answer {answer!r} may be a label or the text of another choice; write a label as answer_idx")
     if type(answer) in (str, int) and answer in labels:
         answer = labels.index(answer)
     elif isinstance(answer, str) and answer.strip() in choices:
@@ -52,11 +60,15 @@ def to_question(record: dict) -> Question:
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer!r} is none of the choices")
 
-    subject = next((record[key] for key in ("subject", "category", "meta_info") if key in record), None)
+    subject = next((record[key] for key in SUBJECT_KEYS if key in record), None)
     subject = None if subject is None else str(subject)
-    return Question(require_text(record["question"], "question"), choices, answer, subject)
+    notes = tuple(f"ignored key {key}" for key in record if key not in READ_KEYS)
+    return Question(require_text(record["question"], "question"), choices, answer, subject, notes)
 
 
 def load_questions(path) -> list[Question]:
-    """Read the questions of data files. Raises what `read_records` does."""
-    return read_records(path, to_question)
+    """Read the questions of data files, and print which keys are not part of them. Raises what `read_records` does."""
+    questions = read_records(path, to_question)
+    for line in summarize_notes(path, questions):
+        print0(line, sys.stderr)
+    return questions

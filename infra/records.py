@@ -4,6 +4,7 @@ What the keys of a record mean is in data.py. Here is where records are, how a f
 are bad.
 """
 
+import base64
 import contextlib
 import glob
 import gzip
@@ -57,6 +58,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if len(splits) > 1:
         one = "train" if "train" in splits else splits[0]
         raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/*{one}*'")
+    if splits and splits != ["train"] and None in found:
+        named, other = files[[m is not None for m in found].index(True)].name, files[found.index(None)].name
+        raise ValueError(f"{folder}: {named} may be of another split than {other}; give the files themselves")
+    if twice := {f.name for f in files} & {f.name.removesuffix(".gz") for f in files if f.suffix == ".gz"}:
+        raise ValueError(f"{folder}: has both {min(twice)} and {min(twice)}.gz; remove one of them")
     return files
 
 
@@ -138,9 +144,23 @@ class Rows(NamedTuple):
         """(place, record) of each row."""
         with _parquet(self.path) as file:
             table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, self.count)
-            columns = [_to_list(column) for column in table.columns]
+            columns = [self._values(name, table[name]) for name in table.column_names]
         for number, values in enumerate(zip(*columns, strict=True), start=self.first):
             yield f"{self.path}: row {number}", dict(zip(table.column_names, values, strict=True))
+
+    def _values(self, name: str, column) -> list:
+        """The values of a column as Python objects; numbers for dates that Python does not have."""
+        kind = str(column.type)
+        if kind == "float":  # 0.1 stays 0.1
+            column = column.cast("string").cast("double")
+        elif kind.startswith("timestamp[ns"):  # Python's have microseconds
+            column = column.cast("timestamp[ns]").cast("string")
+        try:
+            return column.to_pylist()
+        except (ValueError, OverflowError):  # beyond the year 9999, nanoseconds, an unknown time zone
+            if column.type.num_fields:
+                raise ValueError(f"{self.path}: column {name} has dates that Python does not have") from None
+            return column.cast("int32" if kind.startswith("date32") else "int64").to_pylist()
 
 
 Chunk = Lines | Document | Rows
@@ -186,6 +206,7 @@ _NO_TEXT = {  # how files begin that hold no text in UTF-8
     b"BZh": "compressed with bzip2; unpack it first",
     b"\xfd7zXZ": "compressed with xz; unpack it first",
     b"ARROW1": "an Arrow file; save it as .parquet or .jsonl",
+    b"\xff\xff\xff\xff": "an Arrow file; save it as .parquet or .jsonl",
 }
 
 
@@ -257,14 +278,6 @@ def _parquet(path: Path):
         raise ValueError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from None
 
 
-def _to_list(column) -> list:
-    """The values of a column as Python objects; numbers for dates that Python does not have."""
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):  # beyond the year 9999, nanoseconds, an unknown time zone
-        return column.cast("int32" if str(column.type).startswith("date32") else "int64").to_pylist()
-
-
 def _split_parquet(path: Path) -> Iterator[Rows]:
     first = 1
     with _parquet(path) as file:
@@ -294,11 +307,19 @@ def json_lines(chunk: Chunk) -> Iterator[bytes]:
 
 
 def to_json_line(value) -> bytes:
-    """A value as a line of JSON in UTF-8. Half characters stay escaped, and dates of parquet files become texts."""
-    return (json.dumps(value, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+    """A value as a line of JSON in UTF-8. Half characters stay escaped; dates and bytes of parquet files are texts."""
+    return (json.dumps(value, ensure_ascii=False, default=_to_text) + "\n").encode(errors="backslashreplace")
+
+
+def _to_text(value) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------
+
+
+NUM_REASONS = 8  # that a summary names
+_NUMBERS_OF_A_RECORD = re.compile(r"(?<=\[)\d+(?=\])|(?<=line )\d+|(?<=column )\d+|(?<=char )\d+")
 
 
 class BadRecord(NamedTuple):
@@ -349,8 +370,11 @@ class Reading:
     def summary(self) -> list[str]:
         """Lines that say what was left out or ignored, of how many records."""
         ignored = {note: n for note, n in self.notes.items() if note.startswith("ignored key ")}
-        reasons = Counter(re.sub(r"\d+", "N", bad.reason) for bad in self.bad)
-        lines = [f"{n:,} of {self.num_records:,} records skipped: {reason}" for reason, n in reasons.most_common()]
+        reasons = Counter(_NUMBERS_OF_A_RECORD.sub("N", bad.reason) for bad in self.bad)
+        named = dict(reasons.most_common(NUM_REASONS))
+        if len(reasons) > NUM_REASONS:
+            named[f"{len(reasons) - NUM_REASONS} other reasons"] = reasons.total() - sum(named.values())
+        lines = [f"{n:,} of {self.num_records:,} records skipped: {reason}" for reason, n in named.items()]
         lines += [
             f"{note} (in {n:,} of {self.num_records:,} records)" for note, n in (self.notes - Counter(ignored)).items()
         ]
@@ -379,6 +403,13 @@ class Reading:
             raise ValueError(f"{first} ({advice})")
         named = "".join(f"\n  {line}" for line in (first, *more))
         raise ValueError(f"{name}: {num_bad:,} of {self.num_records:,} records are bad ({advice}), such as{named}")
+
+
+def summarize_notes(data, parsed: list) -> list[str]:
+    """Lines that say what was left out of records: the `notes` of what `read_records` has returned."""
+    notes = Counter(note for value in parsed for note in value.notes)
+    lines = Reading(Counter({describe(data): len(parsed)}), notes=notes).summary()
+    return [f"{describe(data)}: {line}" for line in lines]
 
 
 def read_records(data, parse: Callable, skip_bad: bool | None = None) -> list:

@@ -100,7 +100,7 @@ def match_scores(data, ids: list[str], skip_bad_records: bool, file=None) -> Sco
     if len(unscored := numbers[~has_score]):
         places = [place for place, _ in _read(files, unscored[:NUM_NAMED])]
         more = f" and {len(unscored) - NUM_NAMED:,} more" if len(unscored) > NUM_NAMED else ""
-        why = "no response within the --max_length of the scores, or not in the data that was scored"
+        why = "no response to learn within the --max_length of the scores, or not in the data that was scored"
         print0(f"{name}: {len(unscored):,} left out without a score ({why}): {', '.join(places)}{more}", file)
     if other := len(ids) - len(np.unique(records.rows)):
         print0(f"{other:,} of {len(ids):,} scores are of other records", file)

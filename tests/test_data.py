@@ -142,7 +142,47 @@ def test_system_and_history_of_any_format_come_first():
     with pytest.raises(ValueError, match="system is given twice"):
         to_example({"system": "x", "messages": [system, *TURN]})
     asked = {"turns": ["Why?", "And?"], "system": "Be brief.", "history": [["a", "b"], ["c", "d"]]}
-    assert to_prompt(asked) == ([system, *earlier], ["Why?", "And?"])
+    assert to_prompt(asked) == ([system, *earlier], ["Why?", "And?"], [])
+
+
+@pytest.mark.parametrize(
+    "record, prompt, ignored",
+    [
+        ({"instruction": "Answer it.", "question": "Who?", "answer": "Me."}, "Who?", ["instruction"]),
+        ({"instruction": "Answer it.", "prompt": "Who?", "completion": "Me."}, "Who?", ["instruction"]),
+        ({"messages": TURN, "id": 3}, "Why?", ["id"]),
+        ({"prompt": TURN[:1], "completion": TURN[1:]}, "Why?", []),
+    ],
+)
+def test_the_prompt_to_answer_is_the_one_that_is_trained_on(record, prompt, ignored):
+    assert to_prompt(record) == ([], [prompt], [f"ignored key {key}" for key in ignored])
+    assert to_example(record).messages[0]["content"] == prompt
+
+
+def test_a_prompt_needs_no_response():
+    asked = {"question": "Who?", "answer": "", "passage": "Long ago"}
+    assert to_prompt(asked) == ([], ["Who?"], ["ignored key passage"])
+    assert to_prompt({"instruction": "Answer it.", "prompt": "Who?"}) == ([], ["Answer it."], ["ignored key prompt"])
+
+
+def test_pairs_of_input_and_output_keep_their_marks():
+    first = {"system": "Be brief.", "input": "Why?", "output": "So.", "output_with_loss": False, "tone": "dry"}
+    example = to_example({"conversation": [first, {"input": "And?", "output": "No.", "system": "Late."}]})
+    assert example.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So.", "weight": 0},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No."},
+    ]
+    assert example.notes == ("ignored key conversation[].tone", "ignored key conversation[].system")
+
+
+def test_template_tokens_and_white_space_before_an_answer_are_noted():
+    record = {"prompt": "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "completion": "So."}
+    assert to_example(record).notes == ("tokens of a chat template spelled out in a text, taken as plain text",)
+    code = {"prompt": " def f():", "completion": "    return 1\n"}
+    assert to_example(code).notes == ("white space before an answer left out",)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +245,7 @@ def test_ignored_keys_of_turns_and_template_tokens_in_texts_are_noted():
         "ignored key images",
     )
     assert to_example({"text": "<s>[INST] Why? [/INST] So."}).notes == (
-        "tokens of a chat template spelled out in a text, learned as plain text",
+        "tokens of a chat template spelled out in a text, taken as plain text",
     )
 
 
@@ -398,7 +438,10 @@ def test_a_disk_that_is_full_while_data_is_encoded_is_named(monkeypatch, data_fi
 
 @pytest.mark.parametrize(
     "content, message",
-    [("\n", "no records in it"), ('{"prompt": "a", "completion": "b"}\n', "no response starts within --max_length 3")],
+    [
+        ("\n", "no records in it"),
+        ('{"prompt": "a", "completion": "b"}\n', "no response to learn starts within --max_length 3"),
+    ],
 )
 def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content, message):
     (tmp_path / "d.jsonl").write_text(content)

@@ -170,6 +170,10 @@ def test_questions_are_read_however_they_tell_the_answer(record):
     [
         ({"question": "Q?"}, "question and options"),
         ({"question": "Q?", "choices": {"1": "yes", "2": "no"}, "answer": 1}, "answer 1 may be a label or an index"),
+        (
+            {"question": "Q?", "choices": ["O", "A", "B"], "answer": "A"},
+            "answer 'A' may be a label or the text of another choice",
+        ),
         ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
         ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
@@ -261,6 +265,14 @@ def test_choice_prints_a_report_and_writes_a_line_a_question(model_folder, tmp_p
     assert [line["answer"] for line in lines] == ["B", "A"] and [len(line["scores"]) for line in lines] == [2, 3]
     assert report["accuracy"] == np.mean([line["choice"] == line["answer"] for line in lines])
     assert (report["questions"], report["by"], report["template"]) == (2, "text", "plain")
+
+
+@pytest.mark.parametrize("command, more", [("choice", {"choices": ["a", "b"], "answer": 0}), ("generate", {})])
+def test_keys_that_are_not_asked_are_named(model_folder, tmp_path, capsys, command, more):
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "the dog?", "article": "a fox", **more}] * 2))
+    flags = ["--max_new_tokens", 1] if command == "generate" else []
+    eval_module.main([str(word) for word in [command, "--model", model_folder, "--data", tmp_path / "q.json", *flags]])
+    assert "q.json: ignored keys: article (in 2) of 2 records" in capsys.readouterr().err
 
 
 ASKED = {

@@ -8,7 +8,7 @@ import pytest
 
 import infra.records
 from data import load_examples, to_example
-from infra.records import CHUNK_ROWS, Reading, find_files, read_records, split_file
+from infra.records import CHUNK_ROWS, NUM_REASONS, Reading, find_files, json_lines, read_records, split_file
 
 RECORDS = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(5)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -83,7 +83,7 @@ def test_a_compressed_list_that_ends_too_early_is_damaged(monkeypatch, tmp_path)
         load_examples(tmp_path / "d.json.gz")
 
 
-def test_dates_that_python_does_not_have_are_numbers(tmp_path):
+def test_dates_that_python_does_not_have_are_texts_or_numbers(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -97,6 +97,27 @@ def test_dates_that_python_does_not_have_are_numbers(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a"], **columns}), tmp_path / "d.parquet")
     (example,) = load_examples(tmp_path / "d.parquet")
     assert example.messages[0]["content"] == "a"
+    nested = pyarrow.array([[{"t": 10**12}]], pyarrow.list_(pyarrow.struct([("t", pyarrow.timestamp("s"))])))
+    parquet.write_table(pyarrow.table({"text": ["a"], "when": nested}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d.parquet: column when has dates that Python does not have"):
+        load_examples(tmp_path / "d.parquet")
+
+
+def test_a_parquet_row_as_a_line_of_json(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "float": pyarrow.array([0.1, None], pyarrow.float32()),
+        "time": pyarrow.array([1000, 1], pyarrow.timestamp("ns", tz="UTC")),
+        "bytes": [b"\x89", None],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    (chunk,) = split_file(tmp_path / "d.parquet")
+    assert [json.loads(line) for line in json_lines(chunk)] == [
+        {"float": 0.1, "time": "1970-01-01 00:00:00.000001000", "bytes": "iQ=="},
+        {"float": None, "time": "1970-01-01 00:00:00.000000001", "bytes": None},
+    ]
 
 
 def test_a_large_row_group_is_not_read_for_every_few_rows(monkeypatch, tmp_path):
@@ -168,6 +189,16 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
             (folder / name).touch()
         with pytest.raises(ValueError, match=r"several splits .* give '.*/\*train\*'"):
             find_files(folder)
+    for names, message in {
+        ("alpaca.jsonl", "alpaca_test.jsonl"): "alpaca_test.jsonl may be of another split than alpaca.jsonl",
+        ("a.jsonl", "a.jsonl.gz", "b.jsonl"): "has both a.jsonl and a.jsonl.gz",
+    }.items():
+        folder = tmp_path / f"of {names[0]}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises(ValueError, match=message):
+            find_files(folder)
     with pytest.raises(ValueError, match=r"is a pipe or a device, .* write it to a file first"):
         find_files("/dev/null")
 
@@ -191,6 +222,16 @@ def test_a_file_that_is_bad_for_the_most_part_is_refused(tmp_path):
         load_examples(tmp_path, skip_bad_records=True)
     with pytest.raises(ValueError, match=r"2 of 8 records are bad \(correct or remove them\)"):
         load_examples(tmp_path)
+
+
+def test_the_summary_names_the_most_frequent_reasons():
+    reading = Reading()
+    records = [{"messages": [{"role": name, "content": "x"}]} for name in [*"abcdefghijkl", "l"]]
+    part = SimpleNamespace(path="d", records=lambda: ((f"d:{n}", record) for n, record in enumerate(records)))
+    assert list(reading.parse(part, to_example)) == []
+    lines = reading.summary()
+    assert len(lines) == NUM_REASONS + 1 and "2 of 13 records skipped: messages[N]: the role 'l'" in lines[0]
+    assert lines[-1] == "4 of 13 records skipped: 4 other reasons"
 
 
 def test_the_summary_says_what_was_left_out_of_how_many():

@@ -134,7 +134,7 @@ def test_records_without_a_score_are_left_out_counted_and_named(folder, capsys):
     told = capsys.readouterr().err
     assert "more.jsonl: 12 records, 4 of them with a score\n" in told and "1 of 12 records skipped: not valid" in told
     places = ", ".join(f"{folder}/more.jsonl:{n}" for n in range(1, 6))
-    assert "7 left out without a score (no response within" in told and f": {places} and 2 more\n" in told
+    assert "7 left out without a score (no response to learn within" in told and f": {places} and 2 more\n" in told
     assert "4 of 8 scores are of other records\n" in told
 
 

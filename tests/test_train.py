@@ -863,7 +863,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--model", "window"], "--max_length 200: window has only 64 tokens in its sliding_window"),
         (["--template", "chatml"], "template chatml: the tokenizer has no token <|im_start|>"),
         (["--max_length", "9999"], "has only 512 positions"),
-        (["--max_length", "5"], "train.jsonl: no response starts within --max_length 5"),
+        (["--max_length", "5"], "train.jsonl: no response to learn starts within --max_length 5"),
         (["--stage", "sftmix"], "confidence.jsonl: not found; train.py --stage confidence makes it"),
         (["--confidence", "none.jsonl"], "none.jsonl: not found"),
         (["--stage", "confidence"], "no finished reference run there; --stage reference makes one"),
