@@ -77,6 +77,8 @@ _SUPPORTED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "use_bidirectional_attention": False,
+    "is_causal": True,
+    "rope_interleaved": False,
     "use_sliding_window": False,
     "num_experts": None,
     "num_local_experts": None,

@@ -75,6 +75,7 @@ from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
     check_output,
+    forget_results,
     lock_output,
     place_of,
     print_report,
@@ -88,7 +89,7 @@ from infra.output import (
     stages_to_run,
 )
 from infra.plan import print_example, print_plan
-from infra.resume import check_model_unchanged, check_scores_unchanged, continue_config, record_config
+from infra.resume import check_model_unchanged, check_scores, continue_config, record_config
 from infra.savepoints import Savepoints
 from mixup import sftmix_loss
 from model import ModelConfig, Transformer
@@ -338,7 +339,9 @@ def train(
     after_step: dict[int, Callable[[], None]] | None = None,
     savepoints: Savepoints | None = None,
 ) -> dict:
-    """Train `model` in place for `config.epochs`. -> {"seconds"} without pauses, and rank 0's {"peak_memory_bytes"}
+    """Train `model` in place for `config.epochs`.
+
+    -> {"seconds"} without pauses, rank 0's {"peak_memory_bytes"}, and how many steps were {"skipped"}
 
     `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
     finished steps to a function that is then called. With `savepoints`, training resumes from the newest of them and
@@ -386,7 +389,9 @@ def train(
         if savepoints and all_reduce_sum(torch.tensor(len(signals), device=device)):  # since the last step
             exit_stopped(done, signals)
     model.eval()
-    return {"seconds": metrics.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+    if metrics.skipped:
+        print0(f"warning: {metrics.skipped} of {total_steps} steps were skipped, not being finite", sys.stderr)
+    return {"seconds": metrics.seconds, "peak_memory_bytes": peak_memory_bytes(device), "skipped": metrics.skipped}
 
 
 def exit_stopped(done: int, signals: list[int]) -> None:
@@ -458,6 +463,7 @@ def pretrain_demo_base(config: TrainConfig, device) -> dict:
     """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
     output = Path(config.output)
     record_config(config)
+    forget_results(config)
     if rank() == 0:
         write_demo_data(output / "data", config.seed)
     barrier()
@@ -529,6 +535,8 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     dynamics.save(file)
     entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
     entry["sha256"] = sha256_of(file)
+    if config.online:
+        entry["online"] = True
     truth = Path(config.output) / "data" / "wrong.json"
     if truth.exists():  # the demo knows which answers are wrong: does low confidence find them?
         wrong = np.isin(dynamics.ids, json.loads(truth.read_text()))
@@ -539,7 +547,7 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
 def load_dynamics(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
     """The training dynamics of the examples, from the file of --confidence or from the run itself."""
     if config.confidence is None:
-        check_scores_unchanged(config)
+        check_scores(config)
     file = config.confidence or Path(config.output) / "confidence.jsonl"
     dynamics = TrainingDynamics.load(file)
     try:
@@ -607,7 +615,9 @@ def run(config: TrainConfig, device) -> None:
 
 
 def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
-    """Warn if a batch of pairs is too small to give every process one."""
+    """Warn if a batch of pairs is too small to give every process one, or has one example too many."""
+    if config.batch_size % 2:
+        print0(f"warning: --batch_size {config.batch_size} is odd; SFTMix, which trains on pairs, could not follow")
     if config.batch_size < 2 * num_processes:
         print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
@@ -615,7 +625,7 @@ def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     """Check all that a run is given, then run these stages."""
     config = resolve_hardware(continue_config(config), device)
-    train_stats = {"seconds": None, "peak_memory_bytes": None}
+    train_stats = {"seconds": None, "peak_memory_bytes": None, "skipped": None}
     if config.model is None:
         if "base" in stages:
             train_stats = pretrain_demo_base(config, device)
@@ -625,14 +635,13 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         config = replace(config, **{name: str(Path(config.output) / path) for name, path in paths.items()})
     config, tokenizer = resolve_model(config)
     inputs = load_inputs(config, tokenizer)
-    if "sftmix" in stages and len(inputs.train) < 2:
-        raise ValueError(f"{config.data}: SFTMix mixes two examples, and there is only one")
     # What a later stage reads is looked for now, and not after hours of the stages before.
     if "confidence" in stages and "reference" not in stages:
         on_rank0(reference_checkpoints, config)
     if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     record_config(config)
+    forget_results(config)
     save_skipped(Path(config.output), inputs.train, inputs.held_out)
     wait_for_rank0()  # hashing the model and the data may take long
 

@@ -146,12 +146,16 @@ def parallel_map(function: Callable, items: Iterable) -> Iterator:
     context = multiprocessing.get_context("fork" if can_fork else None)
     with ProcessPoolExecutor(len(first), context, _init_worker, (function,)) as pool:
         pending = deque()
-        for item in items:
-            pending.append(pool.submit(_call, item))
-            if len(pending) == 2 * len(first):
+        try:
+            for item in items:
+                pending.append(pool.submit(_call, item))
+                if len(pending) == 2 * len(first):
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BaseException:  # such as Ctrl-C, which would otherwise wait for all that is pending
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _init_worker(function: Callable) -> None:

@@ -152,13 +152,13 @@ def _print_error(message: str, wait: bool = False) -> None:
 def defer_signals():
     """Yield a list to which SIGTERM, SIGINT and SIGHUP are appended instead of ending the process.
 
-    In a run of one process, a second signal raises KeyboardInterrupt. SIGHUP does not count: when a terminal closes,
-    the shell and the kernel may each send one, and service managers send it beside SIGTERM.
+    In a run of one process, a second SIGINT raises KeyboardInterrupt. A second SIGTERM or SIGHUP does not: those that a
+    job manager sends to all processes come again from torchrun, and a closing terminal may send several.
     """
     received = []
 
     def handler(number, frame):
-        if number != signal.SIGHUP and set(received) - {signal.SIGHUP} and world_size() == 1:
+        if number == signal.SIGINT and signal.SIGINT in received and world_size() == 1:
             raise KeyboardInterrupt
         received.append(number)
         if number == signal.SIGINT and world_size() == 1:  # by os.write, since the signal may interrupt a print

@@ -179,6 +179,8 @@ def warm_page_cache(path) -> None:
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder: a single one, or the shards that its index names."""
     file, index = path / "model.safetensors", path / INDEX_FILE
+    if (path / "adapter_config.json").is_file():  # transformers would apply it
+        raise ValueError(f"{path}: holds an adapter (adapter_config.json); merge it into its base, or move it away")
     if file.is_file():
         return [file]
     if not index.is_file():
@@ -360,7 +362,8 @@ def load_tokenizer(path) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids, the embedding only {config.vocab_size:,} rows; "
-            "they do not belong together"
+            f"remove {tokenizer.id_to_token(tokenizer.vocab_size - 1)!r} and others without a row from its files, or "
+            "resize the embedding"
         )
     return tokenizer
 

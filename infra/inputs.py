@@ -15,6 +15,7 @@ from infra.chat_templates import choose_template
 from infra.device import resolve_compile, resolve_dtype
 from infra.distributed import print0, rank
 from infra.hf import check_models, load_config, load_tokenizer, resolve_max_length, verify_weights
+from infra.output import stages_of
 from infra.records import Reading, describe, split_files
 from tokenizer import Tokenizer
 
@@ -53,6 +54,8 @@ def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, so that all errors in it are found before training."""
     settings = tokenizer, config.template, config.max_length, config.cache
     dataset = load_dataset(config.data, *settings, skip_bad_records=config.skip_bad_records)
+    if "sftmix" in stages_of(config) and len(dataset) < 2:
+        raise ValueError(f"{config.data}: SFTMix mixes two examples, and there is only one")
     check_saved_tokenizer(tokenizer, dataset, config)
     if config.eval_data is None:
         print0("no --eval_data: no model is evaluated")

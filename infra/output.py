@@ -204,6 +204,22 @@ def load_results(output: Path) -> dict:
     return results
 
 
+def forget_results(config) -> None:
+    """Remove the results of the stages that begin now, if the run is not resumed.
+
+    A new reference run makes the scores of an earlier one those of another model.
+    """
+    if rank() != 0 or config.resume:
+        return
+    results = load_results(Path(config.output))
+    begins = {STAGES[stage].result for stage in stages_of(config)}
+    if STAGES["reference"].result in begins or config.online:
+        begins.add(STAGES["confidence"].result)
+    if begins & results.keys():
+        kept = {name: entry for name, entry in results.items() if name not in begins}
+        write_json(Path(config.output) / "results.json", kept)
+
+
 def record_stage(config, stage: str, entry: dict) -> None:
     """Write the results of a stage, which finishes it, and remove its savepoints."""
     if rank() == 0:

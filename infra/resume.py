@@ -104,15 +104,21 @@ def check_model_unchanged(config) -> None:
             )
 
 
-def check_scores_unchanged(config) -> None:
-    """ValueError if the run's scores are not those that its confidence stage has written."""
+def check_scores(config) -> None:
+    """ValueError if the scores in the output folder are not those that its confidence stage has written."""
     file = Path(config.output) / "confidence.jsonl"
-    written = load_results(Path(config.output)).get("confidence", {}).get("sha256")
-    if written and file.exists() and sha256_of(file) != written:
-        raise ValueError(
-            f"{file}: is not what the confidence stage has written; bring its content back, or give scores of your own "
-            "as --confidence FILE"
-        )
+    if not file.exists():
+        return
+    entry = load_results(Path(config.output)).get("confidence", {})
+    if entry.get("online"):
+        what = "holds the scores of a run with --confidence online"
+    elif "sha256" not in entry:
+        what = "is not of this reference run"
+    elif sha256_of(file) != entry["sha256"]:
+        what = "is not what the confidence stage has written"
+    else:
+        return
+    raise ValueError(f"{file}: {what}; --stage confidence makes it, or give scores of your own as --confidence FILE")
 
 
 def input_checksums(config) -> dict:

@@ -16,6 +16,10 @@ import sentencepiece
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
+# What `transformers` 5 writes, beside Metaspace, so that a text that starts with a space gets a dummy prefix too.
+_DOUBLES_SPACE = "\\A▁"
+
+
 class NotSentencePieceError(ValueError):
     """A `tokenizer.model` has another format."""
 
@@ -94,8 +98,14 @@ class JsonModel:
             import tokenizers
         except ImportError:
             raise ValueError("there is only a tokenizer.json, which needs: pip install tokenizers") from None
+        prepends = '"Prepend"' in json.dumps(tokenizer_json.get("normalizer"))
         for entry in tokenizer_json.get("added_tokens", []):
             entry["special"] = entry["special"] or entry["content"] in template_tokens
+            if prepends and entry.get("normalized") and not entry["special"]:
+                raise ValueError(
+                    f"tokenizer.json: the added token {entry['content']!r} is found only after a space, since it is "
+                    'normalized; set its "normalized" to false'
+                )
         components = ("normalizer", "pre_tokenizer")
         no_prefix = tokenizer_json | {name: _without_prefix(tokenizer_json.get(name)) for name in components}
         self.adds_dummy_prefix = no_prefix != tokenizer_json
@@ -135,7 +145,7 @@ def _without_prefix(component):
         return [_without_prefix(entry) for entry in component]
     if not isinstance(component, dict):
         return component
-    if component.get("type") == "Prepend":
+    if component.get("type") == "Prepend" or component.get("pattern") == {"Regex": _DOUBLES_SPACE}:
         return {"type": "Sequence", "normalizers": []}
     if component.get("type") == "ByteLevel":
         return component | {"add_prefix_space": False}
@@ -167,7 +177,8 @@ def prefix_rules(config: dict, tokenizer_json: dict, model_type: str | None) -> 
     """The rules that `transformers` 5 applies to the same files. There are several conventions."""
     if config["tokenizer_class"] in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral":
         return PrefixRules(config.get("add_prefix_space") is not False, bool(config.get("legacy")), False)
-    if "Prepend" in json.dumps(tokenizer_json.get("normalizer")):
+    normalizer = json.dumps(tokenizer_json.get("normalizer"), ensure_ascii=False)
+    if "Prepend" in normalizer or _DOUBLES_SPACE in normalizer:
         return PrefixRules(True, True, True)
     if tokenizer_json:
         first_only = '"prepend_scheme": "first"' in json.dumps(tokenizer_json.get("pre_tokenizer"))

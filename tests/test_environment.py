@@ -346,16 +346,17 @@ def test_evaluation_needs_stdout(folder, monkeypatch, capsys):
 # --- Signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_signals_of_a_closing_terminal_stop_a_run_once():
+def test_signals_of_terminals_and_job_managers_stop_a_run_once():
     with defer_signals() as received:
         try:
-            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            numbers = [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+            for number in numbers:
                 os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             pytest.fail("a run that saves was interrupted")
-        assert received == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
+        assert received == numbers
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():

@@ -513,6 +513,34 @@ def test_what_a_finished_stage_has_made_and_is_gone_is_said(folder, tmp_path, ca
     assert code == 1 and f"{output}/confidence.jsonl: not found; train.py --stage confidence makes it" in error
 
 
+def test_a_stage_that_is_made_again_and_stopped_is_not_taken_for_finished(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "o"
+    main(flags(folder, output))
+    shutil.rmtree(output / "sftmix")
+    stopped(folder, output, monkeypatch, "--stage", "sftmix", "--mu", "1")
+    assert sorted(json.loads((output / "results.json").read_text())) == ["base", "confidence", "ntp"]
+    main(flags(folder, output, "--resume", "--mu", "1"))
+    assert list(json.loads((output / "results.json").read_text())) == ["base", "ntp", "confidence", "sftmix"]
+    main(flags(folder, tmp_path / "other", "--mu", "1"))
+    one, other = (load_file(path / "sftmix" / "model.safetensors") for path in (output, tmp_path / "other"))
+    assert_same(({"sftmix": one},), ({"sftmix": other},))
+
+
+def test_scores_of_another_run_are_not_taken_for_those_of_this_one(folder, tmp_path, capsys):
+    output = tmp_path / "o"
+    main(flags(folder, output))
+    shutil.rmtree(output / "reference")
+    shutil.rmtree(output / "sftmix")
+    main(flags(folder, output, "--stage", "reference", "--num_checkpoints", "1"))
+    code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix"))
+    assert code == 1 and f"{output}/confidence.jsonl: is not of this reference run" in error
+    online = tmp_path / "online"
+    main(flags(folder, online, "--confidence", "online"))
+    shutil.rmtree(online / "sftmix")
+    code, error = error_of(capsys, flags(folder, online, "--stage", "sftmix"))
+    assert code == 1 and f"{online}/confidence.jsonl: holds the scores of a run with --confidence online" in error
+
+
 def test_results_that_were_changed_are_named(folder, tmp_path, capsys):
     main(flags(folder, tmp_path / "o", "--stage", "base"))
     for changed in ('{"base": {"loss": 3.9}}', '{"base": [3.9]}', '{"ntp": {"checkpoints": "five"}}'):
@@ -563,7 +591,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(fol
     culprit = load_examples(folder / "train.jsonl")[7].id
     assert all(culprit in record["examples"] and len(record["examples"]) <= 6 for record in skipped)
     assert all(record["loss"] is not None for record in records if "skipped" not in record)
-    assert "skipped, since its loss is nan" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "skipped, since its loss is nan" in out and "warning: 2 of 8 steps were skipped, not being finite" in err
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["ntp"]["skipped"] == 2
     assert all(p.isfinite().all() for p in load_model(tmp_path / "o" / "reference").parameters())
     code, error = error_of(capsys, flags(folder, tmp_path / "p", "--stage", "reference", "--max_skipped", "1"))
     assert code == 1 and "1 steps in a row had no finite loss and gradient" in error

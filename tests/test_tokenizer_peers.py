@@ -93,6 +93,13 @@ def metaspace_files(folder, **options) -> dict[str, bytes]:
     return files | {"tokenizer.json": theirs.backend_tokenizer.to_str().encode()}
 
 
+def resaved_files(folder) -> dict[str, bytes]:
+    """What `transformers` 5 writes of a Mistral folder that has a SentencePiece model alone."""
+    write_files(folder, {**legacy_files(), "config.json": json.dumps({"model_type": "mistral"}).encode()})
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
+    return {name: (folder / "saved" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+
+
 def mistral_v3_files(folder) -> dict[str, bytes]:
     """As Mistral-7B-v0.3's: [INST] and [/INST] are control pieces of the model."""
     files = metaspace_files(folder, control_symbols=["[INST]", "[/INST]"])
@@ -185,6 +192,7 @@ KINDS = {  # -> its files, the templates it has tokens for
     "prefixed": ("llama", prefixed_files, ("alpaca", "chatml")),
     "mistral": ("mistral", mistral_files, ("alpaca", "llama2", "mistral", "zephyr")),
     "prepending": ("mistral", prepending_files, ("alpaca", "llama2", "mistral")),
+    "resaved": ("mistral", resaved_files, ("alpaca", "llama2", "mistral")),
     "mistral-v3": ("mistral", mistral_v3_files, ("alpaca", "mistral-v3")),
     "legacy": ("llama", legacy_files, ("alpaca", "llama2")),
     "gemma": ("gemma", gemma_files, ("alpaca", "gemma", "mistral")),

@@ -452,6 +452,7 @@ def test_results_hold_every_figure(finished):
         "accuracy_interval",
         "seconds",
         "peak_memory_bytes",
+        "skipped",
     ]
     for key in ("base", "ntp", "sftmix"):
         assert sorted(results[key]) == sorted(names + ["checkpoints"] * (key == "ntp"))
@@ -733,7 +734,8 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, mon
     learnt = shown[shown.index("«", shown.index("\n")) : shown.rindex("»")]
     assert learnt.endswith("</s> ") and "Response" not in learnt.replace(" ", "")
     turns = [{"role": role, "content": "the dog"} for role in ("user", "assistant")] * 2
-    (tmp_path / "unlearned.jsonl").write_text(json.dumps({"messages": [*turns[:3], turns[3] | {"weight": 0}]}) + "\n")
+    unlearned = json.dumps({"messages": [*turns[:3], turns[3] | {"weight": 0}]}) + "\n"
+    (tmp_path / "unlearned.jsonl").write_text(2 * unlearned)
     main(flags(folder, tmp_path / "o", "--data", str(tmp_path / "unlearned.jsonl"), "--dry_run"))
     assert capsys.readouterr().out.count("«") == 2  # in its explanation, and before the answer that is learned
     main([*arguments, "--dry_run", "4", "--lora_rank", "2"])
@@ -856,6 +858,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
+        (["--model", "adapter"], "adapter: holds an adapter (adapter_config.json); merge it into its base"),
         (["--model", "holes"], "model-00002-of-00003.safetensors: not found"),
         (["--model", "pointer"], "tokenizer.model: a pointer of git-lfs, not the file itself; run: git lfs pull"),
         (["--model", "other"], "config.json: model_type: 'mamba' is not supported"),
@@ -884,6 +887,8 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
     files = Tokenizer.from_pretrained(folder / "model").files_for("alpaca")
     save_model(tiny_model(max_position_embeddings=512), tmp_path / "small", files)
+    shutil.copytree(folder / "model", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     save_model(tiny_model(400), tmp_path / "holes", files, max_shard_bytes=40_000)
     (tmp_path / "holes" / "model-00002-of-00003.safetensors").unlink()
     save_model(tiny_model(400, model_type="mistral", sliding_window=64), tmp_path / "window", files)
