@@ -177,7 +177,7 @@ def arms_table(results: Results, corpora: list[str]) -> list[str]:
     """A row for each arm, with its paired difference to NTP."""
     arms = results.arms(corpora)
     pairs = [(arm, "NTP") for arm in arms if arm != "NTP"]
-    lines = ["| arm | seeds | raw loss | − NTP | p | exact match, % | − NTP | p | ECE | SD of p |"]
+    lines = ["| arm | seeds | raw loss | − NTP | p | exact match, % | − NTP | p | ECE | SD of probability |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     tests = {m: dict(zip(pairs, compared(results, corpora, pairs, m), strict=True)) for m in MEASURES}
     for arm in arms:
