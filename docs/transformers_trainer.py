@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
 from infra.hf import oldest_first
+from infra.records import summarize_notes
 from mixup import pair_positions, sftmix_loss
 from tokenizer import Tokenizer
 
@@ -110,7 +111,11 @@ if __name__ == "__main__":
         sys.exit("the checkpoints of the reference run are scored: neither --save_strategy no nor --save_total_limit")
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
-    encoded = encode_examples(load_examples(flags.data), tokenizer, tokenizer.choose_template(None), limit)
+    examples = load_examples(flags.data)
+    encoded = encode_examples(examples, tokenizer, tokenizer.choose_template(None), limit)
+    if args.should_save:
+        print(f"{len(encoded):,} examples, {encoded.num_truncated:,} truncated, {encoded.num_dropped:,} dropped")
+        print(*summarize_notes(flags.data, examples), sep="\n")
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
     # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # for TRL, too
     padding.pad_token = padding.pad_token or padding.eos_token
