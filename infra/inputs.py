@@ -54,7 +54,7 @@ def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
     """Read and encode the data, so that all errors in it are found before training."""
     settings = tokenizer, config.template, config.max_length, config.cache
     dataset = load_dataset(config.data, *settings, skip_bad_records=config.skip_bad_records)
-    if "sftmix" in stages_of(config) and len(dataset) < 2:
+    if "sftmix" in stages_of(config) and len(dataset) < 2 and config.dry_run is None:
         raise ValueError(f"{config.data}: SFTMix mixes two examples, and there is only one")
     check_saved_tokenizer(tokenizer, dataset, config)
     if config.eval_data is None:

@@ -735,7 +735,7 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, mon
     assert learnt.endswith("</s> ") and "Response" not in learnt.replace(" ", "")
     turns = [{"role": role, "content": "the dog"} for role in ("user", "assistant")] * 2
     unlearned = json.dumps({"messages": [*turns[:3], turns[3] | {"weight": 0}]}) + "\n"
-    (tmp_path / "unlearned.jsonl").write_text(2 * unlearned)
+    (tmp_path / "unlearned.jsonl").write_text(unlearned)
     main(flags(folder, tmp_path / "o", "--data", str(tmp_path / "unlearned.jsonl"), "--dry_run"))
     assert capsys.readouterr().out.count("«") == 2  # in its explanation, and before the answer that is learned
     main([*arguments, "--dry_run", "4", "--lora_rank", "2"])
