@@ -267,7 +267,8 @@ def _turns_of_pair(pair: dict, is_first: bool) -> list[dict]:
     pair = dict(pair)
     system = [{"role": "system", "content": pair.pop("system")}] if is_first and "system" in pair else []
     user = {"role": "user", "content": pair.pop("input")}
-    return [*system, user, {"role": "assistant", "content": pair.pop("output"), **pair}]
+    answer = pair.pop("output")
+    return [*system, user, {**pair, "role": "assistant", "content": answer}]
 
 
 def _role(turn, place: str) -> str:

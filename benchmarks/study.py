@@ -622,6 +622,8 @@ def main() -> None:
         parser.error("run needs --work")
     if args.what == "lengths" and (args.corpus not in REALS or args.data is None):
         parser.error("lengths needs the --corpus of a cell of real data, and --data")
+    if args.arm and (args.corpus not in REALS or args.arm not in REALS[args.corpus].arms):
+        parser.error(f"--arm {args.arm}: is no arm of a cell of real data that --corpus names")
     if args.what == "run" and (args.corpus in REALS) != (None not in (args.model, args.data)):
         parser.error("a cell of real data needs --model and --data, and the demo's take neither")
     if args.what == "run":

@@ -5,6 +5,7 @@ python benchmarks/study.py report
 
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,7 +229,7 @@ def real_table(results: Results, corpus: str) -> list[str]:
         for key, form, factor in REAL_MEASURES.values():
             if arm == "NTP":
                 values = results.of([corpus], arm, key).values()
-                row.append(f"{factor * statistics.mean(values):{form}}")
+                row.append(f"{factor * statistics.mean(values):{form}}" if values else "–")
             else:
                 row.append(signed(results.difference([corpus], arm, "NTP", key), None, form, factor)[0])
         if row[1] != "0":
@@ -328,6 +329,8 @@ def print_lengths(corpus: str, data: Path) -> None:
             signals |= {"long answer": answer, "long question": question}
             signals["high perplexity and long answer (sum of ranks)"] = ranks(perplexity) + ranks(answer)
             areas.append({name: roc_auc(signal, wrong) for name, signal in signals.items()})
+    if not halves:
+        sys.exit(f"{corpus}: no scores in {SCORES}")
     confident, unconfident = np.mean(halves, axis=0)
     print(f"{len(halves)} seeds; mean length of answers: confident half {confident:.0f}, unconfident {unconfident:.0f}")
     by_signal = {name: [area[name] for area in areas] for name in (areas[0] if areas else ())}

@@ -73,7 +73,8 @@ def to_prompt_record(record: dict, output_format: str) -> PromptRecord:
     key = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
     if key and key not in record:
         raise ValueError(f"--format {output_format} needs {key}")
-    return PromptRecord(record, *to_prompt(record))
+    history, turns, notes = to_prompt(record)
+    return PromptRecord(record, history, turns, [note for note in notes if note != "ignored key id"])  # it is copied
 
 
 def load_prompt_records(args) -> list[PromptRecord]:

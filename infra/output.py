@@ -207,14 +207,15 @@ def load_results(output: Path) -> dict:
 def forget_results(config) -> None:
     """Remove the results of the stages that begin now, if the run is not resumed.
 
-    A new reference run makes the scores of an earlier one those of another model.
+    The scores that a reference run or an online run has made are no longer those of the one that begins.
     """
     if rank() != 0 or config.resume:
         return
     results = load_results(Path(config.output))
     begins = {STAGES[stage].result for stage in stages_of(config)}
-    if STAGES["reference"].result in begins or config.online:
-        begins.add(STAGES["confidence"].result)
+    of_online_run = results.get("confidence", {}).get("online", False)
+    if config.online or ("ntp" in begins and not of_online_run):
+        begins.add("confidence")
     if begins & results.keys():
         kept = {name: entry for name, entry in results.items() if name not in begins}
         write_json(Path(config.output) / "results.json", kept)

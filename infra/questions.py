@@ -42,8 +42,7 @@ def to_question(record: dict) -> Question:
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
     choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
 
-    key = next((key for key in ANSWER_KEYS if key in record), None)
-    answer = record.get(key)
+    answer = next((record[key] for key in ANSWER_KEYS if key in record), None)
     if answer is None:
         raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
     labels = labels if isinstance(labels, list) else []
@@ -51,8 +50,9 @@ def to_question(record: dict) -> Question:
         if answer != labels.index(str(answer)) and answer < len(choices):
             raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
         answer = str(answer)
-    if key == "answer" and answer in labels and answer in choices and labels.index(answer) != choices.index(answer):
-        raise ValueError(f"answer {answer!r} may be a label or the text of another choice; write a label as answer_idx")
+    notes = [f"ignored key {name}" for name, value in record.items() if name not in READ_KEYS and value not in ("", [])]
+    if answer in labels and answer in choices and labels.index(answer) != choices.index(answer):
+        notes.append("answer taken for a label, though it is the text of another choice")
     if type(answer) in (str, int) and answer in labels:
         answer = labels.index(answer)
     elif isinstance(answer, str) and answer.strip() in choices:
@@ -62,8 +62,7 @@ def to_question(record: dict) -> Question:
 
     subject = next((record[key] for key in SUBJECT_KEYS if key in record), None)
     subject = None if subject is None else str(subject)
-    notes = tuple(f"ignored key {key}" for key in record if key not in READ_KEYS)
-    return Question(require_text(record["question"], "question"), choices, answer, subject, notes)
+    return Question(require_text(record["question"], "question"), choices, answer, subject, tuple(notes))
 
 
 def load_questions(path) -> list[Question]:

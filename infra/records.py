@@ -45,6 +45,9 @@ def find_files(data) -> list[Path]:
     raise FileNotFoundError(f"{path}: " + ("no file matches" if glob.has_magic(str(data)) else "not found"))
 
 
+_SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|test|val|eval|dev)(ing|id|idation|uation)?(?![a-z])")
+
+
 def _files_of_folder(folder: Path) -> list[Path]:
     """The data files of a folder. Those of several splits are refused: to train on a test set is never meant."""
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name not in METADATA_FILES]
@@ -53,15 +56,15 @@ def _files_of_folder(folder: Path) -> list[Path]:
         below = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
         hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
         raise FileNotFoundError(f"{folder}: no file in it ends in {', '.join(SUFFIXES)}{hint}")
-    found = [re.search(r"(?<![a-z])(train|test|val|eval|dev)", f.name.lower()) for f in files]
-    splits = sorted({m[0] for m in found if m})
+    found = [_SPLIT_IN_NAME.search(f.name.lower()) for f in files]
+    splits = sorted({m[1] for m in found if m})
     if len(splits) > 1:
         one = "train" if "train" in splits else splits[0]
         raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/*{one}*'")
     if splits and splits != ["train"] and None in found:
         named, other = files[[m is not None for m in found].index(True)].name, files[found.index(None)].name
         raise ValueError(f"{folder}: {named} may be of another split than {other}; give the files themselves")
-    if twice := {f.name for f in files} & {f.name.removesuffix(".gz") for f in files if f.suffix == ".gz"}:
+    if twice := {f.name for f in files} & {f.stem for f in files if f.suffix.lower() == ".gz"}:
         raise ValueError(f"{folder}: has both {min(twice)} and {min(twice)}.gz; remove one of them")
     return files
 
@@ -144,7 +147,7 @@ class Rows(NamedTuple):
         """(place, record) of each row."""
         with _parquet(self.path) as file:
             table = file.read_row_group(self.row_group, use_threads=False).slice(self.start, self.count)
-            columns = [self._values(name, table[name]) for name in table.column_names]
+            columns = [self._values(*named) for named in zip(table.column_names, table.columns, strict=True)]
         for number, values in enumerate(zip(*columns, strict=True), start=self.first):
             yield f"{self.path}: row {number}", dict(zip(table.column_names, values, strict=True))
 
@@ -153,8 +156,8 @@ class Rows(NamedTuple):
         kind = str(column.type)
         if kind == "float":  # 0.1 stays 0.1
             column = column.cast("string").cast("double")
-        elif kind.startswith("timestamp[ns"):  # Python's have microseconds
-            column = column.cast("timestamp[ns]").cast("string")
+        elif kind == "timestamp[ns]":  # Python's have microseconds
+            column = column.cast("string")
         try:
             return column.to_pylist()
         except (ValueError, OverflowError):  # beyond the year 9999, nanoseconds, an unknown time zone

@@ -112,13 +112,15 @@ def check_scores(config) -> None:
     entry = load_results(Path(config.output)).get("confidence", {})
     if entry.get("online"):
         what = "holds the scores of a run with --confidence online"
-    elif "sha256" not in entry:
-        what = "is not of this reference run"
-    elif sha256_of(file) != entry["sha256"]:
+    elif not entry:
+        what = "is not recorded as made from this reference run"
+    elif sha256_of(file) != entry.get("sha256", sha256_of(file)):
         what = "is not what the confidence stage has written"
     else:
         return
-    raise ValueError(f"{file}: {what}; --stage confidence makes it, or give scores of your own as --confidence FILE")
+    raise ValueError(
+        f"{file}: {what}; give it as --confidence {file} if it is meant, or remove it, and --stage confidence makes it"
+    )
 
 
 def input_checksums(config) -> dict:

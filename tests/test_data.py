@@ -166,7 +166,14 @@ def test_a_prompt_needs_no_response():
 
 
 def test_pairs_of_input_and_output_keep_their_marks():
-    first = {"system": "Be brief.", "input": "Why?", "output": "So.", "output_with_loss": False, "tone": "dry"}
+    first = {
+        "system": "Be brief.",
+        "input": "Why?",
+        "output": "So.",
+        "output_with_loss": False,
+        "content": "x",
+        "tone": "dry",
+    }
     example = to_example({"conversation": [first, {"input": "And?", "output": "No.", "system": "Late."}]})
     assert example.messages == [
         {"role": "system", "content": "Be brief."},

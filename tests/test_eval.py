@@ -170,10 +170,6 @@ def test_questions_are_read_however_they_tell_the_answer(record):
     [
         ({"question": "Q?"}, "question and options"),
         ({"question": "Q?", "choices": {"1": "yes", "2": "no"}, "answer": 1}, "answer 1 may be a label or an index"),
-        (
-            {"question": "Q?", "choices": ["O", "A", "B"], "answer": "A"},
-            "answer 'A' may be a label or the text of another choice",
-        ),
         ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
         ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
@@ -265,6 +261,12 @@ def test_choice_prints_a_report_and_writes_a_line_a_question(model_folder, tmp_p
     assert [line["answer"] for line in lines] == ["B", "A"] and [len(line["scores"]) for line in lines] == [2, 3]
     assert report["accuracy"] == np.mean([line["choice"] == line["answer"] for line in lines])
     assert (report["questions"], report["by"], report["template"]) == (2, "text", "plain")
+
+
+def test_a_label_that_is_the_text_of_another_choice_is_noted():
+    question = to_question({"question": "Q?", "choices": ["O", "A", "B"], "answer": "A", "id": ""})
+    assert question.answer == 0
+    assert question.notes == ("answer taken for a label, though it is the text of another choice",)
 
 
 @pytest.mark.parametrize("command, more", [("choice", {"choices": ["a", "b"], "answer": 0}), ("generate", {})])

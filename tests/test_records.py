@@ -109,7 +109,7 @@ def test_a_parquet_row_as_a_line_of_json(tmp_path):
 
     columns = {
         "float": pyarrow.array([0.1, None], pyarrow.float32()),
-        "time": pyarrow.array([1000, 1], pyarrow.timestamp("ns", tz="UTC")),
+        "time": pyarrow.array([1000, 1], pyarrow.timestamp("ns")),
         "bytes": [b"\x89", None],
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
@@ -191,7 +191,7 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
             find_files(folder)
     for names, message in {
         ("alpaca.jsonl", "alpaca_test.jsonl"): "alpaca_test.jsonl may be of another split than alpaca.jsonl",
-        ("a.jsonl", "a.jsonl.gz", "b.jsonl"): "has both a.jsonl and a.jsonl.gz",
+        ("a.jsonl", "a.jsonl.GZ", "b.jsonl"): "has both a.jsonl and a.jsonl.gz",
     }.items():
         folder = tmp_path / f"of {names[0]}"
         folder.mkdir()
@@ -199,6 +199,10 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
             (folder / name).touch()
         with pytest.raises(ValueError, match=message):
             find_files(folder)
+    (tmp_path / "words").mkdir()
+    for name in ("values.jsonl", "testimonials.jsonl", "developer.jsonl"):
+        (tmp_path / "words" / name).touch()
+    assert len(find_files(tmp_path / "words")) == 3
     with pytest.raises(ValueError, match=r"is a pipe or a device, .* write it to a file first"):
         find_files("/dev/null")
 

@@ -533,9 +533,13 @@ def test_scores_of_another_run_are_not_taken_for_those_of_this_one(folder, tmp_p
     shutil.rmtree(output / "sftmix")
     main(flags(folder, output, "--stage", "reference", "--num_checkpoints", "1"))
     code, error = error_of(capsys, flags(folder, output, "--stage", "sftmix"))
-    assert code == 1 and f"{output}/confidence.jsonl: is not of this reference run" in error
+    assert code == 1 and f"{output}/confidence.jsonl: is not recorded as made from this reference run" in error
+    (output / "confidence.jsonl").unlink()  # as the message says
+    main(flags(folder, output, "--stage", "confidence", "--num_checkpoints", "1"))
+    main(flags(folder, output, "--stage", "sftmix", "--num_checkpoints", "1"))
     online = tmp_path / "online"
     main(flags(folder, online, "--confidence", "online"))
+    main(flags(folder, online, "--stage", "reference"))
     shutil.rmtree(online / "sftmix")
     code, error = error_of(capsys, flags(folder, online, "--stage", "sftmix"))
     assert code == 1 and f"{online}/confidence.jsonl: holds the scores of a run with --confidence online" in error
