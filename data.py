@@ -123,7 +123,7 @@ def to_example(record: dict) -> Example:
         messages = _conversation(record, form, notes)
     if any(_SPELLED_OUT_TOKENS.search(message["content"]) for message in messages):
         notes.append("tokens of a chat template spelled out in a text, taken as plain text")
-    notes += [f"ignored key {key}" for key, value in record.items() if not _is_empty(value)]  # not yet read
+    notes += ignored_keys(record)  # those that are not yet read
     content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
     return Example(content_id, messages, tuple(dict.fromkeys(notes)))
 
@@ -148,8 +148,8 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
     else:
         *before, last = _conversation(record, Format(form.prompt), notes, last="user")
         turns = [last["content"]]
-    ignored = record.keys() & _filled_keys(record) - RESPONSE_KEYS
-    return before, turns, [*dict.fromkeys(notes), *(f"ignored key {key}" for key in record if key in ignored)]
+    notes += ignored_keys(record, known=RESPONSE_KEYS)
+    return before, turns, list(dict.fromkeys(notes))
 
 
 def drop_missing(record: dict) -> dict:
@@ -159,6 +159,11 @@ def drop_missing(record: dict) -> dict:
 
 def _is_empty(value) -> bool:
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
+def ignored_keys(record: dict, known=()) -> list[str]:
+    """A note for each key of a record that has a value and is not one of the `known` ones."""
+    return [f"ignored key {key}" for key, value in record.items() if key not in known and not _is_empty(value)]
 
 
 def _filled_keys(record: dict) -> set[str]:

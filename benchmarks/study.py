@@ -542,7 +542,8 @@ def run_one(cell: Cell, arm: str, record: bool = True) -> None:
     if arm == "NTP" and (output / scores.name).exists():
         shutil.copy(output / scores.name, scores)
         keep_scores(corpus, seed, folder)
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists():  # an arm that is not trained has none
+        shutil.rmtree(output)
     if record:
         note = {"corpus": corpus, "seed": seed, "arm": arm, "dtype": settings["dtype"], "commit": commit()}
         note |= json.loads(process.stdout.splitlines()[-1])

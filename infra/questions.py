@@ -3,7 +3,7 @@
 import sys
 from typing import NamedTuple
 
-from data import drop_missing, require_text
+from data import drop_missing, ignored_keys, require_text
 from infra.distributed import print0
 from infra.records import read_records, summarize_notes
 
@@ -50,7 +50,7 @@ def to_question(record: dict) -> Question:
         if answer != labels.index(str(answer)) and answer < len(choices):
             raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
         answer = str(answer)
-    notes = [f"ignored key {name}" for name, value in record.items() if name not in READ_KEYS and value not in ("", [])]
+    notes = ignored_keys(record, known=READ_KEYS)
     if answer in labels and answer in choices and labels.index(answer) != choices.index(answer):
         notes.append("answer taken for a label, though it is the text of another choice")
     if type(answer) in (str, int) and answer in labels:

@@ -114,7 +114,7 @@ def check_scores(config) -> None:
         what = "holds the scores of a run with --confidence online"
     elif not entry:
         what = "is not recorded as made from this reference run"
-    elif sha256_of(file) != entry.get("sha256", sha256_of(file)):
+    elif "sha256" in entry and sha256_of(file) != entry["sha256"]:
         what = "is not what the confidence stage has written"
     else:
         return

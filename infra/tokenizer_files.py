@@ -15,7 +15,6 @@ import sentencepiece
 # These bytes are normalizer_spec (field 3, 2 bytes long) { add_dummy_prefix (field 3): false }.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
-
 # What `transformers` 5 writes, beside Metaspace, so that a text that starts with a space gets a dummy prefix too.
 _DOUBLES_SPACE = "\\A▁"
 
