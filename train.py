@@ -155,7 +155,7 @@ class TrainConfig:
     )
     dtype: str | None = flag(
         None,
-        "dtype of matmuls; trained weights stay float32 (default: bf16 on a GPU or a CPU with bf16 tiles, else fp32)",
+        "dtype of matmuls; trained weights stay float32 (default: bf16 on a GPU or a CPU with bf16 matmuls, else fp32)",
         choices=("bf16", "fp32"),
     )
     zero_stage: int = flag(

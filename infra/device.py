@@ -59,7 +59,7 @@ def _why_no_cuda() -> str:
 
 
 def resolve_dtype(name: str | None, device) -> str:
-    """`name`, or by default the fastest dtype: `bf16` on GPUs since Ampere and on CPUs with bf16 tiles, else `fp32`.
+    """`name`, or by default the fastest dtype: `bf16` on GPUs since Ampere and on CPUs with bf16 matmuls, else `fp32`.
 
     Raises ValueError for `bf16` on a GPU that has no arithmetic for it.
     """
@@ -72,7 +72,8 @@ def resolve_dtype(name: str | None, device) -> str:
                 f"--dtype bf16: {gpu} has no bf16 matmuls (GPUs since Ampere do); --dtype fp32 works, in a new run"
             )
     else:
-        has_bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        supported = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        has_bf16 = supported.get("amx_bf16", False) or supported.get("avx512_bf16", False)
     return name or ("bf16" if has_bf16 else "fp32")
 
 

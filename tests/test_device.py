@@ -101,6 +101,15 @@ def test_bf16_is_refused_on_a_gpu_before_ampere(gpus):
     assert resolve_dtype(None, "mps") == "fp32" and resolve_dtype("bf16", "mps") == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("supported", "dtype"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")],
+)
+def test_cpu_dtype_is_bf16_where_the_cpu_multiplies_in_it(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: supported)
+    assert resolve_dtype(None, "cpu") == dtype and resolve_dtype("fp32", "cpu") == "fp32"
+
+
 # --- How it computes --------------------------------------------------------------------------------------------------
 
 
