@@ -174,6 +174,7 @@ COMPARED_ON_REAL_DATA = [
     ("SFTMix", "SFTMix, by perplexity"),
     ("SFTMix, by a weaker model", "SFTMix"),
     *(("unigram smoothing, ε = 0.04", arm) for arm in ("SFTMix, by perplexity", "SFTMix", "random pairs")),
+    *((f"SFTMix, μ = {mu}", arm) for mu in (0.5, 1) for arm in (EARLY_STOPPING, "unigram smoothing, ε = 0.04")),
     ("NEFTune", "SFTMix"),
 ]
 

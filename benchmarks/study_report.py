@@ -34,7 +34,7 @@ from confidence import roc_auc, split_by_confidence
 # --- What they say ----------------------------------------------------------------------------------------------------
 
 
-def t_tail(t: float, degrees: int) -> float:
+def t_tail(t: float, degrees: float) -> float:
     """The chance that Student's t lies beyond ±t: 1 − ∫ of its density from −t to t, by Simpson's rule.
 
     >>> round(t_tail(2.262157, 9), 4)
@@ -48,7 +48,7 @@ def t_tail(t: float, degrees: int) -> float:
     return max(0.0, 1 - 2 * float((density * weights).sum() * (x[1] - x[0])) / 3)
 
 
-def t_quantile(tail: float, degrees: int) -> float:
+def t_quantile(tail: float, degrees: float) -> float:
     """The t beyond ± which lies `tail` of the distribution, by bisection."""
     low, high = 0.0, 200.0
     for _ in range(60):
@@ -82,6 +82,21 @@ def difference(one: list[float], other: list[float]) -> Difference:
     t = t_quantile(0.05, n - 1)
     p = t_tail(mean / error, n - 1) if error else float(mean == 0)
     return Difference(mean, t * error, p, (t + t_quantile(0.4, n - 1)) * error, t_quantile(0.025, n - 1) * error)
+
+
+def unpaired_difference(one: list[float], other: list[float]) -> Difference:
+    """Welch's t-test of `one` minus `other`, of unequal variances and sizes. Without two of each there is no interval.
+
+    >>> welch = unpaired_difference([1, 2, 3, 4], [2, 4, 9])
+    >>> f"{welch.mean:.1f} ± {welch.half:.2f}"
+    '-2.5 ± 8.06'
+    """
+    mean = statistics.mean(one) - statistics.mean(other)
+    if min(len(one), len(other)) < 2:
+        return Difference(mean)
+    errors = [statistics.variance(values) / len(values) for values in (one, other)]
+    degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
+    return Difference(mean, t_quantile(0.05, degrees) * math.sqrt(sum(errors)))
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -140,7 +155,9 @@ def report() -> None:
     real = [corpus for corpus in REALS if corpus in corpora]
     for corpus in [corpus for corpus in real if "grid" not in corpus]:
         others = others_table(results, [corpus], COMPARED_ON_REAL_DATA, SCALED)
-        tables[corpus] = real_table(results, corpus) + (contrasts_table(results) if corpus == MAIN_CELL else others)
+        if corpus == MAIN_CELL:
+            others = contrasts_table(results) + dtypes_table(results)
+        tables[corpus] = real_table(results, corpus) + others
     if grid := [corpus for corpus in real if "grid" in corpus]:
         tables["135M grid"] = grid_table(results, grid)
     if "3M Alpaca" in real:
@@ -218,6 +235,7 @@ REAL_MEASURES = {  # heading -> key, format, factor
     "ECE": ("calibration_error", ".3f", 1),
 }
 MAIN_CELL = "135M Alpaca"
+CONTRASTS = [("SFTMix, by perplexity", "NTP"), ("SFTMix, by perplexity", "random pairs")]  # pre-specified
 MARGIN = 0.01  # nats of temperature-scaled loss below which a difference is too small to matter, pre-specified
 
 
@@ -239,18 +257,34 @@ def real_table(results: Results, corpus: str) -> list[str]:
 
 def contrasts_table(results: Results) -> list[str]:
     """The two contrasts that are pre-specified for the main cell. Their p-values wait for the last seed."""
-    pairs = [("SFTMix, by perplexity", "NTP"), ("SFTMix, by perplexity", "random pairs")]
     lines = [
         "",
         "| contrast | seeds | temperature-scaled loss | p (Holm) | MDE | 97.5 % interval | margin |",
         "|---|---|---|---|---|---|---|",
     ]
     key = "loss_at_temperature"
-    for (one, other), (d, p) in zip(pairs, compared(results, [MAIN_CELL], pairs, key), strict=True):
+    for (one, other), (d, p) in zip(CONTRASTS, compared(results, [MAIN_CELL], CONTRASTS, key), strict=True):
         seeds = len(results.of([MAIN_CELL], one, key).keys() & results.of([MAIN_CELL], other, key).keys())
         cells = signed(d, p if seeds == REALS[MAIN_CELL].seeds else None, ".4f", 1)
         cells += ["–", "–"] if d is None or d.half is None else [f"{d.detectable_of_two:.4f}", f"± {d.wider_half:.4f}"]
         lines.append(f"| {one} − {other} | {seeds} | {' | '.join(cells)} | {MARGIN} |")
+    return lines
+
+
+def dtypes_table(results: Results) -> list[str]:
+    """The contrasts over the seeds of each dtype alone, and the difference of the two means."""
+    lines = ["", "| contrast, by dtype | float32 | bf16 | bf16 − float32 |", "|---|---|---|---|"]
+    for one, other in CONTRASTS:
+        by_dtype = {"fp32": [], "bf16": []}
+        a, b = (results.of([MAIN_CELL], arm, "loss_at_temperature") for arm in (one, other))
+        for seed in a.keys() & b.keys():
+            by_dtype[results.notes[MAIN_CELL, one, seed]["dtype"]].append(a[seed] - b[seed])
+        if not all(by_dtype.values()):
+            return []
+        alone = [difference(values, [0.0] * len(values)) for values in by_dtype.values()]
+        cells = [signed(d, None, ".4f", 1)[0] for d in (*alone, unpaired_difference(by_dtype["bf16"], by_dtype["fp32"]))]
+        counts = [f" ({len(values)} seeds)" for values in by_dtype.values()]
+        lines.append(f"| {one} − {other} | {cells[0]}{counts[0]} | {cells[1]}{counts[1]} | {cells[2]} |")
     return lines
 
 
@@ -336,7 +370,8 @@ def print_lengths(corpus: str, data: Path) -> None:
     by_signal = {name: [area[name] for area in areas] for name in (areas[0] if areas else ())}
     for name, values in by_signal.items():
         d = difference(values, by_signal["high perplexity"])
-        print(f"{name}: area {mean_and_half(values)}, − high perplexity {d.mean:+.3f} ± {d.half:.3f}")
+        compared = "" if name == "high perplexity" else f"; minus that of high perplexity: {d.mean:+.3f} ± {d.half:.3f}"
+        print(f"{name}: area {mean_and_half(values)}{compared}")
 
 
 def ranks(values) -> np.ndarray:

@@ -31,13 +31,13 @@ def runs():
     return found
 
 
-def tables():
-    """(section, header, rows) of each table between the marks of the documents."""
+def tables(kinds=("arm", "one − other", "contrast")):
+    """(section, header, rows) of the tables between the marks of the documents, those whose first heading is given."""
     document = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("study.md", "study_tables.md"))
     for section, body in re.findall(r"<!-- ([^>]*) -->\n(.*?)<!-- end of \1 -->", document, flags=re.DOTALL):
         for table in body.split("\n\n"):
             rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.strip().splitlines()]
-            if rows and rows[0][0] in ("arm", "one − other", "contrast"):
+            if rows and rows[0][0] in kinds:
                 yield section, rows[0], rows[2:]
 
 
@@ -109,3 +109,24 @@ def test_tables_recomputed_with_scipy(runs):
                 assert shown == [test[0], p, *test[2:]][: len(shown)], (section, heading, shown)
                 compared += 1
     assert compared > 100
+
+
+def test_contrasts_by_dtype_recomputed_with_scipy(runs):
+    stats = pytest.importorskip("scipy.stats")
+    key, expected = "loss_at_temperature", []
+    for other in ("NTP", "random pairs"):
+        differences = {"fp32": [], "bf16": []}
+        for seed in sorted(seeds_of(runs, "SFTMix, by perplexity") & seeds_of(runs, other)):
+            one, two = (runs[MAIN_CELL, arm, seed] for arm in ("SFTMix, by perplexity", other))
+            assert one["dtype"] == two["dtype"], (seed, other)  # what is compared computes in one dtype
+            differences[one["dtype"]].append(one[key] - two[key])
+        cells = [f"SFTMix, by perplexity − {other}"]
+        for values in map(np.array, differences.values()):
+            cells.append(f"{paired(values, 0 * values, 4)[0]} ({len(values)} seeds)" if len(values) else None)
+        cells.append(f"{np.mean(differences['bf16'] or np.nan) - np.mean(differences['fp32']):+.4f}")
+        if len(differences["bf16"]) > 1:
+            test = stats.ttest_ind(differences["bf16"], differences["fp32"], equal_var=False)
+            cells[-1] += f" ± {np.ptp(test.confidence_interval()) / 2:.4f}"
+        expected.append(cells)
+    shown = [row for _, _, rows in tables(["contrast, by dtype"]) for row in rows]
+    assert shown == (expected if all(None not in cells for cells in expected) else [])
