@@ -3,35 +3,33 @@
 A record of a file → `Example` → ids and targets in a `Dataset` → `Batch`, a packed row → `MicroBatch` → `GlobalBatch`.
 `infra.cache.load_dataset` takes the first two steps for whole files, with `to_example` and `encode_examples`.
 
-In order: the formats of data files (`load_examples`), encoding (`encode_example`, `Dataset`), packing (`pack`), the
-order of an epoch and λ (`paired_order`, `sample_lambda`), the batch of a step and its micro-batches (`build_batch`).
+In order: examples (`load_examples`), encoding (`encode_example`, `Dataset`), packing (`pack`), the order of an epoch
+and λ (`paired_order`, `sample_lambda`), the batch of a step and its micro-batches (`build_batch`).
 
 Letters: N examples of a dataset, B examples in a packed row of T tokens, S supervised positions, P pairs, M mixed
 positions; N^c and N^u are the supervised tokens of the two examples of a pair.
 """
 
-import difflib
 import hashlib
 import heapq
 import json
 import math
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from infra.formats import to_messages
 from infra.records import read_records
 from mixup import IGNORE_INDEX, pair_positions, to_device
-from tokenizer import INPUT_HEADING, Tokenizer
+from tokenizer import Tokenizer
 
-# --- Reading records --------------------------------------------------------------------------------------------------
+# --- Examples ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,13 @@ class Example:
     id: str
     messages: list[dict]
     notes: tuple[str, ...] = ()
+
+
+def to_example(record: dict) -> Example:
+    """Read a record of any format (infra/formats.py). Equal ones get equal ids. ValueError names the key at fault."""
+    messages, notes = to_messages(record)
+    content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    return Example(content_id, messages, tuple(notes))
 
 
 def load_examples(data, skip_bad_records: bool = False) -> list[Example]:
@@ -62,275 +67,6 @@ def unique_ids(ids: Iterable[str], counts: Counter) -> Iterator[str]:
     for content_id in ids:
         counts[content_id] += 1
         yield content_id if counts[content_id] == 1 else f"{content_id}-{counts[content_id]}"
-
-
-# --- Formats ----------------------------------------------------------------------------------------------------------
-
-
-class Format(NamedTuple):
-    """The keys by which a record of a format is known and read."""
-
-    prompt: str
-    response: str | None = None  # without: the first key holds all turns
-
-
-FORMATS = (  # the first one whose keys a record has is taken
-    Format("messages"),  # OpenAI, UltraChat 200K, Tulu 3
-    Format("conversations"),  # ShareGPT, LIMA
-    Format("conversation"),  # Capybara, XTuner
-    Format("instruction", "output"),  # Alpaca, MedAlpaca
-    Format("instruction", "response"),  # Dolly
-    Format("prompt", "completion"),  # TRL; texts, or lists of turns
-    Format("prompt", "response"),
-    Format("query", "response"),  # MetaMathQA
-    Format("question", "response"),  # OpenOrca
-    Format("question", "answer"),  # GSM8K
-    Format("problem", "solution"),
-    Format("data"),  # UltraChat
-    Format("text"),  # a document, all of it supervised
-)
-# Any of them may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that come first. A
-# prompt that is a text may have `input` or `context`, which follows it under a heading.
-PROMPT_FORMATS = tuple(map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")])))
-RESPONSE_KEYS = {response for _, response in FORMATS if response}
-TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
-ROLES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model"),
-}
-# Of an assistant turn: 0 or false if it is not to be learned.
-LOSS_KEYS = ("weight", "train", "loss_mask", "loss", "output_with_loss")
-_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-_NO_INPUT = ("", "nan", "<noinput>", "<no input>")  # what data sets write where there is no input
-_SPELLED_OUT_TOKENS = re.compile(
-    r"<\|(im_start|start_header_id|user|endoftext)\|>|<start_of_turn>|\[INST\]|</s>|^### (Human|Instruction):",
-    re.MULTILINE,
-)
-
-
-def to_example(record: dict) -> Example:
-    """Read a record of any format; ValueError names the key at fault. Equal records get equal ids.
-
-    >>> to_example({"question": "Who wrote it?", "answer": "R. Moll.", "topic": "books"}).notes
-    ('ignored key topic',)
-    """
-    record = drop_missing(record)
-    form, notes = _find_format(record, FORMATS), []
-    if form.prompt == "text":
-        messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
-    else:
-        messages = _conversation(record, form, notes)
-    if any(_SPELLED_OUT_TOKENS.search(message["content"]) for message in messages):
-        notes.append("tokens of a chat template spelled out in a text, taken as plain text")
-    notes += ignored_keys(record)  # those that are not yet read
-    content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-    return Example(content_id, messages, tuple(dict.fromkeys(notes)))
-
-
-def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
-    """Read what a record asks: the prompt that `to_example` reads, or one without a response.
-
-    -> (the messages before, the user turns to be answered one after the other, notes as those of an `Example`)
-
-    Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
-    """
-    record, notes = drop_missing(record), []
-    form = _match_format(_filled_keys(record), FORMATS)
-    if "turns" in record or form is None or form.prompt == "text":
-        form = _find_format(record, PROMPT_FORMATS)
-    if form.prompt == "turns":
-        turns = record.pop("turns")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError("turns must be a list of texts")
-        turns = [require_text(turn, f"turns[{number}]") for number, turn in enumerate(turns)]
-        before = _take_system(record) + _take_history(record)
-    else:
-        *before, last = _conversation(record, Format(form.prompt), notes, last="user")
-        turns = [last["content"]]
-    notes += ignored_keys(record, known=RESPONSE_KEYS)
-    return before, turns, list(dict.fromkeys(notes))
-
-
-def drop_missing(record: dict) -> dict:
-    """The keys of a record or a turn that have a value. Merged data sets have null in the columns of the others."""
-    return {key: value for key, value in record.items() if value is not None and value == value}  # NaN differs
-
-
-def _is_empty(value) -> bool:
-    return value in ([], {}) or (isinstance(value, str) and not value.strip())
-
-
-def ignored_keys(record: dict, known=()) -> list[str]:
-    """A note for each key of a record that has a value and is not one of the `known` ones."""
-    return [f"ignored key {key}" for key, value in record.items() if key not in known and not _is_empty(value)]
-
-
-def _filled_keys(record: dict) -> set[str]:
-    return {key for key, value in record.items() if not _is_empty(value)}
-
-
-def _match_format(keys, formats: Sequence[Format]) -> Format | None:
-    return next((form for form in formats if all(key is None or key in keys for key in form)), None)
-
-
-def _find_format(record: dict, formats: Sequence[Format]) -> Format:
-    # Merged data sets may have "" or [] in the columns of the others. Where no format is filled, an empty key is named.
-    for keys in (_filled_keys(record), record.keys()):
-        if form := _match_format(keys, formats):
-            return form
-    known = sorted({key for form in formats for key in form if key})
-    near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
-    hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
-    has = "; ".join(" and ".join(filter(None, form)) for form in formats)
-    found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
-    raise ValueError(f"{found}; a record has one of: {has}")
-
-
-def _conversation(record: dict, form: Format, notes: list[str], last: str = "assistant") -> list[dict]:
-    """The messages of a record up to the last turn of the role `last`. What is left out of them is added to `notes`.
-
-    Keys that are read are taken out of the record.
-    """
-    messages = _read_turns(_take_turns(record, form), form.prompt, notes, last)
-    num_system = int(messages[0]["role"] == "system")
-    system = _take_system(record)
-    if num_system and system:
-        raise ValueError("system is given twice, as a key and as a turn")
-    return system + messages[:num_system] + _take_history(record) + messages[num_system:]
-
-
-def _take_system(record: dict) -> list[dict]:
-    """The system turn under the key `system` or `system_prompt`, if there is one."""
-    given = [key for key in ("system", "system_prompt") if not _is_empty(record.get(key, ""))]
-    return [{"role": "system", "content": require_text(record.pop(key), key)} for key in given[:1]]
-
-
-def _take_history(record: dict) -> list[dict]:
-    """The earlier turns under the key `history`."""
-    history, messages = record.pop("history", ()), []
-    if not isinstance(history, (list, tuple)):
-        raise ValueError(f"history must be a list of prompts and their responses, not {type(history).__name__}")
-    for number, pair in enumerate(history):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"history[{number}] must be a prompt and its response")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": require_text(text, f"history[{number}]")})
-    return messages
-
-
-def _take_turns(record: dict, form: Format) -> list:
-    """The turns of a record: the list under its first key, or a prompt and its response."""
-    turns, response = record.pop(form.prompt), record.pop(form.response, None)
-    if isinstance(turns, list) and form.response is None:
-        return turns
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        return turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
-    if form.prompt in TURN_KEYS:
-        raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
-    key = "input" if record.get("input") not in (None, "") else "context"
-    prompt, extra = require_text(turns, form.prompt), record.pop(key, "")
-    if not (isinstance(extra, str) and extra.strip().lower() in _NO_INPUT):
-        prompt += INPUT_HEADING + require_text(extra, key)
-    turns = [{"role": "user", "content": prompt}]
-    if form.response:
-        turns.append({"role": "assistant", "content": require_text(response, form.response)})
-    return turns
-
-
-def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dict]:
-    """Messages of a list of turns: an optional system turn, then user and assistant in turn, ending with `last`."""
-    turns = [drop_missing(turn) if isinstance(turn, dict) else turn for turn in turns]
-    if all(isinstance(turn, str) for turn in turns):
-        turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-    elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
-        turns = [turn for number, pair in enumerate(turns) for turn in _turns_of_pair(pair, is_first=number == 0)]
-    roles = [_role(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
-    start = roles.index("user") if "user" in roles else len(roles)
-    end = max((n + 1 for n, role in enumerate(roles) if role == last), default=0)
-    if end <= start:
-        raise ValueError(f"{name} has no {last}'s turn" + (" after a user's turn" if last == "assistant" else ""))
-    if "assistant" in roles[:start]:
-        notes.append("first turn left out, which is the assistant's")
-    if "user" in roles[end:]:
-        notes.append("last turn left out, which is the user's")
-    messages = []
-    for n in [*(n for n in range(start) if roles[n] == "system"), *range(start, end)]:
-        expected = ("user", "assistant")[sum(message["role"] != "system" for message in messages) % 2]
-        if roles[n] != expected and not (roles[n] == "system" and n == 0):
-            due = f"where the {expected}'s turn is due; join turns of one role, or remove the record"
-            raise ValueError(f"{name}[{n}]: the role is {roles[n]} {due}")
-        if roles[n] == "system" and _is_empty(turns[n].get(_content_key(turns[n]), "")):
-            notes.append("empty system turn left out")
-        else:
-            messages.append(_message(turns[n], roles[n], f"{name}[{n}]", notes))
-    return messages
-
-
-def _turns_of_pair(pair: dict, is_first: bool) -> list[dict]:
-    """The turns of {"input", "output"}. The first pair may have a system turn; what else there is is the answer's."""
-    pair = dict(pair)
-    system = [{"role": "system", "content": pair.pop("system")}] if is_first and "system" in pair else []
-    user = {"role": "user", "content": pair.pop("input")}
-    answer = pair.pop("output")
-    return [*system, user, {**pair, "role": "assistant", "content": answer}]
-
-
-def _role(turn, place: str) -> str:
-    if not isinstance(turn, dict):
-        raise ValueError(f"{place}: a turn must be an object with role and content, not {type(turn).__name__}")
-    name = turn.get("role", turn.get("from"))
-    if not isinstance(name, str) or name.lower() not in _ROLE_OF:
-        known = ", ".join(_ROLE_OF)
-        raise ValueError(f"{place}: the role {name!r} is not supported (tools are not); known are {known}")
-    return _ROLE_OF[name.lower()]
-
-
-def _content_key(turn: dict) -> str:
-    return "value" if "content" not in turn and ("value" in turn or "from" in turn) else "content"
-
-
-def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
-    """The message of a turn, with "weight": 0 if it is marked as not to be learned."""
-    message = {"role": role, "content": require_text(turn.get(key := _content_key(turn)), f"{place}.{key}")}
-    list_name = place.partition("[")[0]
-    if role == "assistant" and message["content"][0] in " \t":  # in code, it may be the indentation
-        notes.append("white space before an answer left out")
-    for key, value in turn.items():
-        if key in LOSS_KEYS:
-            if value not in (0, 1):
-                raise ValueError(f"{place}.{key} is {value!r}; only 0 and 1 are supported")
-            if role == "assistant" and not value:
-                message["weight"] = 0
-            elif role != "assistant" and value:
-                notes.append(f"ignored key {list_name}[].{key} of a turn that is not the assistant's")
-        elif key not in ("role", "from", "content", "value") and not _is_empty(value):
-            notes.append(f"ignored key {list_name}[].{key}")
-    return message
-
-
-def require_text(value, key: str) -> str:
-    """Return `value` as a text with something in it; ValueError says what is wrong with it.
-
-    A number becomes its digits, and a list of {"type": "text", "text"} is joined.
-    """
-    if isinstance(value, (int, float)) and value == value:  # not NaN
-        return json.dumps(value)
-    if isinstance(value, list) and value:
-        if other := [part for part in value if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
-            if not isinstance(other[0], dict) or "role" in other[0]:
-                raise ValueError(f"{key} must be a text, not a list")
-            raise ValueError(f"{key} has a part of type {other[0].get('type')!r}; only texts are supported")
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be a text, not {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{key} is empty; fill it in or remove the record")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{key} holds half a character (a lone surrogate); write it whole or remove it") from None
-    return value
 
 
 # --- Encoding ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from confidence import score_examples
-from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens, require_text
+from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens
 from infra.cache import choose_cache, load_dataset
 from infra.chat_templates import choose_template
 from infra.cli import (
@@ -30,6 +30,7 @@ from infra.cli import (
 from infra.device import DTYPES, resolve_dtype
 from infra.distributed import init_distributed, print0, print_result, rank, set_up_process, world_size
 from infra.files import atomic_write
+from infra.formats import require_text
 from infra.generation import Sampling, decode_batch, generate
 from infra.hf import (
     check_models,

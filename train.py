@@ -86,6 +86,7 @@ from infra.output import (
     save_skipped,
     stage_log,
     stage_savepoints,
+    stages_of,
     stages_to_run,
 )
 from infra.plan import print_example, print_plan
@@ -121,8 +122,8 @@ class TrainConfig:
     stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES), group="recipe")
     confidence: str | None = flag(
         None,
-        "file of scores to split by, instead of the reference run's; or the word 'online': split by the probabilities "
-        "that the SFTMix run itself computes, without a reference run",
+        "file of scores to split by, instead of the reference run's; or the word 'online': split by the scores that "
+        "the SFTMix run itself computes, without a reference run",
     )
     confidence_by: str = flag(
         "probability",
@@ -205,7 +206,7 @@ class TrainConfig:
 
     @property
     def online(self) -> bool:
-        """Whether the SFTMix run splits by the probabilities of its own earlier epochs."""
+        """Whether the SFTMix run splits by the scores of its own earlier epochs."""
         return self.confidence == "online"
 
 
@@ -214,7 +215,9 @@ def parse_config(argv=None) -> TrainConfig:
     parser = ArgumentParser("%(prog)s [--model DIR --data FILE --output DIR] [flags]", description=__doc__)
     add_flags(parser, TrainConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given |= {name: tuple(value) if value[1:] else value[0] for name, value in given.items() if isinstance(value, list)}
+    for name, value in given.items():
+        if isinstance(value, list):  # of a flag that takes several values
+            given[name] = value[0] if len(value) == 1 else tuple(value)
     try:
         # DEMO_FLAGS sets what a model folder would decide otherwise, such as max_length and dtype.
         return TrainConfig(**({} if "model" in given else DEMO_FLAGS) | given)
@@ -323,10 +326,10 @@ def optimizer_step(model: Transformer, optimizer, lr: float, loss: torch.Tensor)
 
 
 class Sampler(NamedTuple):
-    """The order in which each epoch goes through the examples, and whether they are mixed in it."""
+    """The order in which each epoch goes through the examples, and in which epochs they are mixed."""
 
     order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called at the start of the epoch
-    is_mixed: Callable[[int], bool]  # epoch -> whether examples 0 and 1, 2 and 3, … of the order are mixed
+    num_ntp_epochs: int = 0  # of the first epochs; in later ones, examples 0 and 1, 2 and 3, … of the order are mixed
     accumulator: ScoreAccumulator | None = None  # gets log p(y) of what is trained on, for the orders to come
 
 
@@ -341,7 +344,7 @@ def train(
 ) -> dict:
     """Train `model` in place for `config.epochs`.
 
-    -> {"seconds"} without pauses, rank 0's {"peak_memory_bytes"}, and how many steps were {"skipped"}
+    -> {"seconds": time without pauses, "peak_memory_bytes": of this process, "skipped": number of steps}
 
     `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
     finished steps to a function that is then called. With `savepoints`, training resumes from the newest of them and
@@ -357,7 +360,7 @@ def train(
     model.train()
     with defer_signals() if savepoints else contextlib.nullcontext([]) as signals:
         for epoch in range(done // epoch_steps, config.epochs):
-            is_mixed = sampler.is_mixed(epoch)
+            is_mixed = epoch >= sampler.num_ntp_epochs
             mu, ntp_weight = (config.mu, config.ntp_weight) if is_mixed else (0.0, 1.0)  # (0, 1): plain NTP
             prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
@@ -493,7 +496,7 @@ def base_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
 
 def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
     """Plain next-token prediction: a random order, nothing is mixed."""
-    return Sampler(partial(epoch_order, len(dataset), config.seed), is_mixed=lambda epoch: False)
+    return Sampler(partial(epoch_order, len(dataset), config.seed), num_ntp_epochs=config.epochs)
 
 
 def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
@@ -544,6 +547,12 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     return entry
 
 
+def reads_scores(config: TrainConfig, stages: list[str]) -> bool:
+    """Whether these stages split by scores that are there already."""
+    makes_them = "confidence" in stages or config.online
+    return "sftmix" in stages and config.pairing == "confidence" and not makes_them
+
+
 def load_dynamics(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
     """The training dynamics of the examples, from the file of --confidence or from the run itself."""
     if config.confidence is None:
@@ -567,10 +576,10 @@ def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
     dataset = inputs.train
     random_order = partial(epoch_order, len(dataset), config.seed)
     if config.pairing == "random":
-        return Sampler(random_order, is_mixed=lambda epoch: True)  # neighbours in a random order are random pairs
+        return Sampler(random_order)  # neighbors in a random order are random pairs
     if not config.online:
         dynamics = inputs.dynamics or load_dynamics(config, dataset)
-        return Sampler(partial(paired_epoch_order, dynamics, config), is_mixed=lambda epoch: True)
+        return Sampler(partial(paired_epoch_order, dynamics, config))
     accumulator = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
     def online_order(epoch: int) -> np.ndarray:
@@ -579,21 +588,20 @@ def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
             return random_order(epoch)
         return paired_epoch_order(TrainingDynamics(dataset.ids, *accumulator.epoch_scores()), config, epoch)
 
-    return Sampler(online_order, is_mixed=lambda epoch: epoch > 0, accumulator=accumulator)
+    return Sampler(online_order, num_ntp_epochs=1, accumulator=accumulator)
 
 
-def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict[str, dict]:
-    """Train the base again, with Mixup. -> entries of results.json by stage: sftmix, and online also confidence"""
+def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+    """Train the base again, with Mixup."""
     sampler = sftmix_sampler(config, inputs, device)
     model = load_trainable(config, device)
     log, savepoints = stage_log(config, "sftmix", inputs), stage_savepoints(config, "sftmix")
     train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
     save_result(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
-    entries = {"sftmix": evaluate_model(model, inputs, config) | train_stats}
     if sampler.accumulator:
         dynamics = TrainingDynamics(inputs.train.ids, *sampler.accumulator.epoch_scores())
-        entries = {"confidence": record_dynamics(dynamics, config), **entries}
-    return entries
+        record_stage(config, "confidence", record_dynamics(dynamics, config))
+    return evaluate_model(model, inputs, config) | train_stats
 
 
 # --- A run ------------------------------------------------------------------------------------------------------------
@@ -638,7 +646,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     # What a later stage reads is looked for now, and not after hours of the stages before.
     if "confidence" in stages and "reference" not in stages:
         on_rank0(reference_checkpoints, config)
-    if "sftmix" in stages and "confidence" not in stages and config.pairing == "confidence" and not config.online:
+    if reads_scores(config, stages):
         inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
     record_config(config)
     forget_results(config)
@@ -654,8 +662,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "sftmix" in stages:
         if stages[0] != "sftmix":  # the base was read before another stage, perhaps hours ago
             check_model_unchanged(config)
-        for stage, entry in sftmix_stage(config, inputs, device).items():
-            record_stage(config, stage, entry)
+        record_stage(config, "sftmix", sftmix_stage(config, inputs, device))
 
 
 def dry_run(config: TrainConfig, device) -> None:
@@ -663,7 +670,7 @@ def dry_run(config: TrainConfig, device) -> None:
     config, tokenizer = resolve_model(resolve_hardware(config, device))
     dataset, num_processes = load_inputs(config, tokenizer).train, config.dry_run or world_size()
     model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
-    if config.confidence is not None and not config.online:
+    if config.confidence and reads_scores(config, stages_of(config)):  # those of the run may be still to come
         load_dynamics(config, dataset)
     warn_if_idle(config, num_processes)
     print_plan(model, dataset, config, num_processes, device.type)

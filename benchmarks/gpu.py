@@ -219,9 +219,9 @@ def training(sizes: Sizes, compiled: bool) -> Iterator[Row]:
     dataset, label = random_dataset(model.config.vocab_size, work, sizes.steps), "compiled" if compiled else "eager"
     peak, of_what = peak_flops(card_name(), matmul_rate(sizes.matmul))
     rates = {}
-    for name, mixes in (("NTP", False), ("SFTMix", True)):
+    for name, num_ntp_epochs in (("NTP", config.epochs), ("SFTMix", 0)):
         records = []
-        sampler = Sampler(partial(epoch_order, len(dataset), 0), is_mixed=lambda epoch, mixes=mixes: mixes)
+        sampler = Sampler(partial(epoch_order, len(dataset), 0), num_ntp_epochs)
         memory = train(model, dataset, config, sampler, records.append)["peak_memory_bytes"]
         rates[name] = statistics.median(record["tokens_per_second"] for record in records[sizes.steps // 4 :])
         share = rates[name] / work.tokens * model_flops(model.config, work) / peak

@@ -182,7 +182,7 @@ def measure(folder: Path, settings: dict) -> dict:
     def run():
         model = load_model(folder, compute_dtype=DTYPES[config.dtype], lora_rank=config.lora_rank)
         model.activation_checkpointing = config.activation_checkpointing
-        sampler = Sampler(order=partial(epoch_order, len(dataset), 0), is_mixed=lambda epoch: True)
+        sampler = Sampler(partial(epoch_order, len(dataset), 0))
         train(model, dataset, config, sampler, lambda record: None)
         trainable = sum(local_shard(p).numel() for p in model.parameters() if p.requires_grad)
         result["state"] = sum(local_shard(p).numel() * p.element_size() for p in model.parameters()) + 8 * trainable

@@ -281,8 +281,9 @@ def dtypes_table(results: Results) -> list[str]:
             by_dtype[results.notes[MAIN_CELL, one, seed]["dtype"]].append(a[seed] - b[seed])
         if not all(by_dtype.values()):
             return []
-        alone = [difference(values, [0.0] * len(values)) for values in by_dtype.values()]
-        cells = [signed(d, None, ".4f", 1)[0] for d in (*alone, unpaired_difference(by_dtype["bf16"], by_dtype["fp32"]))]
+        found = [difference(values, [0.0] * len(values)) for values in by_dtype.values()]
+        found.append(unpaired_difference(by_dtype["bf16"], by_dtype["fp32"]))
+        cells = [signed(d, None, ".4f", 1)[0] for d in found]
         counts = [f" ({len(values)} seeds)" for values in by_dtype.values()]
         lines.append(f"| {one} − {other} | {cells[0]}{counts[0]} | {cells[1]}{counts[1]} | {cells[2]} |")
     return lines

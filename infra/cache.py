@@ -28,7 +28,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 # The code that ids depend on.
-CODE = ("data.py", "tokenizer.py", "infra/cache.py", "infra/records.py", "infra/tokenizer_files.py")
+CODE = ("data.py", "tokenizer.py", *(f"infra/{name}.py" for name in ("cache", "formats", "records", "tokenizer_files")))
 
 
 def choose_cache(cache=None, output=None, file=None) -> str:

@@ -13,7 +13,7 @@ from tokenizer import TEMPLATES, Tokenizer
 
 # A small model with little pretraining learns at higher rates than the paper's.
 DEMO_FLAGS = {"output": "runs/demo", "lr": 1e-3, "batch_size": 16, "max_length": 256, "dtype": "fp32", "log_every": 50}
-DEMO_BASE_FLAGS = {"lr": 3e-3, "batch_size": 8, "epochs": 1}  # for pretraining the base
+DEMO_BASE_FLAGS = {"lr": 3e-3, "batch_size": 8, "epochs": 1, "confidence": None}  # for pretraining the base
 DEMO_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -15,10 +15,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from data import to_prompt
 from infra.cli import ArgumentParser, check_output_path
 from infra.distributed import barrier, print0, print_result, rank, wait_for_rank0, world_size
 from infra.files import atomic_write, sha256_of
+from infra.formats import to_prompt
 from infra.locks import file_lock
 from infra.records import data_checksums, describe, read_records, summarize_notes
 

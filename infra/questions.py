@@ -3,8 +3,8 @@
 import sys
 from typing import NamedTuple
 
-from data import drop_missing, ignored_keys, require_text
 from infra.distributed import print0
+from infra.formats import drop_missing, ignored_keys, require_text
 from infra.records import read_records, summarize_notes
 
 LETTERS = "ABCDEFGHIJ"  # of the choices

@@ -1,7 +1,7 @@
 """Records of data files: .jsonl, .json, .parquet and .gz, one file or many, told apart by what they hold.
 
-What the keys of a record mean is in data.py. Here is where records are, how a file is read in parts, and which records
-are bad.
+What the keys of a record mean is in infra/formats.py. Here is where records are, how a file is read in parts, and which
+records are bad.
 """
 
 import base64

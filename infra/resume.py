@@ -40,13 +40,15 @@ def continue_config(config):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config.output}/config.json: changed since it was written ({error})") from None
     may_change = RESUME_MAY_CHANGE | _stage_may_change(config)
-    for field in fields(config):
-        value, value_before = getattr(config, field.name), before.get(field.name)
-        is_open = field.name in RESOLVED and value_before is None  # the demo resolves them after its base
-        are_files = field.name == "confidence" and not any(v in (None, "online") for v in (value, value_before))
-        if field.name not in may_change and value != value_before and not is_open and not are_files:
+    for name in [field.name for field in fields(config) if field.name not in may_change]:
+        value, value_before = getattr(config, name), before.get(name)
+        if name in RESOLVED and value_before is None:
+            continue  # the demo resolves them after its base
+        if name == "confidence" and {value, value_before}.isdisjoint((None, "online")):
+            continue  # two files of scores, whose content is compared
+        if value != value_before:
             raise ValueError(
-                f"--{field.name} {value}: the run in {config.output} was begun with {value_before}, and would become "
+                f"--{name} {value}: the run in {config.output} was begun with {value_before}, and would become "
                 "another one; give it as it was, or choose another --output"
             )
     return config
@@ -63,8 +65,8 @@ def record_config(config) -> None:
     content = before.get("content") if isinstance(before.get("content"), dict) else {}
     checksums = input_checksums(config)
     evaluates = stages_of(config) != ["confidence"]
-    # Of the demo, content is empty until it has its data.
-    if content and evaluates and ("eval_data" in checksums) != ("eval_data" in content):
+    # The demo has no data before its base.
+    if "data" in content and evaluates and ("eval_data" in checksums) != ("eval_data" in content):
         how, now = ("with", "without") if "eval_data" in content else ("without", "with")
         raise ValueError(
             f"--eval_data: the run in {config.output} was begun {how} it, and models evaluated {now} it would not be "

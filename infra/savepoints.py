@@ -56,7 +56,8 @@ class Savepoints:
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if some were skipped
         state = {"step": step, "num_updates": num_updates, "metrics": metrics.state_dict()}
         path = self.output / "resume" / f"{self.stage}-step-{step}"
-        # With its own name: of a name used before, another node may still know the folder that it was then, over NFS.
+        # The name has the step, so that it is new: over NFS, another node may still see the old folder of a name that
+        # was used before.
         with temporary_folder(path.with_name(f"{path.name}.partial")) as tmp:
             with _distributed_checkpoint(path) as dcp, utf8_folder(tmp) as folder:
                 dcp.save(tensors, storage_writer=_storage_writer(dcp, folder, tensors))
@@ -108,7 +109,7 @@ class Savepoints:
         return step
 
     def clear(self) -> None:
-        """Remove the savepoints of a finished stage."""
+        """Remove the savepoints of a finished stage, and the scores of checkpoints that its stage has kept."""
         if rank() == 0:
             for folder in [*(folder for _, folder in self._existing()), self.output / "resume" / self.stage]:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -28,11 +28,11 @@ from data import (
     paired_order,
     sample_lambda,
     to_example,
-    to_prompt,
 )
 from infra.cache import _init_worker, cache_path, encode_files, load_cache, load_dataset
 from infra.demo import demo_corpus
 from infra.distributed import prefetch
+from infra.formats import to_prompt
 from tokenizer import TEMPLATES, Tokenizer, _segments
 
 TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -122,11 +122,18 @@ def test_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):
     assert [e.messages[0]["content"] for e in load_examples(tmp_path / "d.jsonl")] == ["one\u2028two"] * 2
 
 
-@pytest.mark.parametrize("extra", ["nan", "<noinput>", " ", None, float("nan")])
-def test_what_stands_for_no_input_is_none(tmp_path, extra):
-    (example,) = load_examples(
-        write_lines(tmp_path / "d.jsonl", {"instruction": "Why?", "input": extra, "output": "So."})
-    )
+@pytest.mark.parametrize("empty", ["nan", "<noinput>", " ", None, float("nan"), []])
+def test_what_stands_for_no_input_is_none(empty):
+    record = {"instruction": "Why?", "input": empty, "output": "So."}
+    assert to_example(record).messages == TURN and to_example(record).notes == ()
+    example = to_example(record | {"context": "Facts."})
+    assert example.messages[0]["content"] == "Why?\n\n### Input:\nFacts." and example.notes == ()
+
+
+@pytest.mark.parametrize("empty", ["", " ", [], {}])
+def test_an_empty_column_of_merged_data_is_passed_over(empty):
+    record = {"instruction": "Why?", "output": "So.", "input": empty, "context": empty, "history": empty}
+    example = to_example(record | {"system": empty, "topic": empty})
     assert example.messages == TURN and example.notes == ()
 
 
@@ -269,8 +276,8 @@ GOOD = FORMATS["alpaca"]
         ({"instruction": "x", "output": "  "}, "output is empty"),
         ({"instruction": "", "output": "y"}, "instruction is empty"),
         ({"instruction": "x", "output": None}, r"keys \['instruction'\] are no known format"),
-        ({"instruction": "x", "input": {}, "output": "y"}, "input must be a text, not dict"),
-        ({"question": "x", "context": {}, "answer": "y"}, "context must be a text, not dict"),
+        ({"instruction": "x", "input": {"a": 1}, "output": "y"}, "input must be a text, not dict"),
+        ({"question": "x", "context": {"a": 1}, "answer": "y"}, "context must be a text, not dict"),
         (
             {"query": "x", "response": "y", "history": 5},
             "history must be a list of prompts and their responses, not int",

@@ -27,7 +27,7 @@ from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.output import lock_output, may_hold_data
-from infra.resume import continue_config
+from infra.resume import continue_config, record_config
 from infra.savepoints import Savepoints
 from train import TrainConfig, main, make_optimizer
 
@@ -713,3 +713,16 @@ def test_a_demo_that_was_stopped_before_its_template_was_chosen_goes_on(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(asdict(chosen)))
     with pytest.raises(ValueError, match=r"--template chatml: the run in .* was begun with alpaca"):
         continue_config(replace(begun, template="chatml"))
+
+
+def test_the_demo_may_be_given_scores_before_it_has_its_data(tmp_path):
+    files = {name: str(tmp_path / name) for name in ("confidence", "model", "data", "eval_data")}
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    begun = TrainConfig(output=str(tmp_path), confidence=files["confidence"], resume=True)
+    record_config(begun)
+    record_config(replace(begun, **files))  # as after its base
+    content = json.loads((tmp_path / "config.json").read_text())["content"]
+    assert content.keys() == files.keys()
+    with pytest.raises(ValueError, match=r"--eval_data: the run in .* was begun with it"):
+        record_config(replace(begun, **files | {"eval_data": None}))

@@ -21,7 +21,7 @@ from confidence import ScoreAccumulator, TrainingDynamics, score_examples, split
 from confidence import main as confidence_main
 from data import Dataset, build_batch, epoch_order, load_examples, paired_order, sample_lambda
 from infra.cache import load_dataset
-from infra.demo import DEMO_FLAGS
+from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS
 from infra.device import DTYPES
 from infra.files import sha256_of
 from infra.hf import load_model, meta_model, save_model
@@ -70,6 +70,12 @@ def test_defaults_are_the_papers_and_the_demos():
     }
     assert {name: getattr(real, name) for name in paper} == paper
     assert demo == TrainConfig(**DEMO_FLAGS) and demo.output == "runs/demo" and demo.model is None
+
+
+@pytest.mark.parametrize("more", [[], ["--confidence", "online"], ["--confidence", "scores.jsonl"]])
+def test_the_demos_base_is_pretrained_by_plain_ntp(more):
+    config = replace(parse_config(more), **DEMO_BASE_FLAGS)
+    assert config.confidence is None and config.epochs == 1
 
 
 def test_flags_override_the_demos_settings():
@@ -291,7 +297,7 @@ def test_small_learning_rates_move_float32_masters_under_bf16(device):
 
 
 def sampler(order, mix):
-    return Sampler(order, is_mixed=lambda epoch: mix)
+    return Sampler(order, num_ntp_epochs=0 if mix else 10)
 
 
 def trained(device, config, order, mixing):
@@ -390,7 +396,7 @@ def test_a_stopped_loop_ends_where_an_uninterrupted_one_does(device, tmp_path):
     def run(name, after_step=None):
         model, scores = tiny_model().to(device), ScoreAccumulator(dataset.num_supervised, device, max_epochs=2)
         savepoints = Savepoints(tmp_path / name, "sftmix", every=3, keep=2)
-        order = Sampler(partial(epoch_order, 7, 0), is_mixed=lambda epoch: epoch > 0, accumulator=scores)
+        order = Sampler(partial(epoch_order, 7, 0), num_ntp_epochs=1, accumulator=scores)
         train(model, dataset, config, order, lambda record: None, after_step, savepoints)
         return torch.cat([p.detach().flatten() for p in model.parameters()]), np.stack(scores.epoch_scores())
 
@@ -547,7 +553,7 @@ def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder,
     halves = split_by_confidence(dynamics.probability[0])
     orders = [epoch_order(20, 0, 0), paired_order(*halves, 0, 1)]
     model = load_model(folder / "model")
-    train(model, dataset, config, Sampler(lambda e: orders[e], lambda e: e > 0), lambda record: None)
+    train(model, dataset, config, Sampler(orders.__getitem__, num_ntp_epochs=1), lambda record: None)
     saved = load_file(online / "sftmix" / "model.safetensors")
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
@@ -715,6 +721,14 @@ def test_scores_of_another_model_with_another_tokenizer_match_by_id(folder, tmp_
 def test_a_dry_run_counts_the_models_of_its_stages(folder, tmp_path, capsys, stage, expected):
     main(flags(folder, tmp_path / "o", "--stage", stage, "--dry_run"))
     assert f" for {expected}\n" in capsys.readouterr().out
+
+
+def test_a_dry_run_reads_the_scores_that_the_run_would_read(folder, tmp_path, capsys):
+    missing = ["--confidence", str(tmp_path / "none.jsonl"), "--dry_run"]
+    main(flags(folder, tmp_path / "o", "--stage", "reference", *missing))
+    with pytest.raises(SystemExit):
+        main(flags(folder, tmp_path / "o", "--stage", "sftmix", *missing))
+    assert "none.jsonl: not found" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, monkeypatch, capsys):
