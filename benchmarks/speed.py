@@ -112,7 +112,7 @@ def ours(folder: Path) -> None:
         else:
             config = TrainConfig(batch_size=BATCH_SIZE, epochs=1, lr=1e-4, dtype=dtype, log_every=1000)
             order, mix = np.arange(len(dataset)), "sftmix" in what  # the order of the peers
-            sampler = Sampler(lambda epoch, order=order: order, lambda epoch, mix=mix: mix)
+            sampler = Sampler(lambda epoch, order=order: order, num_ntp_epochs=0 if mix else 1)
             seconds = train(models[key], dataset, config, sampler, lambda record: None)["seconds"]
         print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)
 

@@ -623,7 +623,8 @@ def test_a_skipped_step_changes_nothing(folder, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train_module, "forward_backward", compute)
         config = TrainConfig(epochs=3 if bad is None else 4, batch_size=4, dtype="fp32")
-        train(model, dataset, config, Sampler(lambda epoch: np.arange(4), lambda epoch: False), lambda record: None)
+        sampler = Sampler(lambda epoch: np.arange(4), num_ntp_epochs=config.epochs)
+        train(model, dataset, config, sampler, lambda record: None)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
 
