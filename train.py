@@ -615,17 +615,19 @@ def run(config: TrainConfig, device) -> None:
         raise ValueError(
             f"--max_length {config.max_length}: the demo's model has {DEMO_MODEL['max_position_embeddings']} positions"
         )
-    warn_if_idle(config, world_size())
+    warn_about_batch_size(config, world_size())
     with lock_output(output):
         run_stages(config, stages_to_run(config), device)
         if rank() == 0:
             print_report(config)
 
 
-def warn_if_idle(config: TrainConfig, num_processes: int) -> None:
-    """Warn if a batch of pairs is too small to give every process one, or has one example too many."""
+def warn_about_batch_size(config: TrainConfig, num_processes: int) -> None:
+    """Warn if a batch is too small to give every process a pair, or if it has an odd number of examples."""
+    if not {"reference", "sftmix"} & {*stages_of(config)}:
+        return
     if config.batch_size % 2:
-        print0(f"warning: --batch_size {config.batch_size} is odd; SFTMix, which trains on pairs, could not follow")
+        print0(f"warning: --batch_size {config.batch_size} is odd; --stage sftmix, which trains on pairs, refuses it")
     if config.batch_size < 2 * num_processes:
         print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
 
@@ -672,7 +674,7 @@ def dry_run(config: TrainConfig, device) -> None:
     model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
     if config.confidence and reads_scores(config, stages_of(config)):  # those of the run may be still to come
         load_dynamics(config, dataset)
-    warn_if_idle(config, num_processes)
+    warn_about_batch_size(config, num_processes)
     print_plan(model, dataset, config, num_processes, device.type)
     print_example(dataset, tokenizer)
 

@@ -50,6 +50,7 @@ from train import (
     prepare_batch,
     record_dynamics,
     train,
+    warn_about_batch_size,
 )
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
@@ -76,6 +77,21 @@ def test_defaults_are_the_papers_and_the_demos():
 def test_the_demos_base_is_pretrained_by_plain_ntp(more):
     config = replace(parse_config(more), **DEMO_BASE_FLAGS)
     assert config.confidence is None and config.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "expected"),
+    [
+        ("reference", 5, "5 is odd"),
+        ("all", 6, "6 is less than a pair for each of 4"),
+        ("confidence", 5, ""),
+        ("all", 8, ""),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_are_warned_about(capsys, stage, batch_size, expected):
+    warn_about_batch_size(TrainConfig(stage=stage, batch_size=batch_size), num_processes=4 if stage == "all" else 1)
+    out = capsys.readouterr().out
+    assert expected in out and bool(out) == bool(expected)
 
 
 def test_flags_override_the_demos_settings():
