@@ -387,7 +387,7 @@ def main(argv=None) -> None:
         if args.output:
             check_output_path(args.output)
         if args.plot:
-            check_plot_path(args.plot)
+            check_plot_path(args.plot, [args.output, args.scores, *(args.data or ())])
         dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
         if rank() == 0:
             report(dynamics, args)

@@ -231,10 +231,12 @@ def check_output_folder(file: str) -> None:
 # --- Optional packages ------------------------------------------------------------------------------------------------
 
 
-def check_plot_path(path: str) -> None:
-    """Raise ValueError or FileNotFoundError unless a picture can be written to `path`."""
+def check_plot_path(path: str, others) -> None:
+    """Raise ValueError or FileNotFoundError unless a picture can be written to `path`, which is no other file."""
+    if any(other is not None and Path(other).resolve() == Path(path).resolve() for other in others):
+        raise ValueError(f"--plot {path}: is another file of this command; choose another name")
     check_output_folder(path)
-    kinds = require_matplotlib().figure().canvas.get_supported_filetypes()
+    kinds = sorted(require_matplotlib().figure().canvas.get_supported_filetypes().keys() - {"pgf"})  # which needs LaTeX
     if Path(path).suffix.lower().removeprefix(".") not in kinds:
         raise ValueError(f"--plot {path}: must end in one of .{', .'.join(kinds)}")
 

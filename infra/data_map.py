@@ -1,5 +1,7 @@
 """The data map: a picture of each training example by the mean and variance of its gold-token probability."""
 
+import warnings
+
 import numpy as np
 
 from infra.cli import require_matplotlib
@@ -12,6 +14,7 @@ def plot_data_map(dynamics, halves, path, labels: dict[int, str]) -> None:
     and `labels` names some of the most and least confident of them.
     """
     plt = require_matplotlib()
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # characters that the font lacks are drawn as boxes
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     size = float(np.clip(20000 / len(dynamics.ids), 1, 25))
     for half, colour, name in zip(halves, ("#2a6f97", "#d1495b"), ("confident", "unconfident"), strict=True):

@@ -65,8 +65,12 @@ def to_messages(record: dict) -> tuple[list[dict], list[str]]:
     record = drop_missing(record)
     form, notes = _find_format(record, FORMATS), []
     if form.prompt == "text":
+        if tree := record.keys() & {"role", "parent_id"}:
+            raise ValueError(f"text with {min(tree)} is a turn of a conversation; join the turns of each into messages")
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
     else:
+        if form.prompt == "prompt" and record.get("label") is False:  # TRL's unpaired preferences
+            raise ValueError("label is false: the answer is not to be learned; leave the record out")
         messages = _conversation(record, form, notes)
     if any(_SPELLED_OUT_TOKENS.search(message["content"]) for message in messages):
         notes.append("tokens of a chat template spelled out in a text, taken as plain text")
@@ -79,17 +83,18 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
 
     -> (the messages before, the user turns to be answered one after the other, notes as those of `to_messages`)
 
-    Only MT-Bench's `turns` has several user turns to answer. ValueError names the key at fault.
+    Only MT-Bench's `turns` or `prompt`, a list of texts, has several user turns to answer. ValueError names the key at
+    fault.
     """
     record, notes = drop_missing(record), []
     form = _match_format(_filled_keys(record), FORMATS)
     if "turns" in record or form is None or form.prompt == "text":
         form = _find_format(record, PROMPT_FORMATS)
-    if form.prompt == "turns":
-        turns = record.pop("turns")
+    if form.prompt == "turns" or _is_texts(record[form.prompt]):
+        turns = record.pop(form.prompt)
         if not isinstance(turns, list) or not turns:
             raise ValueError("turns must be a list of texts")
-        turns = [require_text(turn, f"turns[{number}]") for number, turn in enumerate(turns)]
+        turns = [require_text(turn, f"{form.prompt}[{number}]") for number, turn in enumerate(turns)]
         before = _take_system(record) + _take_history(record)
     else:
         *before, last = _conversation(record, Format(form.prompt), notes, last="user")
@@ -110,6 +115,10 @@ def _is_empty(value) -> bool:
 def ignored_keys(record: dict, known=()) -> list[str]:
     """A note for each key of a record that has a value and is not one of the `known` ones."""
     return [f"ignored key {key}" for key, value in record.items() if key not in known and not _is_empty(value)]
+
+
+def _is_texts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _filled_keys(record: dict) -> set[str]:
@@ -182,6 +191,7 @@ def _take_turns(record: dict, form: Format) -> list:
     if isinstance(turns, list) and form.response is None:
         return turns
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        turns = [{"weight": 0, **turn} for turn in turns]  # of a prompt, nothing is learned
         return turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
     if form.prompt in TURN_KEYS:
         raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")
@@ -206,8 +216,9 @@ def _read_turns(turns: list, name: str, notes: list[str], last: str) -> list[dic
         raise ValueError(f"{name} has no {last}'s turn" + (" after a user's turn" if last == "assistant" else ""))
     if "assistant" in roles[:start]:
         notes.append("first turn left out, which is the assistant's")
-    if "user" in roles[end:]:
-        notes.append("last turn left out, which is the user's")
+    for role in ("user", "system"):
+        if role in roles[end:]:
+            notes.append(f"last turn left out, which is the {role}'s")
     messages = []
     for n in [*(n for n in range(start) if roles[n] == "system"), *range(start, end)]:
         expected = ("user", "assistant")[sum(message["role"] != "system" for message in messages) % 2]
@@ -246,9 +257,11 @@ def _content_key(turn: dict) -> str:
 
 def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
     """The message of a turn, with "weight": 0 if it is marked as not to be learned."""
-    message = {"role": role, "content": require_text(turn.get(key := _content_key(turn)), f"{place}.{key}")}
+    content_key = _content_key(turn)
+    message = {"role": role, "content": require_text(turn.get(content_key), f"{place}.{content_key}")}
     list_name = place.partition("[")[0]
-    if role == "assistant" and message["content"][0] in " \t":  # in code, it may be the indentation
+    content = message["content"]
+    if role == "assistant" and content[: -len(content.lstrip())].strip("\r\n"):  # in code, it may be the indentation
         notes.append("white space before an answer left out")
     for key, value in turn.items():
         if key in LOSS_KEYS:
@@ -258,7 +271,7 @@ def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
                 message["weight"] = 0
             elif role != "assistant" and value:
                 notes.append(f"ignored key {list_name}[].{key} of a turn that is not the assistant's")
-        elif key not in ("role", "from", "content", "value") and not _is_empty(value):
+        elif key not in ("role", "from", "content") and not _is_empty(value) and value != turn[content_key]:
             notes.append(f"ignored key {list_name}[].{key}")
     return message
 
@@ -271,11 +284,7 @@ def require_text(value, key: str) -> str:
     if isinstance(value, (int, float)) and value == value:  # not NaN
         return json.dumps(value)
     if isinstance(value, list) and value:
-        if other := [part for part in value if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
-            if not isinstance(other[0], dict) or "role" in other[0]:
-                raise ValueError(f"{key} must be a text, not a list")
-            raise ValueError(f"{key} has a part of type {other[0].get('type')!r}; only texts are supported")
-        value = "".join(part["text"] for part in value)
+        value = "".join(_text_of_part(part, key, is_only=len(value) == 1) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {type(value).__name__}")
     if not value.strip():
@@ -285,3 +294,13 @@ def require_text(value, key: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{key} holds half a character (a lone surrogate); write it whole or remove it") from None
     return value
+
+
+def _text_of_part(part, key: str, is_only: bool) -> str:
+    """The text of {"type": "text", "text"}; a part that is the only one needs no type."""
+    if not isinstance(part, dict) or "role" in part:
+        raise ValueError(f"{key} must be a text, not a list")
+    kind = part.get("type", "text" if is_only else None)
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise ValueError(f"{key} has a part of type {kind!r}; only texts are supported")
+    return part["text"]

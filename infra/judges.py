@@ -20,7 +20,7 @@ from infra.distributed import barrier, print0, print_result, rank, wait_for_rank
 from infra.files import atomic_write, sha256_of
 from infra.formats import to_prompt
 from infra.locks import file_lock
-from infra.records import data_checksums, describe, read_records, summarize_notes
+from infra.records import data_checksums, describe, read_records, summarize_notes, to_text
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ def to_judge_format(record: PromptRecord, answers: list[str], output_format: str
         return {**dataset, "instruction": record.turns[-1], "output": answers[-1], "generator": model_name}
     if output_format == "mt_bench":
         question_id = record.record["question_id"]
-        answer_id = hashlib.sha256(json.dumps([question_id, model_name, answers]).encode()).hexdigest()[:22]
+        answer_id = hashlib.sha256(_to_json([question_id, model_name, answers]).encode()).hexdigest()[:22]
         return {
             "question_id": question_id,
             "answer_id": answer_id,
@@ -142,18 +142,21 @@ def to_judge_format(record: PromptRecord, answers: list[str], output_format: str
     return record_id | {"messages": messages}
 
 
+_to_json = partial(json.dumps, default=to_text)  # ids of parquet files may be bytes or dates
+
+
 def write_answers(args, records: list[PromptRecord], answers: dict[int, Answers]) -> None:
     """Write all records with their answers to --output, or to stdout without it. Only rank 0 writes."""
     if rank() != 0:
         return
     model_name = args.name or Path(args.model).resolve().name
     answered = [to_judge_format(record, answers[i].texts, args.format, model_name) for i, record in enumerate(records)]
-    lines = "".join(json.dumps(record) + "\n" for record in answered)
+    lines = "".join(_to_json(record) + "\n" for record in answered)
     if not args.output:
         print_result(lines, end="")
         return
     with atomic_write(Path(args.output)) as tmp:
-        tmp.write_text(json.dumps(answered, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
+        tmp.write_text(_to_json(answered, indent=1) if args.format == "alpaca_eval" else lines, encoding="utf-8")
     print_result(json.dumps({"output": args.output, "format": args.format, "records": len(answered)}))
 
 

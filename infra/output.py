@@ -131,6 +131,11 @@ def check_not_started(config) -> None:
         raise FileExistsError(
             f"{output}/resume: a run was stopped here; --resume resumes it, or choose another --output"
         )
+    if stages_of(config) == ["reference"] and (stopped := sorted((output / "resume").glob("sftmix*"))):
+        raise FileExistsError(
+            f"{stopped[0]}: of a stopped SFTMix run, whose split would change; finish it first by --stage sftmix "
+            "--resume, or remove it"
+        )
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def to_question(record: dict) -> Question:
     if answer is None:
         raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
     labels = labels if isinstance(labels, list) else []
+    if type(answer) is int and choices[answer : answer + 1] != [str(answer)] and str(answer) in choices:
+        raise ValueError(f"answer {answer} may be an index or the text of another choice; write a text as a text")
     if type(answer) is int and str(answer) in labels:  # labels are texts, so this may be an index
         if answer != labels.index(str(answer)) and answer < len(choices):
             raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
@@ -59,6 +61,9 @@ def to_question(record: dict) -> Question:
         answer = choices.index(answer.strip())
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer!r} is none of the choices")
+    texts = [record[key].strip() for key in ANSWER_KEYS if isinstance(record.get(key), str)]
+    if other := [text for text in texts if text in choices and text not in labels and text != choices[answer]]:
+        raise ValueError(f"the answer is both {choices[answer]!r} and {other[0]!r}")
 
     subject = next((record[key] for key in SUBJECT_KEYS if key in record), None)
     subject = None if subject is None else str(subject)

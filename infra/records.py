@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +65,17 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if splits and splits != ["train"] and None in found:
         named, other = files[[m is not None for m in found].index(True)].name, files[found.index(None)].name
         raise ValueError(f"{folder}: {named} may be of another split than {other}; give the files themselves")
-    if twice := {f.name for f in files} & {f.stem for f in files if f.suffix.lower() == ".gz"}:
-        raise ValueError(f"{folder}: has both {min(twice)} and {min(twice)}.gz; remove one of them")
+    for one, other in pairwise(sorted(files, key=_bare_name)):
+        if _bare_name(one) == _bare_name(other):
+            raise ValueError(f"{folder}: has both {one.name} and {other.name}; remove one of them")
     return files
+
+
+def _bare_name(file: Path) -> str:
+    """The name of a file without all suffixes of data files: train of train.jsonl.gz"""
+    while file.suffix.lower() in SUFFIXES:
+        file = file.with_suffix("")
+    return file.name
 
 
 def data_checksums(data) -> list[str]:
@@ -249,11 +258,12 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lists_of_records(value: dict) -> dict[str, list]:
-    """The lists of records that an object holds under the usual keys; none if it is a record itself."""
+    """The lists of records that an object holds, one of them under a usual key; none if it is a record itself."""
     if value.keys() & {"messages", "conversations", "instruction", "prompt", "question", "query", "problem", "text"}:
         return {}
-    usual = ("data", "train", "validation", "valid", "eval", "dev", "test", "records", "examples", "rows")
-    return {key: value[key] for key in usual if value.get(key) and _is_list_of(dict, value[key])}
+    usual = {"data", "train", "validation", "valid", "eval", "dev", "test", "records", "examples", "rows"}
+    lists = {key: items for key, items in value.items() if items and _is_list_of(dict, items)}
+    return lists if usual & lists.keys() else {}
 
 
 def is_conversation(value) -> bool:
@@ -311,10 +321,11 @@ def json_lines(chunk: Chunk) -> Iterator[bytes]:
 
 def to_json_line(value) -> bytes:
     """A value as a line of JSON in UTF-8. Half characters stay escaped; dates and bytes of parquet files are texts."""
-    return (json.dumps(value, ensure_ascii=False, default=_to_text) + "\n").encode(errors="backslashreplace")
+    return (json.dumps(value, ensure_ascii=False, default=to_text) + "\n").encode(errors="backslashreplace")
 
 
-def _to_text(value) -> str:
+def to_text(value) -> str:
+    """The text that stands in JSON for a value of another type: base64 for bytes, for others what Python prints."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

@@ -242,6 +242,11 @@ def test_the_data_map_is_drawn_from_scores(tmp_path, capsys):
     assert "map.xyz: must end in one of ." in capsys.readouterr().err
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for file in ("c.jsonl", "c.png"):  # a file of scores may have any name
+        DYNAMICS.save(tmp_path / file)
+        with pytest.raises(SystemExit):
+            main(["--scores", str(tmp_path / file), "--plot", str(tmp_path / file)])
+        assert f"{file}: is another file of this command" in capsys.readouterr().err
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):

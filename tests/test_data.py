@@ -195,8 +195,37 @@ def test_pairs_of_input_and_output_keep_their_marks():
 def test_template_tokens_and_white_space_before_an_answer_are_noted():
     record = {"prompt": "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "completion": "So."}
     assert to_example(record).notes == ("tokens of a chat template spelled out in a text, taken as plain text",)
-    code = {"prompt": " def f():", "completion": "    return 1\n"}
-    assert to_example(code).notes == ("white space before an answer left out",)
+    for before, notes in (("    ", 1), ("\n    ", 1), ("\u3000", 1), ("\n\n", 0)):
+        code = {"prompt": " def f():", "completion": f"{before}return 1\n"}
+        assert to_example(code).notes == ("white space before an answer left out",) * notes
+
+
+def test_of_lists_of_parts_only_texts_are_joined():
+    parts = [{"type": "text", "text": "S"}, {"type": "output_text", "text": "o."}]
+    assert to_example({"prompt": "Why?", "completion": parts}).messages == TURN
+    assert to_example({"prompt": "Why?", "completion": [{"text": "So."}]}).messages == TURN
+    for part in ({"type": "reasoning", "text": "hm"}, {"type": "image", "text": ""}, {"text": "another answer"}):
+        with pytest.raises(ValueError, match=f"completion has a part of type {part.get('type')!r}; only texts"):
+            to_example({"prompt": "Why?", "completion": [part, parts[1]]})
+
+
+def test_turns_of_a_prompt_are_not_learned():
+    """As TRL has it: of a prompt and its completion, the completion is learned."""
+    messages = to_example({"prompt": [*TURN, TURN[0]], "completion": [TURN[1]]}).messages
+    assert [message.get("weight", 1) for message in messages if message["role"] == "assistant"] == [0, 1]
+
+
+def test_what_a_second_name_of_a_turn_says_is_noted():
+    asked = {"from": "human", "value": "Why?", "content": "Why?"}
+    assert to_example({"conversations": [asked, TURN[1]]}).notes == ()
+    assert to_example({"conversations": [asked | {"value": "How?"}, TURN[1]]}).notes == (
+        "ignored key conversations[].value",
+    )
+
+
+def test_several_user_turns_to_answer():
+    for key in ("turns", "prompt"):
+        assert to_prompt({key: ["Why?", "And?", "So?"], "category": ""}) == ([], ["Why?", "And?", "So?"], [])
 
 
 @pytest.mark.parametrize(
@@ -283,6 +312,8 @@ GOOD = FORMATS["alpaca"]
             "history must be a list of prompts and their responses, not int",
         ),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
+        ({"prompt": "x", "completion": "y", "label": False}, "label is false: the answer is not to be learned"),
+        ({"text": "x", "role": "prompter"}, "text with role is a turn of a conversation"),
         ({"text": "a\ud800"}, "text holds half a character"),
         ("[" * 100_000 + "\n", "not valid JSON"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: the role \['user'\] is not supported"),

@@ -144,7 +144,7 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "B", "meta_info": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "subject": "s"},
-        {"question": "Q?", "choices": ["yes", "no"], "answer": "yes", "answer_index": 1, "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "answer_index": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "category": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["1", "2"]}, "answerKey": "2", "subject": "s"},
@@ -173,6 +173,11 @@ def test_questions_are_read_however_they_tell_the_answer(record):
         ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
         ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
+        ({"question": "1+1?", "choices": [1, 2, 3], "answer": 2}, "answer 2 may be an index or the text of another"),
+        (
+            {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "A", "answer": "no"},
+            "the answer is both 'yes' and 'no'",
+        ),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": True}, "answer True is none"),
         (
             {"question": "Q?", "choices": ["yes", "no"]},
@@ -432,6 +437,18 @@ def test_a_question_asked_twice_of_a_judge_is_told(model_folder, tmp_path, capsy
     with pytest.raises(SystemExit):
         printed(capsys, "generate", *given, "--format", "mt_bench")
     assert "question_id 81 stands there more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form, key", [("jsonl", "id"), ("alpaca_eval", "dataset"), ("mt_bench", "question_id")])
+def test_ids_of_parquet_files_are_written(model_folder, tmp_path, capsys, form, key):
+    pyarrow = pytest.importorskip("pyarrow", reason="reads parquet with pyarrow, which is not installed")
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table({key: [b"id"], "instruction": ["the dog?"]}), tmp_path / "q.parquet")
+    given = ["--model", model_folder, "--data", tmp_path / "q.parquet", "--output", tmp_path / "o", "--format", form]
+    printed(capsys, "generate", *given, "--max_new_tokens", 1)
+    (record,) = json.loads(f"[{(tmp_path / 'o').read_text().strip().strip('[]')}]")
+    assert record[key] == "aWQ="
 
 
 def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, tokenizer):

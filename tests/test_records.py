@@ -60,6 +60,7 @@ def test_a_file_is_read_as_what_it_holds(monkeypatch, tmp_path, name, content, c
         (b"\x28\xb5\x2f\xfd....", "compressed with zstd"),
         (gzip.compress(LINES)[:-10], "the compressed file is damaged"),
         (json.dumps({"train": RECORDS, "test": RECORDS}).encode(), "has several lists, train, test; write each to a"),
+        (json.dumps({"data": RECORDS, "hard": RECORDS}).encode(), "has several lists, data, hard; write each to a"),
         (b"", "no records in it"),
         (b"[]", "no records in it"),
         (b'[{"text": "a"},\n', "not valid JSON"),
@@ -191,7 +192,8 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
             find_files(folder)
     for names, message in {
         ("alpaca.jsonl", "alpaca_test.jsonl"): "alpaca_test.jsonl may be of another split than alpaca.jsonl",
-        ("a.jsonl", "a.jsonl.GZ", "b.jsonl"): "has both a.jsonl and a.jsonl.gz",
+        ("a.jsonl", "a.jsonl.GZ", "b.jsonl"): "has both a.jsonl and a.jsonl.GZ",
+        ("a.b.jsonl", "a.b.parquet", "a.jsonl"): "has both a.b.jsonl and a.b.parquet",
     }.items():
         folder = tmp_path / f"of {names[0]}"
         folder.mkdir()

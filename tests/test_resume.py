@@ -186,6 +186,12 @@ def test_a_stopped_run_is_not_begun_anew(folder, tmp_path, monkeypatch, capsys):
     assert code == 1 and "a run was stopped here; --resume resumes it" in error
 
 
+def test_no_other_reference_run_begins_under_a_stopped_sftmix_run(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "o" / "resume" / "sftmix-step-9").mkdir(parents=True)
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "reference"))
+    assert code == 1 and "sftmix-step-9: of a stopped SFTMix run, whose split would change" in error
+
+
 def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, tmp_path, monkeypatch, capsys):
     stopped(folder, tmp_path / "o", monkeypatch)
     kept = sorted((tmp_path / "o" / "resume").iterdir())
