@@ -300,7 +300,7 @@ def _text_of_part(part, key: str, is_only: bool) -> str:
     """The text of {"type": "text", "text"}; a part that is the only one needs no type."""
     if not isinstance(part, dict) or "role" in part:
         raise ValueError(f"{key} must be a text, not a list")
-    kind = part.get("type", "text" if is_only else None)
+    kind = part.get("type") or ("text" if is_only else None)
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
         raise ValueError(f"{key} has a part of type {kind!r}; only texts are supported")
     return part["text"]

@@ -203,7 +203,8 @@ def test_template_tokens_and_white_space_before_an_answer_are_noted():
 def test_of_lists_of_parts_only_texts_are_joined():
     parts = [{"type": "text", "text": "S"}, {"type": "output_text", "text": "o."}]
     assert to_example({"prompt": "Why?", "completion": parts}).messages == TURN
-    assert to_example({"prompt": "Why?", "completion": [{"text": "So."}]}).messages == TURN
+    for part in ({"text": "So."}, {"type": None, "text": "So."}):
+        assert to_example({"prompt": "Why?", "completion": [part]}).messages == TURN
     for part in ({"type": "reasoning", "text": "hm"}, {"type": "image", "text": ""}, {"text": "another answer"}):
         with pytest.raises(ValueError, match=f"completion has a part of type {part.get('type')!r}; only texts"):
             to_example({"prompt": "Why?", "completion": [part, parts[1]]})
