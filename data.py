@@ -47,8 +47,8 @@ class Example:
 def to_example(record: dict) -> Example:
     """Read a record of any format (infra/formats.py). Equal ones get equal ids. ValueError names the key at fault."""
     messages, notes = to_messages(record)
-    content_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-    return Example(content_id, messages, tuple(notes))
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    return Example(digest, messages, tuple(notes))
 
 
 def load_examples(data, skip_bad_records: bool = False) -> list[Example]:
@@ -64,9 +64,14 @@ def load_examples(data, skip_bad_records: bool = False) -> list[Example]:
 
 def unique_ids(ids: Iterable[str], counts: Counter) -> Iterator[str]:
     """Append a number to each id that `counts` has seen before: a, b, a → a, b, a-2."""
-    for content_id in ids:
-        counts[content_id] += 1
-        yield content_id if counts[content_id] == 1 else f"{content_id}-{counts[content_id]}"
+    for example_id in ids:
+        counts[example_id] += 1
+        yield example_id if counts[example_id] == 1 else f"{example_id}-{counts[example_id]}"
+
+
+def content_id(example_id: str) -> str:
+    """An id without the number of a repeat: a-2 → a"""
+    return example_id.partition("-")[0]
 
 
 # --- Encoding ---------------------------------------------------------------------------------------------------------

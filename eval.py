@@ -41,11 +41,11 @@ from infra.hf import (
 )
 from infra.judges import (
     Answers,
-    PromptRecord,
+    Prompt,
     add_answer_flags,
     append_answers,
     load_answers,
-    load_prompt_records,
+    load_prompts,
     progress_file,
     resolve_answer_flags,
     unanswered_batches,
@@ -262,25 +262,25 @@ def choice_report(questions: list[Question], chosen: list[int]) -> dict:
 
 def answer_turns(
     model: Transformer,
-    records: list[PromptRecord],
+    prompts: list[Prompt],
     tokenizer: Tokenizer,
     template: str,
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[Answers]:
-    """Answer the user turns of all records together.
+    """Answer the user turns of all prompts together.
 
     A prompt holds all earlier turns and their answers. If it is too long for the model, the answer is empty.
     """
-    conversations = [list(record.history) for record in records]
-    texts: list[list[str]] = [[] for _ in records]
-    stop_ids, num_truncated = tokenizer.stop_ids(template), [0] * len(records)
-    for turn in range(max((len(record.turns) for record in records), default=0)):
-        indices = [i for i, record in enumerate(records) if turn < len(record.turns)]
+    conversations = [list(prompt.history) for prompt in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    stop_ids, num_truncated = tokenizer.stop_ids(template), [0] * len(prompts)
+    for turn in range(max((len(prompt.turns) for prompt in prompts), default=0)):
+        indices = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
         for i in indices:
-            conversations[i].append({"role": "user", "content": records[i].turns[turn]})
-        prompts = [tokenizer.render_conversation(conversations[i], template)[0] for i in indices]
-        new_ids = generate(model, prompts, max_new_tokens, stop_ids, len(records), sampling)  # the records are a batch
+            conversations[i].append({"role": "user", "content": prompts[i].turns[turn]})
+        prompt_ids = [tokenizer.render_conversation(conversations[i], template)[0] for i in indices]
+        new_ids = generate(model, prompt_ids, max_new_tokens, stop_ids, len(prompts), sampling)  # all in one batch
         for i, ids in zip(indices, new_ids, strict=True):
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             texts[i].append(answer)
@@ -369,21 +369,21 @@ def generate_answers(args, device) -> None:
     """Answer the records in a data file. A stopped run resumes from the answers that it has left beside --output."""
     resolve_answer_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
-    records = load_prompt_records(args)
-    with progress_file(args, records, template, dtype) as file:
-        answers = load_answers(file, records)
+    prompts = load_prompts(args)
+    with progress_file(args, prompts, template, dtype) as file:
+        answers = load_answers(file, prompts)
         model = load_for_inference(args.model, DTYPES[dtype], device)
-        for temperature, indices in unanswered_batches(args, records, answers):
-            batch, sampling = [records[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
+        for temperature, indices in unanswered_batches(args, prompts, answers):
+            batch, sampling = [prompts[i] for i in indices], Sampling(temperature, args.top_p, args.seed)
             new_answers = answer_turns(model, batch, tokenizer, template, args.max_new_tokens, sampling)
             new_answers = dict(zip(indices, new_answers, strict=True))
             append_answers(file, new_answers)
             answers |= new_answers
-            print0(f"{len(answers)}/{len(records)} answered", sys.stderr, progress=len(answers) / len(records))
+            print0(f"{len(answers)}/{len(prompts)} answered", sys.stderr, progress=len(answers) / len(prompts))
         if num_truncated := sum(answer.num_truncated for answer in answers.values()):
             limits = "--max_new_tokens or the model's last position"
             print0(f"warning: {num_truncated} answers were truncated at {limits}", sys.stderr)
-        write_answers(args, records, answers)
+        write_answers(args, prompts, answers)
 
 
 def chat(args, device) -> None:
@@ -394,7 +394,7 @@ def chat(args, device) -> None:
     model = load_for_inference(args.model, DTYPES[dtype], device)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
-    messages, limit = list(system), model.config.max_length
+    messages, limit, stop_ids = list(system), model.config.max_length, tokenizer.stop_ids(template)
     print0("An empty line starts a new conversation, Ctrl-D ends.", sys.stderr)
     while True:
         try:
@@ -418,9 +418,8 @@ def chat(args, device) -> None:
             print0(f"the line is longer than the model's {limit} tokens", sys.stderr)
             continue
         messages.append(turn)
-        max_new_tokens = min(args.max_new_tokens, limit)
-        new_tokens = decode_batch(model, [prompt], max_new_tokens, tokenizer.stop_ids(template), sampling)
-        answer = print_text(new_tokens, tokenizer, tokenizer.stop_ids(template))
+        new_tokens = decode_batch(model, [prompt], min(args.max_new_tokens, limit), stop_ids, sampling)
+        answer = print_text(new_tokens, tokenizer, stop_ids)
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -188,9 +188,12 @@ class Tokenizer:
         raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
 
     def stop_ids(self, template: str) -> list[int]:
-        """The ids that end an assistant turn and at which generation stops."""
+        """The ids at which generation stops: the folder's `eos_token_id`, and those that end an assistant turn."""
+        ids = self._parse("generation_config.json").get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         parts = TEMPLATES[template].split(TEMPLATES[template].assistant)
-        return [i for part, is_special in parts if is_special for i in self._template_token_ids(part, template)]
+        ids += [i for part, is_special in parts if is_special for i in self._template_token_ids(part, template)]
+        return list(dict.fromkeys(ids))
 
     @property
     def hf_chat_templates(self) -> dict[str, str]:
@@ -246,10 +249,7 @@ class Tokenizer:
             config.setdefault("legacy", self._prefix_rules.after_special)
         config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
         generation = self._parse("generation_config.json")
-        stop = generation.get("eos_token_id")
-        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-        stop += [token_id for token_id in self.stop_ids(template) if token_id not in stop]
-        generation |= {"eos_token_id": stop or None, "bos_token_id": self.bos_id}
+        generation |= {"eos_token_id": self.stop_ids(template) or None, "bos_token_id": self.bos_id}
         files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}
         files["tokenizer_config.json"] = _to_json(config)
         files["generation_config.json"] = _to_json(generation)

@@ -6,6 +6,7 @@ In your script: SFTMixTrainer(model, args, partial(collate, your_collator), data
 One process for each GPU; where FSDP or ZeRO-3 shards lm_head, gather its weight for `sftmix_loss`. TRL: see below.
 """
 
+import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -56,8 +57,11 @@ class SFTMixTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.halves, self.mu, self.alpha = halves, mu, alpha
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # no division by accumulation steps
-        if self.args.per_device_train_batch_size % 2 or sum(map(len, halves)) != len(self.train_dataset):
-            raise ValueError("--per_device_train_batch_size must be even, and halves must have each example once")
+        if self.args.per_device_train_batch_size % 2:
+            raise ValueError("--per_device_train_batch_size must be even, since SFTMix trains on pairs")
+        ids = sorted(int(i) for half in halves for i in half)
+        if ids != list(range(len(self.train_dataset))) or abs(len(halves[0]) - len(halves[1])) > 1:
+            raise ValueError("halves must be equally long, but for one example, and have each example once")
 
     def _get_train_sampler(self, *args):
         return PairSampler(self.halves, self.args.seed)
@@ -94,7 +98,8 @@ class SFTMixTrainer(Trainer):
 @torch.no_grad()
 def score(model, example: dict) -> list[float]:
     ids, labels = (torch.tensor(example[name], device=model.device) for name in ("input_ids", "labels"))
-    log_p = -F.cross_entropy(model(ids[None]).logits[0, :-1].float(), labels[1:], reduction="none")[labels[1:] != -100]
+    is_learned = labels[1:] != IGNORE_INDEX
+    log_p = -F.cross_entropy(model(ids[None]).logits[0, :-1].float(), labels[1:], reduction="none")[is_learned]
     return [log_p.exp().mean().item(), (-log_p.mean()).exp().item()]  # mean gold-token probability, perplexity
 
 
@@ -115,14 +120,18 @@ if __name__ == "__main__":
     encoded = encode_examples(examples, tokenizer, tokenizer.choose_template(None), limit)
     if args.should_save:
         print(f"{len(encoded):,} examples, {encoded.num_truncated:,} truncated, {encoded.num_dropped:,} dropped")
-        print(*summarize_notes(flags.data, examples), sep="\n")
+        for line in summarize_notes(flags.data, examples):
+            print(line)
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
     # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # for TRL, too
     padding.pad_token = padding.pad_token or padding.eos_token
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
-    (trainer := Trainer(load(flags.model), args, collator, data, processing_class=padding)).train()
+    trainer = Trainer(load(flags.model), args, collator, data, processing_class=padding)
+    trainer.train()
     trainer.accelerator.wait_for_everyone()  # for process 0, which writes the checkpoints
+    del trainer  # with the model and the optimizer
+    gc.collect()
     folders = oldest_first(list(Path(args.output_dir).glob("checkpoint-*")))
     scores = torch.tensor([[score(model.eval(), example) for example in data] for model in map(load, folders)])
     dynamics = TrainingDynamics(encoded.ids, *scores.permute(2, 0, 1).numpy())  # from [C, N, 2]

@@ -74,8 +74,9 @@ def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache
 def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
     """Encode data files into `folder`, part by part, with one process for each core.
 
-    Only a JSON list is ever in memory as a whole. The folder is renamed to its name when it is complete. Bad records
-    are kept beside the encoded examples. Raises ValueError for a file that cannot be read, or OSError.
+    A JSON list and a row group of a parquet file are read as a whole, all else in parts. The folder is renamed to its
+    name when it is complete. Bad records are kept beside the encoded examples. Raises ValueError for a file that cannot
+    be read, or OSError.
     """
     encode = partial(_encode_chunk, tokenizer, template, max_length)
     try:

@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
     form = _match_format(_filled_keys(record), FORMATS)
     if "turns" in record or form is None or form.prompt == "text":
         form = _find_format(record, PROMPT_FORMATS)
-    if form.prompt == "turns" or _is_texts(record[form.prompt]):
+    if form.prompt == "turns" or (form.prompt == "prompt" and _is_texts(record["prompt"])):
         turns = record.pop(form.prompt)
         if not isinstance(turns, list) or not turns:
             raise ValueError("turns must be a list of texts")
@@ -279,9 +280,9 @@ def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
 def require_text(value, key: str) -> str:
     """Return `value` as a text with something in it; ValueError says what is wrong with it.
 
-    A number becomes its digits, and a list of {"type": "text", "text"} is joined.
+    A number becomes its digits, true and false become these words, and a list of {"type": "text", "text"} is joined.
     """
-    if isinstance(value, (int, float)) and value == value:  # not NaN
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return json.dumps(value)
     if isinstance(value, list) and value:
         value = "".join(_text_of_part(part, key, is_only=len(value) == 1) for part in value)

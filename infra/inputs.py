@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data import Dataset, encode_examples, to_example
+from data import Dataset, content_id, encode_examples, to_example
 from infra.cache import load_dataset
 from infra.chat_templates import choose_template
 from infra.device import resolve_compile, resolve_dtype
@@ -61,9 +61,8 @@ def load_inputs(config, tokenizer: Tokenizer) -> Inputs:
         print0("no --eval_data: no model is evaluated")
         return Inputs(tokenizer, dataset, None)
     held_out = load_dataset(config.eval_data, *settings, skip_bad_records=config.skip_bad_records)
-    # Ids are hashes of the content; that of a repeat has a number after it.
-    trained_on = {example_id.partition(b"-")[0] for example_id in dataset.example_ids.tolist()}
-    if shared := sum(example_id.partition(b"-")[0] in trained_on for example_id in held_out.example_ids.tolist()):
+    trained_on = set(map(content_id, dataset.ids))
+    if shared := sum(content_id(example_id) in trained_on for example_id in held_out.ids):
         print0(f"warning: {shared:,} held-out examples are training examples too; their loss proves nothing")
     return Inputs(tokenizer, dataset, held_out)
 

@@ -6,6 +6,7 @@ Below, `args` are the parsed arguments of `eval.py generate`.
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -52,7 +53,7 @@ def resolve_answer_flags(args) -> None:
 MT_BENCH_TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
 
-class PromptRecord(NamedTuple):
+class Prompt(NamedTuple):
     """A record of a data file whose user turns are to be answered, one after the other."""
 
     record: dict  # as it stands in the file
@@ -68,48 +69,46 @@ class Answers(NamedTuple):
     num_truncated: int  # how many of them ended before their end token
 
 
-def to_prompt_record(record: dict, output_format: str) -> PromptRecord:
-    """Read a record of any format that `data.to_prompt` knows. ValueError if it lacks a key that the judge needs."""
+def read_prompt(record: dict, output_format: str) -> Prompt:
+    """Read what a record asks, as `to_prompt` does. ValueError if it lacks a key that the judge needs."""
     key = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
     if key and key not in record:
         raise ValueError(f"--format {output_format} needs {key}")
     history, turns, notes = to_prompt(record)
-    return PromptRecord(record, history, turns, [note for note in notes if note != "ignored key id"])  # it is copied
+    return Prompt(record, history, turns, [note for note in notes if note != "ignored key id"])  # it is copied
 
 
-def load_prompt_records(args) -> list[PromptRecord]:
+def load_prompts(args) -> list[Prompt]:
     """Read the records in --data. ValueError if two questions of MT-Bench have the same id."""
-    records = read_records(args.data, partial(to_prompt_record, output_format=args.format))
+    prompts = read_records(args.data, partial(read_prompt, output_format=args.format))
     if args.format == "jsonl":  # a judge knows the other keys of its own file
-        for line in summarize_notes(args.data, records):
+        for line in summarize_notes(args.data, prompts):
             print0(line, sys.stderr)
     if args.format == "mt_bench":
-        counts = Counter(str(record.record["question_id"]) for record in records)
+        counts = Counter(str(prompt.record["question_id"]) for prompt in prompts)
         repeated = [question_id for question_id, count in counts.items() if count > 1]
         if repeated:
             raise ValueError(f"{describe(args.data)}: question_id {repeated[0]} stands there more than once")
-    return records
+    return prompts
 
 
-def temperature_of(record: PromptRecord, args) -> float:
+def temperature_of(prompt: Prompt, args) -> float:
     """--temperature, or by default 0, and for a question of MT-Bench what FastChat takes for its category."""
     if args.temperature is not None:
         return args.temperature
     if args.format != "mt_bench":
         return 0.0
-    return MT_BENCH_TEMPERATURE.get(str(record.record.get("category")), 0.7)
+    return MT_BENCH_TEMPERATURE.get(str(prompt.record.get("category")), 0.7)
 
 
-def unanswered_batches(
-    args, records: list[PromptRecord], answers: dict[int, Answers]
-) -> Iterator[tuple[float, list[int]]]:
+def unanswered_batches(args, prompts: list[Prompt], answers: dict[int, Answers]) -> Iterator[tuple[float, list[int]]]:
     """Divide the records without answers into batches of one temperature and similar lengths.
 
     Yields the temperature of each batch and the indices of its records. A batch has --batch_size records a process.
     """
-    temperatures = [temperature_of(record, args) for record in records]
-    unanswered = [i for i in range(len(records)) if i not in answers]
-    unanswered.sort(key=lambda i: (temperatures[i], len(records[i].turns[0])))
+    temperatures = [temperature_of(prompt, args) for prompt in prompts]
+    unanswered = [i for i in range(len(prompts)) if i not in answers]
+    unanswered.sort(key=lambda i: (temperatures[i], len(prompts[i].turns[0])))
     batch_size = args.batch_size * world_size()
     for temperature, group in groupby(unanswered, key=lambda i: temperatures[i]):
         indices = list(group)
@@ -120,24 +119,24 @@ def unanswered_batches(
 # --- Answered records -------------------------------------------------------------------------------------------------
 
 
-def to_judge_format(record: PromptRecord, answers: list[str], output_format: str, model_name: str) -> dict:
+def to_judge_format(prompt: Prompt, texts: list[str], output_format: str, model_name: str) -> dict:
     """An answered record as the judge reads it; for `jsonl`, as messages."""
     if output_format == "alpaca_eval":
-        dataset = {"dataset": record.record["dataset"]} if "dataset" in record.record else {}
-        return {**dataset, "instruction": record.turns[-1], "output": answers[-1], "generator": model_name}
+        dataset = {"dataset": prompt.record["dataset"]} if "dataset" in prompt.record else {}
+        return {**dataset, "instruction": prompt.turns[-1], "output": texts[-1], "generator": model_name}
     if output_format == "mt_bench":
-        question_id = record.record["question_id"]
-        answer_id = hashlib.sha256(_to_json([question_id, model_name, answers]).encode()).hexdigest()[:22]
+        question_id = prompt.record["question_id"]
+        answer_id = hashlib.sha256(_to_json([question_id, model_name, texts]).encode()).hexdigest()[:22]
         return {
             "question_id": question_id,
             "answer_id": answer_id,
             "model_id": model_name,
-            "choices": [{"index": 0, "turns": answers}],
+            "choices": [{"index": 0, "turns": texts}],
             "tstamp": time.time(),
         }
-    messages = list(record.history)
-    record_id = {"id": record.record["id"]} if "id" in record.record else {}
-    for turn, answer in zip(record.turns, answers, strict=True):
+    messages = list(prompt.history)
+    record_id = {"id": prompt.record["id"]} if "id" in prompt.record else {}
+    for turn, answer in zip(prompt.turns, texts, strict=True):
         messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
     return record_id | {"messages": messages}
 
@@ -145,12 +144,12 @@ def to_judge_format(record: PromptRecord, answers: list[str], output_format: str
 _to_json = partial(json.dumps, default=to_text)  # ids of parquet files may be bytes or dates
 
 
-def write_answers(args, records: list[PromptRecord], answers: dict[int, Answers]) -> None:
+def write_answers(args, prompts: list[Prompt], answers: dict[int, Answers]) -> None:
     """Write all records with their answers to --output, or to stdout without it. Only rank 0 writes."""
     if rank() != 0:
         return
     model_name = args.name or Path(args.model).resolve().name
-    answered = [to_judge_format(record, answers[i].texts, args.format, model_name) for i, record in enumerate(records)]
+    answered = [to_judge_format(prompt, answers[i].texts, args.format, model_name) for i, prompt in enumerate(prompts)]
     lines = "".join(_to_json(record) + "\n" for record in answered)
     if not args.output:
         print_result(lines, end="")
@@ -166,7 +165,7 @@ def write_answers(args, records: list[PromptRecord], answers: dict[int, Answers]
 
 
 @contextlib.contextmanager
-def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
+def progress_file(args, prompts: list[Prompt], template: str, dtype: str):
     """Yield the file beside --output that keeps the answers of an unfinished run; None without --output.
 
     The file is locked inside the `with` block, and removed if the block ends without an error.
@@ -181,7 +180,7 @@ def progress_file(args, records: list[PromptRecord], template: str, dtype: str):
             message = f"{file}: another run is at work on it; wait, or choose another --output"
             stack.enter_context(file_lock(file, message))
             settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
-            settings |= {"template": template, "dtype": dtype, "turns": [len(record.turns) for record in records]}
+            settings |= {"template": template, "dtype": dtype, "turns": [len(prompt.turns) for prompt in prompts]}
             settings |= {"data": data_checksums(args.data), "model": sha256_of(args.model)}
             start_or_resume(file, settings)
         wait_for_rank0()  # hashing the model and the data may take long
@@ -196,23 +195,23 @@ def start_or_resume(file: Path, settings: dict) -> None:
     Raises ValueError if the answers were made with other settings.
     """
     content = file.read_bytes()
+    has_answers = content.count(b"\n") > 1
     with wrap_errors(file):
-        previous = json.loads(content.splitlines()[0].decode()) if content else dict.fromkeys(settings)
+        previous = json.loads(content.partition(b"\n")[0]) if content else settings
         changed = [key for key in settings if previous.get(key) != settings[key]]
-    if content.count(b"\n") < 2 and previous.keys() == settings.keys():  # new, or stopped before any answer
-        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return
-    if changed:
+    if changed and (has_answers or previous.keys() != settings.keys()):
         old, new = previous.get(changed[0]), settings[changed[0]]
         difference = f" {old!r}, not {new!r}" if len(str((old, new))) < 100 else " of other content"
         raise ValueError(
             f"{file}: begun with {changed[0]}{difference}; give what it was begun with, or remove the file"
         )
-    with open(file, "rb+") as stream:
-        stream.truncate(content.rfind(b"\n") + 1)
+    if has_answers:
+        os.truncate(file, content.rfind(b"\n") + 1)
+    else:
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
-def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, Answers]:
+def load_answers(file: Path | None, prompts: list[Prompt]) -> dict[int, Answers]:
     """The answers in a progress file, by the index of their record.
 
     Raises ValueError if they do not fit the records.
@@ -225,7 +224,7 @@ def load_answers(file: Path | None, records: list[PromptRecord]) -> dict[int, An
             index, texts = line["number"], line["answers"]
             if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
                 raise ValueError("an answer is not a list of texts")
-            if len(texts) != len(records[index].turns):
+            if len(texts) != len(prompts[index].turns):
                 raise ValueError(f"record {index} has other turns")
             answers[index] = Answers(texts, int(line["truncated"]))
     barrier()  # all processes have read the file before rank 0 appends to it

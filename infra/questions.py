@@ -40,34 +40,43 @@ def to_question(record: dict) -> Question:
         labels, choices = list(choices), list(choices.values())
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts")
+    has_numbers = any(type(choice) is int for choice in choices)
     choices = [require_text(choice, f"choice {LETTERS[i]}").strip() for i, choice in enumerate(choices)]
-
-    answer = next((record[key] for key in ANSWER_KEYS if key in record), None)
-    if answer is None:
-        raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
     labels = labels if isinstance(labels, list) else []
-    if type(answer) is int and choices[answer : answer + 1] != [str(answer)] and str(answer) in choices:
-        raise ValueError(f"answer {answer} may be an index or the text of another choice; write a text as a text")
-    if type(answer) is int and str(answer) in labels:  # labels are texts, so this may be an index
-        if answer != labels.index(str(answer)) and answer < len(choices):
-            raise ValueError(f"answer {answer} may be a label or an index; write a label as a text")
-        answer = str(answer)
-    notes = ignored_keys(record, known=READ_KEYS)
-    if answer in labels and answer in choices and labels.index(answer) != choices.index(answer):
+
+    answers = [record[key] for key in ANSWER_KEYS if key in record]
+    if not answers:
+        raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
+    indices = [_index_of(answer, labels, choices, has_numbers) for answer in answers]
+    found = sorted({index for index in indices if index is not None})
+    if not found:
+        raise ValueError(f"answer {answers[0]!r} is none of the choices")
+    if len(found) > 1:
+        raise ValueError(f"the answer is both {choices[found[0]]!r} and {choices[found[1]]!r}")
+    (answer,), notes = found, ignored_keys(record, known=READ_KEYS)
+    if any(text in labels and text in choices and text != choices[answer] for text in answers):
         notes.append("answer taken for a label, though it is the text of another choice")
-    if type(answer) in (str, int) and answer in labels:
-        answer = labels.index(answer)
-    elif isinstance(answer, str) and answer.strip() in choices:
-        answer = choices.index(answer.strip())
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer!r} is none of the choices")
-    texts = [record[key].strip() for key in ANSWER_KEYS if isinstance(record.get(key), str)]
-    if other := [text for text in texts if text in choices and text not in labels and text != choices[answer]]:
-        raise ValueError(f"the answer is both {choices[answer]!r} and {other[0]!r}")
 
     subject = next((record[key] for key in SUBJECT_KEYS if key in record), None)
     subject = None if subject is None else str(subject)
     return Question(require_text(record["question"], "question"), choices, answer, subject, tuple(notes))
+
+
+def _index_of(answer, labels: list, choices: list[str], has_numbers: bool) -> int | None:
+    """The index of the choice that an answer names by its label, index or text; None if it names none of them."""
+    if type(answer) in (int, str) and answer in labels:
+        return labels.index(answer)
+    if isinstance(answer, str):
+        return choices.index(answer.strip()) if answer.strip() in choices else None
+    if type(answer) is not int:
+        return None
+    by_label = labels.index(str(answer)) if str(answer) in labels else None
+    by_text = choices.index(str(answer)) if has_numbers and str(answer) in choices else None
+    by_index = answer if 0 <= answer < len(choices) else None
+    meant = {by_label, by_text, by_index} - {None}
+    if len(meant) > 1:
+        raise ValueError(f"answer {answer} may be a label, an index or the text of a choice; write it as a text")
+    return min(meant, default=None)
 
 
 def load_questions(path) -> list[Question]:

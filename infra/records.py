@@ -263,6 +263,7 @@ def _lists_of_records(value: dict) -> dict[str, list]:
         return {}
     usual = {"data", "train", "validation", "valid", "eval", "dev", "test", "records", "examples", "rows"}
     lists = {key: items for key, items in value.items() if items and _is_list_of(dict, items)}
+    lists = {key: items for key, items in lists.items() if not is_conversation(items)}
     return lists if usual & lists.keys() else {}
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Example, to_example, unique_ids
+from data import Example, content_id, to_example, unique_ids
 from infra.distributed import print0
 from infra.files import atomic_write
 from infra.records import Reading, describe, find_files, is_conversation, json_lines, split_files
@@ -84,10 +84,10 @@ def match_scores(data, ids: list[str], skip_bad_records: bool, file=None) -> Sco
     numbers, rows, reading, counts = array("q"), array("q"), Reading(), Counter()
     for chunk in split_files(files):
         before = reading.num_records - reading.counts[str(chunk.path)]  # records of the other files
-        for content_id in (example.id for example in reading.parse(chunk, to_example)):
-            (example_id,) = unique_ids([content_id], counts)
+        for example in reading.parse(chunk, to_example):
+            (example_id,) = unique_ids([example.id], counts)
             numbers.append(before + reading.counts[str(chunk.path)] - 1)
-            rows.append(row_of.get(example_id, row_of.get(content_id, -1)))
+            rows.append(row_of.get(example_id, row_of.get(example.id, -1)))
     reading.check(name, skip_bad_records)
     numbers, rows = np.array(numbers, dtype=np.int64), np.array(rows, dtype=np.int64)
     has_score = rows >= 0
@@ -133,7 +133,7 @@ def _read_examples(records: ScoredRecords, chosen: list[int]) -> list[tuple[str,
 
 def extreme_records(records: ScoredRecords, dynamics, by: str, count: int, most: bool) -> dict[int, int]:
     """The `count` least, or most, confident records that differ, in order -> how often each is there."""
-    content_ids = [dynamics.ids[row].partition("-")[0] for row in records.rows]
+    content_ids = [content_id(dynamics.ids[row]) for row in records.rows]
     ranked = records.ranked(dynamics.score(by))
     first_of = {}  # content -> its most extreme record
     for record in ranked if most else ranked[::-1]:

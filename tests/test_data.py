@@ -227,6 +227,8 @@ def test_what_a_second_name_of_a_turn_says_is_noted():
 def test_several_user_turns_to_answer():
     for key in ("turns", "prompt"):
         assert to_prompt({key: ["Why?", "And?", "So?"], "category": ""}) == ([], ["Why?", "And?", "So?"], [])
+    for key in ("data", "conversations", "messages"):  # the second text is the assistant's
+        assert to_prompt({key: ["Why?", "So."]}) == ([], ["Why?"], [])
 
 
 @pytest.mark.parametrize(
@@ -321,6 +323,7 @@ GOOD = FORMATS["alpaca"]
         ({"messages": [7, TURN]}, r"messages\[0\]: a turn must be an object with role and content, not int"),
         ({"text": float("nan"), "prompt": 1, "completion": [float("nan")]}, "completion must be a text, not a list"),
         ({"text": ["x"]}, "text must be a text, not a list"),
+        ({"instruction": "x", "output": float("inf")}, "output must be a text, not float"),
         ({"instruction": ["a", "b"], "output": ["c", "d"]}, "instruction must be a text, not a list"),
         ({"prompt": "a", "completion": [TURN[1]]}, "completion must be a text, not a list"),
         (

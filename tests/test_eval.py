@@ -28,7 +28,7 @@ from eval import (
 )
 from infra.generation import Sampling
 from infra.hf import save_model
-from infra.judges import to_prompt_record
+from infra.judges import read_prompt
 from infra.output import results_table
 from infra.questions import Question, to_question
 
@@ -144,6 +144,8 @@ def test_exact_match_is_asked_where_it_applies(tokenizer, examples, max_length, 
         {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "B", "meta_info": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answer": "B", "answer_index": 1, "subject": "s"},
+        {"question": "Q?", "choices": ["yes", "no"], "answerKey": "B", "answer": "because", "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "answer_index": 1, "subject": "s"},
         {"question": "Q?", "choices": ["yes", "no"], "answer": "no", "category": "s"},
         {"question": "Q?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B", "subject": "s"},
@@ -165,17 +167,30 @@ def test_questions_are_read_however_they_tell_the_answer(record):
     assert to_question(record) == Question("Q?", ["yes", "no"], 1, "s")
 
 
+def test_questions_are_read_by_index_where_choices_are_numbers_as_texts():
+    """As in MMLU and MMLU-Pro."""
+    for answer in ({"answer": 2}, {"answer": "C", "answer_index": 2}):
+        assert to_question({"question": "1+1?", "choices": ["1", "3", "2", "4"], **answer}).answer == 2
+
+
 @pytest.mark.parametrize(
     "record, message",
     [
         ({"question": "Q?"}, "question and options"),
-        ({"question": "Q?", "choices": {"1": "yes", "2": "no"}, "answer": 1}, "answer 1 may be a label or an index"),
+        (
+            {"question": "Q?", "choices": {"1": "yes", "2": "no"}, "answer": 1},
+            "answer 1 may be a label, an index or the text",
+        ),
         ({"question": "Q?", "choices": ["yes"], "answer": 0}, "2 to 10 texts"),
         ({"question": "Q?", "choices": ["yes", ""], "answer": 0}, "choice B is empty"),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": 2}, "answer 2 is none of the choices"),
-        ({"question": "1+1?", "choices": [1, 2, 3], "answer": 2}, "answer 2 may be an index or the text of another"),
+        ({"question": "1+1?", "choices": [1, 2, 3], "answer": 2}, "answer 2 may be a label, an index or the text"),
         (
             {"question": "Q?", "options": {"A": "yes", "B": "no"}, "answer_idx": "A", "answer": "no"},
+            "the answer is both 'yes' and 'no'",
+        ),
+        (
+            {"question": "Q?", "choices": ["yes", "no"], "answer": "A", "answer_index": 1},
             "the answer is both 'yes' and 'no'",
         ),
         ({"question": "Q?", "choices": ["yes", "no"], "answer": True}, "answer True is none"),
@@ -360,14 +375,14 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
         return [[*tokenizer.encode("it sleeps", continues=True), tokenizer.eos_id] for _ in prompts]
 
     monkeypatch.setattr(eval_module, "generate", generate)
-    two = to_prompt_record({"turns": ["the dog?", "and the fox?"]}, "jsonl")
+    two = read_prompt({"turns": ["the dog?", "and the fox?"]}, "jsonl")
     answers = eval_module.answer_turns(tiny_model(), [two], tokenizer, "alpaca", 9, Sampling())
     assert answers == [(["it sleeps", "it sleeps"], 0)]
     assert asked[1] == asked[0] + "it sleeps" + "\n\n### Instruction:\nand the fox?\n\n### Response:\n"
 
 
 def test_a_conversation_too_long_for_the_model_is_told(tokenizer, capsys):
-    asked = [to_prompt_record({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
+    asked = [read_prompt({"prompt": text}, "jsonl") for text in ("the dog", "the dog " * 300)]
     model = tiny_model(tokenizer.vocab_size, max_position_embeddings=512)
     answers = eval_module.answer_turns(model, asked, tokenizer, "alpaca", 3, Sampling())
     assert (

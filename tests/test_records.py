@@ -36,6 +36,7 @@ ONE = json.dumps(RECORDS[:1]).encode()
         ("d.jsonl", json.dumps(RECORDS[0] | {"examples": RECORDS}).encode(), 1),  # a record, whatever else it holds
         ("d.json", json.dumps([record | {"content": "a"} for record in RECORDS]).encode(), 5),  # no conversation
         ("d.jsonl", json.dumps({"data": ["Why?", "So."]}).encode(), 1),
+        ("d.jsonl", json.dumps({"data": PAIR}).encode(), 1),
         ("d.jsonl.gz", gzip.compress(LINES), 5),
         ("d.jsonl", gzip.compress(LINES), 5),
         ("d.json.gz", gzip.compress(b"\xef\xbb\xbf" + INDENTED), 5),

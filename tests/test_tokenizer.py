@@ -202,6 +202,7 @@ def test_generation_stops_where_training_did(tokenizer):
     files = Tokenizer(config).files_for("alpaca")
     generation = json.loads(files["generation_config.json"])
     assert generation == {"eos_token_id": [7, tokenizer.eos_id], "bos_token_id": tokenizer.bos_id, "temperature": 0.5}
+    assert Tokenizer(config).stop_ids("alpaca") == [7, tokenizer.eos_id]
 
 
 @pytest.mark.parametrize(
