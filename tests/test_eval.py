@@ -170,7 +170,7 @@ def test_questions_are_read_however_they_tell_the_answer(record):
 def test_questions_are_read_by_index_where_choices_are_numbers_as_texts():
     """As in MMLU and MMLU-Pro."""
     for answer in ({"answer": 2}, {"answer": "C", "answer_index": 2}):
-        assert to_question({"question": "1+1?", "choices": ["1", "3", "2", "4"], **answer}).answer == 2
+        assert to_question({"question": "1+2?", "choices": ["1", "2", "3", "4"], **answer}).answer == 2
 
 
 @pytest.mark.parametrize(
