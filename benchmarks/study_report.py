@@ -273,7 +273,7 @@ def contrasts_table(results: Results) -> list[str]:
 
 def dtypes_table(results: Results) -> list[str]:
     """The contrasts over the seeds of each dtype alone, and the difference of the two means."""
-    lines = ["", "| contrast, by dtype | float32 | bf16 | bf16 − float32 |", "|---|---|---|---|"]
+    lines = ["", "| contrast, by dtype | float32 (seeds) | bf16 (seeds) | bf16 − float32 |", "|---|---|---|---|"]
     for one, other in CONTRASTS:
         by_dtype = {"fp32": [], "bf16": []}
         a, b = (results.of([MAIN_CELL], arm, "loss_at_temperature") for arm in (one, other))
@@ -284,7 +284,7 @@ def dtypes_table(results: Results) -> list[str]:
         found = [difference(values, [0.0] * len(values)) for values in by_dtype.values()]
         found.append(unpaired_difference(by_dtype["bf16"], by_dtype["fp32"]))
         cells = [signed(d, None, ".4f", 1)[0] for d in found]
-        counts = [f" ({len(values)} seeds)" for values in by_dtype.values()]
+        counts = [f" ({len(values)})" for values in by_dtype.values()]
         lines.append(f"| {one} − {other} | {cells[0]}{counts[0]} | {cells[1]}{counts[1]} | {cells[2]} |")
     return lines
 

@@ -122,7 +122,7 @@ def test_contrasts_by_dtype_recomputed_with_scipy(runs):
             differences[one["dtype"]].append(one[key] - two[key])
         cells = [f"SFTMix, by perplexity − {other}"]
         for values in map(np.array, differences.values()):
-            cells.append(f"{paired(values, 0 * values, 4)[0]} ({len(values)} seeds)" if len(values) else None)
+            cells.append(f"{paired(values, 0 * values, 4)[0]} ({len(values)})" if len(values) else None)
         cells.append(f"{np.mean(differences['bf16'] or np.nan) - np.mean(differences['fp32']):+.4f}")
         if len(differences["bf16"]) > 1:
             test = stats.ttest_ind(differences["bf16"], differences["fp32"], equal_var=False)
