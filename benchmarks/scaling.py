@@ -82,7 +82,7 @@ def print_communication() -> None:
     """Print what each stage of ZeRO sends in a step of 8B, and how long that takes beside computing."""
     links = " and ".join(f"{speed / 1e9:.0f} GB/s on {gpus} GPUs" for gpus, speed in LINKS.items())
     print(f"Computing at {UTILISATION:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, sending at {links}:\n")
-    stages = " | ".join(f"stage {stage}: GB a GPU | GB sent | ms" for stage in (3, 2, 1))
+    stages = " | ".join(f"ZeRO-{stage}: GB a GPU | GB sent | ms" for stage in (3, 2, 1))
     print(f"| GPUs | batch | tokens an example | micro-batches | compute, ms | {stages} |")
     print("|" + "---|" * 14)
     config = TrainConfig(dtype="bf16", activation_checkpointing=True)
