@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,6 @@ from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
     check_output,
-    forget_results,
     lock_output,
     place_of,
     print_report,
@@ -90,7 +89,7 @@ from infra.output import (
     stages_to_run,
 )
 from infra.plan import print_example, print_plan
-from infra.resume import check_model_unchanged, check_scores, continue_config, record_config
+from infra.resume import begin_run, check_model_unchanged, check_scores, continue_config
 from infra.savepoints import Savepoints
 from mixup import sftmix_loss
 from model import ModelConfig, Transformer
@@ -200,7 +199,9 @@ class TrainConfig:
         if self.online and self.epochs < 2:
             raise ValueError(f"--epochs {self.epochs}: --confidence online needs 2 or more, the first being plain NTP")
         needs = [("model", "data"), ("data", "model"), ("eval_data", "model"), ("dry_run", "model")]
-        for one, other in needs + ([("model", "output")] if self.dry_run is None else []):
+        if self.dry_run is None:
+            needs.append(("model", "output"))
+        for one, other in needs:
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(f"--{one} {getattr(self, one)}: needs --{other} too (without --model the demo runs)")
 
@@ -329,7 +330,7 @@ class Sampler(NamedTuple):
     """The order in which each epoch goes through the examples, and in which epochs they are mixed."""
 
     order: Callable[[int], np.ndarray]  # epoch -> int64 [N]; called at the start of the epoch
-    num_ntp_epochs: int = 0  # of the first epochs; in later ones, examples 0 and 1, 2 and 3, … of the order are mixed
+    num_ntp_epochs: int = 0  # how many epochs are plain NTP; in later ones, examples 0 and 1, 2 and 3, … are mixed
     accumulator: ScoreAccumulator | None = None  # gets log p(y) of what is trained on, for the orders to come
 
 
@@ -361,16 +362,17 @@ def train(
     with defer_signals() if savepoints else contextlib.nullcontext([]) as signals:
         for epoch in range(done // epoch_steps, config.epochs):
             is_mixed = epoch >= sampler.num_ntp_epochs
-            mu, ntp_weight = (config.mu, config.ntp_weight) if is_mixed else (0.0, 1.0)  # (0, 1): plain NTP
+            ntp_weight = config.ntp_weight if is_mixed else 1.0
             prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
             for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
-                losses = forward_backward(model, batch, mu, ntp_weight, accumulator, config.zero_stage)
+                losses = forward_backward(model, batch, config.mu, ntp_weight, accumulator, config.zero_stage)
                 # The number of signals is summed with the losses, so that all processes stop after the same step.
-                values = all_reduce_sum(torch.cat([losses, losses.new_full((1,), len(signals))]))
-                grad_norm = optimizer_step(model, optimizer, lr, loss=values[0])
+                sums = all_reduce_sum(torch.cat([losses, losses.new_full((1,), len(signals))]))
+                losses, num_signals = sums.split([3, 1])
+                grad_norm = optimizer_step(model, optimizer, lr, loss=losses[0])
                 done += 1
-                metrics.add(done, values, grad_norm, batch)
+                metrics.add(done, losses, num_signals, grad_norm, batch)
 
                 should_log = done % config.log_every == 0 or done == total_steps
                 should_save = savepoints and (done % savepoints.every == 0 or done == total_steps)
@@ -462,36 +464,27 @@ def evaluate_model(model: Transformer | None, inputs: Inputs, config: TrainConfi
 # --- The stages -------------------------------------------------------------------------------------------------------
 
 
-def pretrain_demo_base(config: TrainConfig, device) -> dict:
-    """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
-    output = Path(config.output)
-    record_config(config)
-    forget_results(config)
-    if rank() == 0:
-        write_demo_data(output / "data", config.seed)
-    barrier()
-    tokenizer = train_demo_tokenizer(output / "data")
-    config = replace(config, template=tokenizer.choose_template(config.template))
-    dataset = load_dataset(output / "data" / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
-    torch.manual_seed(config.seed)
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
-    model.compute_dtype = DTYPES[config.dtype]
-    if world_size() > 1:
-        apply_fsdp(model, device)
-    print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
-    log, savepoints = stage_log(config, "base"), stage_savepoints(config, "base")
-    base_config = replace(config, **DEMO_BASE_FLAGS)
-    train_stats = train(model, dataset, base_config, ntp_sampler(dataset, base_config), log, savepoints=savepoints)
-    save_checkpoint(model, output / "base", tokenizer, config)
-    return train_stats
-
-
 def base_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Evaluate the base, its weights in the dtype of the models that it is compared with."""
     model = None
     if inputs.held_out:
         model = load_model(config.model, weights_dtype(config), device, compute_dtype=DTYPES[config.dtype])
     return evaluate_model(model, inputs, config)
+
+
+def train_stage(
+    stage: str, config: TrainConfig, inputs: Inputs, sampler: Sampler, device, checkpoint_steps: Collection[int] = ()
+) -> dict:
+    """Train the base, saving checkpoints after these steps; save and evaluate it. -> its entry in results.json"""
+    model, folder = load_trainable(config, device), Path(config.output) / stage
+    after_step = {
+        step: partial(save_checkpoint, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
+        for step in checkpoint_steps
+    }
+    log, savepoints = stage_log(config, stage, inputs), stage_savepoints(config, stage)
+    train_stats = train(model, inputs.train, config, sampler, log, after_step, savepoints)
+    save_result(model, folder, inputs.tokenizer, config)
+    return evaluate_model(model, inputs, config) | train_stats
 
 
 def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
@@ -501,18 +494,10 @@ def ntp_sampler(dataset: Dataset, config: TrainConfig) -> Sampler:
 
 def reference_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
     """Train the base with NTP, and save checkpoints evenly spaced over the run, the last step's included."""
-    model = load_trainable(config, device)
-    folder = Path(config.output) / "reference"
     total_steps = steps_per_epoch(len(inputs.train), config.batch_size) * config.epochs
     steps = {math.ceil(total_steps * k / config.num_checkpoints) for k in range(1, config.num_checkpoints + 1)}
-    saves = {
-        step: partial(save_checkpoint, model, folder / "checkpoints" / f"step-{step}", inputs.tokenizer, config)
-        for step in steps
-    }
-    log, savepoints = stage_log(config, "reference", inputs), stage_savepoints(config, "reference")
-    train_stats = train(model, inputs.train, config, ntp_sampler(inputs.train, config), log, saves, savepoints)
-    save_result(model, folder, inputs.tokenizer, config)
-    return evaluate_model(model, inputs, config) | train_stats | {"checkpoints": len(steps)}
+    entry = train_stage("reference", config, inputs, ntp_sampler(inputs.train, config), device, steps)
+    return entry | {"checkpoints": len(steps)}
 
 
 def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
@@ -553,55 +538,72 @@ def reads_scores(config: TrainConfig, stages: list[str]) -> bool:
     return "sftmix" in stages and config.pairing == "confidence" and not makes_them
 
 
-def load_dynamics(config: TrainConfig, dataset: Dataset) -> TrainingDynamics:
-    """The training dynamics of the examples, from the file of --confidence or from the run itself."""
+def load_halves(config: TrainConfig, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The confident and the unconfident half, by the scores in the file of --confidence or by those of the run."""
     if config.confidence is None:
         check_scores(config)
     file = config.confidence or Path(config.output) / "confidence.jsonl"
     dynamics = TrainingDynamics.load(file)
     try:
-        return dynamics.select(dataset.ids)
+        return split_by_confidence(dynamics.select(dataset.ids).score(config.confidence_by))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def paired_epoch_order(dynamics: TrainingDynamics, config: TrainConfig, epoch: int) -> np.ndarray:
-    """An epoch's order in which each confident example is followed by an unconfident one."""
-    confident, unconfident = split_by_confidence(dynamics.score(config.confidence_by))
-    return paired_order(confident, unconfident, config.seed, epoch)
+def sftmix_sampler(config: TrainConfig, dataset: Dataset, halves, device) -> Sampler:
+    """The pairs of the SFTMix run: across the halves, at random, or across the halves that the run itself finds.
 
-
-def sftmix_sampler(config: TrainConfig, inputs: Inputs, device) -> Sampler:
-    """The pairs of the SFTMix run: across the halves, at random, or across the halves that the run itself finds."""
-    dataset = inputs.train
+    `halves` is None if the confidence stage of this run makes the scores, or if they are not needed.
+    """
     random_order = partial(epoch_order, len(dataset), config.seed)
     if config.pairing == "random":
         return Sampler(random_order)  # neighbors in a random order are random pairs
     if not config.online:
-        dynamics = inputs.dynamics or load_dynamics(config, dataset)
-        return Sampler(partial(paired_epoch_order, dynamics, config))
+        halves = halves or on_rank0(load_halves, config, dataset)
+        return Sampler(partial(paired_order, *halves, config.seed))
     accumulator = ScoreAccumulator(dataset.num_supervised, device, config.epochs)
 
     def online_order(epoch: int) -> np.ndarray:
         """The first epoch is NTP. Each later epoch is split by the mean over the epochs before it."""
         if epoch == 0:
             return random_order(epoch)
-        return paired_epoch_order(TrainingDynamics(dataset.ids, *accumulator.epoch_scores()), config, epoch)
+        dynamics = TrainingDynamics(dataset.ids, *accumulator.epoch_scores())
+        return paired_order(*split_by_confidence(dynamics.score(config.confidence_by)), config.seed, epoch)
 
     return Sampler(online_order, num_ntp_epochs=1, accumulator=accumulator)
 
 
-def sftmix_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
+def sftmix_stage(config: TrainConfig, inputs: Inputs, halves, device) -> dict:
     """Train the base again, with Mixup."""
-    sampler = sftmix_sampler(config, inputs, device)
-    model = load_trainable(config, device)
-    log, savepoints = stage_log(config, "sftmix", inputs), stage_savepoints(config, "sftmix")
-    train_stats = train(model, inputs.train, config, sampler, log, savepoints=savepoints)
-    save_result(model, Path(config.output) / "sftmix", inputs.tokenizer, config)
+    sampler = sftmix_sampler(config, inputs.train, halves, device)
+    entry = train_stage("sftmix", config, inputs, sampler, device)
     if sampler.accumulator:
         dynamics = TrainingDynamics(inputs.train.ids, *sampler.accumulator.epoch_scores())
         record_stage(config, "confidence", record_dynamics(dynamics, config))
-    return evaluate_model(model, inputs, config) | train_stats
+    return entry
+
+
+def pretrain_demo_base(config: TrainConfig, device) -> dict:
+    """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
+    output = Path(config.output)
+    begin_run(config)
+    if rank() == 0:
+        write_demo_data(output / "data", config.seed)
+    barrier()
+    tokenizer = train_demo_tokenizer(output / "data")
+    config = replace(config, template=tokenizer.choose_template(config.template))
+    dataset = load_dataset(output / "data" / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
+    torch.manual_seed(config.seed)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **DEMO_MODEL)).to(device)
+    model.compute_dtype = DTYPES[config.dtype]
+    if world_size() > 1:
+        apply_fsdp(model, device)
+    print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, from random weights")
+    log, savepoints = stage_log(config, "base"), stage_savepoints(config, "base")
+    base_config = replace(config, **DEMO_BASE_FLAGS)
+    train_stats = train(model, dataset, base_config, ntp_sampler(dataset, base_config), log, savepoints=savepoints)
+    save_checkpoint(model, output / "base", tokenizer, config)
+    return train_stats
 
 
 # --- A run ------------------------------------------------------------------------------------------------------------
@@ -648,10 +650,8 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     # What a later stage reads is looked for now, and not after hours of the stages before.
     if "confidence" in stages and "reference" not in stages:
         on_rank0(reference_checkpoints, config)
-    if reads_scores(config, stages):
-        inputs = inputs._replace(dynamics=load_dynamics(config, inputs.train))
-    record_config(config)
-    forget_results(config)
+    halves = on_rank0(load_halves, config, inputs.train) if reads_scores(config, stages) else None
+    begin_run(config)
     save_skipped(Path(config.output), inputs.train, inputs.held_out)
     wait_for_rank0()  # hashing the model and the data may take long
 
@@ -664,7 +664,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "sftmix" in stages:
         if stages[0] != "sftmix":  # the base was read before another stage, perhaps hours ago
             check_model_unchanged(config)
-        record_stage(config, "sftmix", sftmix_stage(config, inputs, device))
+        record_stage(config, "sftmix", sftmix_stage(config, inputs, halves, device))
 
 
 def dry_run(config: TrainConfig, device) -> None:
@@ -673,7 +673,7 @@ def dry_run(config: TrainConfig, device) -> None:
     dataset, num_processes = load_inputs(config, tokenizer).train, config.dry_run or world_size()
     model = meta_model(config.model, weights_dtype(config), config.lora_rank, config.lora_alpha)
     if config.confidence and reads_scores(config, stages_of(config)):  # those of the run may be still to come
-        load_dynamics(config, dataset)
+        on_rank0(load_halves, config, dataset)
     warn_about_batch_size(config, num_processes)
     print_plan(model, dataset, config, num_processes, device.type)
     print_example(dataset, tokenizer)

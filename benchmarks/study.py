@@ -33,7 +33,7 @@ import train
 from benchmarks import baselines
 from benchmarks.measures import fit_temperature, measure, supervised_states
 from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confidence
-from data import IGNORE_INDEX, Dataset, load_examples, paired_order, sample_lambda
+from data import IGNORE_INDEX, Dataset, load_examples, sample_lambda
 from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
 from infra.chat_templates import choose_template
@@ -51,20 +51,20 @@ SCORES = ROOT / "docs" / "study_scores.jsonl"  # mean probability and perplexity
 # --- Other uses of confidence -----------------------------------------------------------------------------------------
 
 
-def by_variance(scores: TrainingDynamics, config, epoch: int) -> np.ndarray:
-    """In place of `train.paired_epoch_order`: the examples whose probability changed least are the confident half."""
-    return paired_order(*split_by_confidence(-scores.variance), config.seed, epoch)
+def by_variance(config, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of `train.load_halves`: the examples whose probability changed least are the confident half."""
+    return split_by_confidence(-TrainingDynamics.load(config.confidence).select(dataset.ids).variance)
 
 
-def by_rank(scores: TrainingDynamics, config, epoch: int, mirrored: bool = False) -> np.ndarray:
-    """Likewise: the surest of the confident half always meets the surest of the unconfident one, and so on down.
+def by_rank(confident, unconfident, seed: int, epoch: int, mirrored: bool = False) -> np.ndarray:
+    """In place of `train.paired_order`: the surest of each half are a pair, and so on down.
 
-    `mirrored`, the surest of all meets the least sure of all.
+    `mirrored`, the surest of all meets the least sure of all. Both halves are sorted, the surest first.
     """
-    confident, unconfident = (half.numpy() for half in split_by_confidence(scores.confidence))
+    confident, unconfident = confident.numpy(), unconfident.numpy()
     n = len(confident)
     partners = unconfident[::-1] if mirrored else unconfident
-    order = np.random.default_rng([config.seed, epoch]).permutation(n)
+    order = np.random.default_rng([seed, epoch]).permutation(n)
     return np.concatenate([np.stack([confident, partners[:n]], axis=1)[order].reshape(-1), partners[n:]])
 
 
@@ -142,10 +142,10 @@ ARMS = {
     "EAFT": Arm("--stage reference", loss=lambda *_: baselines.eaft_loss),
     "NEFTune": Arm("--stage reference", parts={"load_trainable": baselines.with_embedding_noise()}),
     "unigram smoothing, ε = 0.04": Arm("--stage reference", loss=unigram_smoothing),
-    "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_variance}),
-    "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"paired_epoch_order": by_rank}),
+    "beyond: split by variance": Arm("--stage sftmix --mu 1", parts={"load_halves": by_variance}),
+    "beyond: pairs by rank": Arm("--stage sftmix --mu 1", parts={"paired_order": by_rank}),
     "beyond: surest with least sure": Arm(
-        "--stage sftmix --mu 1", parts={"paired_epoch_order": partial(by_rank, mirrored=True)}
+        "--stage sftmix --mu 1", parts={"paired_order": partial(by_rank, mirrored=True)}
     ),
     "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"sample_lambda": leaning}),
     "base": Arm(flags=""),

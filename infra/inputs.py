@@ -5,7 +5,7 @@ Below, `config` is a `train.TrainConfig`.
 
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +26,6 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     train: Dataset
     held_out: Dataset | None  # None without --eval_data: no model is evaluated
-    dynamics: Any = None  # `confidence.TrainingDynamics` to split by, unless the run computes them itself
 
 
 def resolve_hardware(config, device):

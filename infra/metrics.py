@@ -59,10 +59,10 @@ class StepMetrics:
         for name in self._STATE:
             setattr(self, name, state[name])
 
-    def add(self, step: int, values: torch.Tensor, grad_norm: torch.Tensor, batch: GlobalBatch) -> None:
-        """Add a step (counted from 1) by its values on the device: loss, ntp, mix and signals [4], gradient norm []."""
+    def add(self, step: int, losses, num_signals, grad_norm, batch: GlobalBatch) -> None:
+        """Add a step (counted from 1) by its values on the device: losses [3] (loss, ntp, mix) and two numbers."""
         on_cuda, copied = self.device.type == "cuda", None
-        values = torch.cat([values, grad_norm.reshape(1)]).to("cpu", non_blocking=on_cuda)
+        values = torch.cat([losses, num_signals.reshape(1), grad_norm.reshape(1)]).to("cpu", non_blocking=on_cuda)
         if on_cuda:
             copied = torch.cuda.Event()
             copied.record()
@@ -75,8 +75,8 @@ class StepMetrics:
             step, values, copied, num_tokens, example_indices = self.pending.popleft()
             if copied:
                 copied.synchronize()
-            *losses, signals, grad_norm = values.tolist()
-            self.stop |= signals > 0
+            *losses, num_signals, grad_norm = values.tolist()
+            self.stop |= num_signals > 0
             self.tokens += num_tokens
             if math.isfinite(losses[0]) and math.isfinite(grad_norm):
                 self.consecutive_skips, self.num_steps, self.grad_norm = 0, self.num_steps + 1, grad_norm

@@ -210,11 +210,11 @@ def load_results(output: Path) -> dict:
 
 
 def forget_results(config) -> None:
-    """Remove the results of the stages that begin now, if the run is not resumed.
+    """Remove the results of the stages that begin now, if the run is not resumed. For rank 0.
 
     The scores that a reference run or an online run has made are no longer those of the one that begins.
     """
-    if rank() != 0 or config.resume:
+    if config.resume:
         return
     results = load_results(Path(config.output))
     begins = {STAGES[stage].result for stage in stages_of(config)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infra.distributed import on_rank0, rank
 from infra.files import read_json, sha256_of, write_json
-from infra.output import has_begun, load_results, stages_of
+from infra.output import forget_results, has_begun, load_results, stages_of
 from infra.records import data_checksums
 
 # What a resumed run may change: results depend on it up to rounding at most. Of files, the content is compared.
@@ -54,10 +54,11 @@ def continue_config(config):
     return config
 
 
-def record_config(config) -> None:
-    """Write config.json, with checksums of the files that the run reads. Flags of other stages stay as they are there.
+def begin_run(config) -> None:
+    """Write config.json, with checksums of the files that the run reads, and remove results of stages that begin again.
 
-    Raises ValueError for the first file whose content is not what it was when the run began.
+    Flags of other stages stay in config.json as they are. Raises ValueError for the first file whose content is not
+    what it was when the run began.
     """
     if rank() != 0:
         return
@@ -81,6 +82,7 @@ def record_config(config) -> None:
     others = [name for stage, names in STAGE_FLAGS.items() if stage not in stages_of(config) for name in names]
     kept = {name: before[name] for name in others if name in before}
     write_json(Path(config.output) / "config.json", asdict(config) | kept | {"content": content | checksums})
+    forget_results(config)
 
 
 def _config_before(config) -> dict:

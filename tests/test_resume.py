@@ -27,7 +27,7 @@ from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
 from infra.output import lock_output, may_hold_data
-from infra.resume import continue_config, record_config
+from infra.resume import begin_run, continue_config
 from infra.savepoints import Savepoints
 from train import TrainConfig, main, make_optimizer
 
@@ -727,9 +727,9 @@ def test_the_demo_may_be_given_scores_before_it_has_its_data(tmp_path):
     for name in files:
         (tmp_path / name).write_text("{}")
     begun = TrainConfig(output=str(tmp_path), confidence=files["confidence"], resume=True)
-    record_config(begun)
-    record_config(replace(begun, **files))  # as after its base
+    begin_run(begun)
+    begin_run(replace(begun, **files))  # as after its base
     content = json.loads((tmp_path / "config.json").read_text())["content"]
     assert content.keys() == files.keys()
     with pytest.raises(ValueError, match=r"--eval_data: the run in .* was begun with it"):
-        record_config(replace(begun, **files | {"eval_data": None}))
+        begin_run(replace(begun, **files | {"eval_data": None}))
