@@ -13,7 +13,8 @@ As a script: torchrun confidence.py --checkpoints DIR… --data FILE --output co
              python confidence.py --scores confidence.jsonl --data FILE --show 20
              python confidence.py --scores confidence.jsonl --data FILE --keep 0.9 --output kept.jsonl
 
-Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoints, S supervised positions of a row.
+Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoints, S supervised positions of a row,
+R those of a chunk, V vocabulary.
 """
 
 import json
@@ -30,7 +31,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
+from data import (
+    MICRO_BATCH_TOKENS,
+    Dataset,
+    MicroBatch,
+    balanced_partitions,
+    build_micro_batch,
+    content_id,
+    count_tokens,
+)
 from infra.cache import choose_cache, load_dataset
 from infra.chat_templates import choose_template
 from infra.cli import (
@@ -59,46 +68,23 @@ from infra.files import atomic_write, check_file
 from infra.hf import check_models, load_models, load_tokenizer, oldest_first, resolve_max_length
 from infra.metrics import log_checkpoint
 from infra.selection import add_selection_flags, check_flags, keep_records, label_records, match_scores, show_records
+from mixup import chunk_size, exp_and_log_p_
 from model import Transformer
 
 # --- One checkpoint ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score_examples(
-    model: Transformer, encoded: Sequence[tuple], micro_batch_tokens: int = MICRO_BATCH_TOKENS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score each example with one checkpoint. -> (probability, perplexity) of all examples, float64, in the given order
-
-    probability is p_c(i) = (1/N) Σ_n p_c(y_n) and perplexity exp(−(1/N) Σ_n log p_c(y_n)), over the N supervised tokens
-    of example i. Under `torchrun` each process scores a part of the examples, and all processes return all scores.
-    """
-    device = model.head_weight.device
-    lengths, num_supervised = count_tokens(encoded)
-    accumulator = ScoreAccumulator(num_supervised, device)
-    assignment = balanced_partitions(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
-
-    def prepare(examples: list[int]) -> MicroBatch:
-        no_pairs = torch.zeros(0)
-        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), no_pairs).to(device)
-
-    for micro_batch in prefetch(prepare, assignment[rank() :: world_size()]):
-        accumulator.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
-    return accumulator.pop_scores()
-
-
-def gold_log_probs(model: Transformer, micro_batch: MicroBatch, chunk: int = 256):
-    """log p(y_n) at the supervised positions of a packed row, from the logits of `chunk` at once. -> float32 [S]"""
+def gold_log_probs(model: Transformer, micro_batch: MicroBatch):
+    """log p(y_n) at the supervised positions of a packed row, from the logits of a chunk at once. -> float32 [S]"""
     row = micro_batch.row
 
     def head(hidden):
         log_p = []
-        for positions in micro_batch.supervised.split(chunk):
-            # By hand: in place, without a copy, and with a smaller error at a large V than F.cross_entropy's on a CPU.
-            logits = model.logits(hidden[positions]).float()  # [chunk, V]
-            top = logits.amax(-1)
-            gold = logits.gather(-1, row.targets[positions, None])[:, 0] - top
-            log_p.append(gold - logits.sub_(top[:, None]).exp_().sum(-1).log())  # log softmax at y_n
+        for positions in micro_batch.supervised.split(chunk_size(len(model.head_weight), hidden.device.type)):
+            logits = model.logits(hidden[positions]).float()  # [R, V]
+            # In place, without a copy, and with a smaller error at a large V than F.cross_entropy's on a CPU.
+            _, (log_p_y,) = exp_and_log_p_(logits, row.targets[positions, None])
+            log_p.append(log_p_y[:, 0])
         return torch.cat(log_p)
 
     return model(row.tokens, row.positions, row.cu_seqlens, head=head)
@@ -170,50 +156,30 @@ class ScoreAccumulator:
         self.num_epochs = int(state["num_epochs"])
 
 
-# --- All checkpoints --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def score_examples(
+    model: Transformer, encoded: Sequence[tuple], micro_batch_tokens: int = MICRO_BATCH_TOKENS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score each example with one checkpoint. -> (probability, perplexity) of all examples, float64, in the given order
 
-
-def score_checkpoints(
-    folders,
-    dataset: Dataset,
-    micro_batch_tokens: int,
-    compute_dtype,
-    device,
-    cache_dir: Path | None = None,
-    log: Callable[[dict], None] = log_checkpoint,
-) -> "TrainingDynamics":
-    """Score all examples with each checkpoint, oldest first. `log` receives a record for each one that is scored.
-
-    With `cache_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
-    resumes with the next checkpoint.
+    probability is p_c(i) = (1/N) Σ_n p_c(y_n) and perplexity exp(−(1/N) Σ_n log p_c(y_n)), over the N supervised tokens
+    of example i. Under `torchrun` each process scores a part of the examples, and all processes return all scores.
     """
-    paths = {folder: cache_dir / f"{Path(folder).name}.npz" for folder in folders} if cache_dir else {}
-    cached = on_rank0(lambda: {folder: read_scores(path) for folder, path in paths.items() if path.is_file()})
-    models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
-    scores, start, num_scored = [], time.perf_counter(), 0
-    for folder in folders:
-        if folder in cached:
-            scores.append(cached[folder])
-            continue
-        scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
-        if paths and rank() == 0:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(paths[folder]) as tmp, open(tmp, "wb") as file:
-                np.savez(file, scores=scores[-1])
-        barrier()
-        num_scored += 1
-        progress = {"done": num_scored, "total": len(folders) - len(cached), "seconds": time.perf_counter() - start}
-        log({"checkpoint": str(folder), "probability": scores[-1][0].mean(), **progress})
-    return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
+    device = model.head_weight.device
+    lengths, num_supervised = count_tokens(encoded)
+    accumulator = ScoreAccumulator(num_supervised, device)
+    assignment = balanced_partitions(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
+
+    def prepare(examples: list[int]) -> MicroBatch:
+        no_pairs = torch.zeros(0)
+        return build_micro_batch(encoded, np.array(examples, dtype=np.int64), no_pairs).to(device)
+
+    for micro_batch in prefetch(prepare, assignment[rank() :: world_size()]):
+        accumulator.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
+    return accumulator.pop_scores()
 
 
-def read_scores(path: Path) -> np.ndarray:
-    """The scores of a checkpoint, which were written when it had been scored. ValueError if the file is damaged."""
-    try:
-        with np.load(path) as file:
-            return file["scores"]
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:  # a zip archive has checksums
-        raise ValueError(f"{path}: damaged ({error}); remove it, and the checkpoint is scored again") from None
+# --- Training dynamics ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -304,7 +270,7 @@ class TrainingDynamics:
         """The scores of these examples, in this order. ValueError counts the ids without scores and names three."""
         index_of = {example_id: i for i, example_id in enumerate(self.ids)}
         # A repeat, such as a-2, that has no score of its own has that of the first one, a.
-        index = [index_of.get(example_id, index_of.get(example_id.partition("-")[0])) for example_id in ids]
+        index = [index_of.get(example_id, index_of.get(content_id(example_id))) for example_id in ids]
         missing = [example_id for example_id, i in zip(ids, index, strict=True) if i is None]
         if missing:
             raise ValueError(
@@ -350,6 +316,52 @@ def roc_auc(scores, positive) -> float:
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
+# --- All checkpoints --------------------------------------------------------------------------------------------------
+
+
+def score_checkpoints(
+    folders,
+    dataset: Dataset,
+    micro_batch_tokens: int,
+    compute_dtype,
+    device,
+    resume_dir: Path | None = None,
+    log: Callable[[dict], None] = log_checkpoint,
+) -> TrainingDynamics:
+    """Score all examples with each checkpoint, oldest first. `log` receives a record for each one that is scored.
+
+    With `resume_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
+    resumes with the next checkpoint.
+    """
+    paths = {folder: resume_dir / f"{Path(folder).name}.npz" for folder in folders} if resume_dir else {}
+    cached = on_rank0(lambda: {folder: read_scores(path) for folder, path in paths.items() if path.is_file()})
+    models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
+    scores, start, num_scored = [], time.perf_counter(), 0
+    for folder in folders:
+        if folder in cached:
+            scores.append(cached[folder])
+            continue
+        scores.append(np.stack(score_examples(next(models), dataset, micro_batch_tokens)))
+        if paths and rank() == 0:
+            resume_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_write(paths[folder]) as tmp, open(tmp, "wb") as file:
+                np.savez(file, scores=scores[-1])
+        barrier()
+        num_scored += 1
+        progress = {"done": num_scored, "total": len(folders) - len(cached), "seconds": time.perf_counter() - start}
+        log({"checkpoint": str(folder), "probability": scores[-1][0].mean(), **progress})
+    return TrainingDynamics(dataset.ids, *(np.stack(column) for column in zip(*scores, strict=True)))
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """The scores of a checkpoint, which were written when it had been scored. ValueError if the file is damaged."""
+    try:
+        with np.load(path) as file:
+            return file["scores"]
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:  # a zip archive has checksums
+        raise ValueError(f"{path}: damaged ({error}); remove it, and the checkpoint is scored again") from None
+
+
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +402,8 @@ def main(argv=None) -> None:
             check_plot_path(args.plot, [args.output, args.scores, *(args.data or ())])
         dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
         if rank() == 0:
+            if not args.scores:
+                dynamics.save(args.output)
             report(dynamics, args)
 
 
@@ -409,9 +423,7 @@ def score_files(args, device) -> TrainingDynamics:
 
 
 def report(dynamics: TrainingDynamics, args) -> None:
-    """Save new scores; show, keep and draw what is asked for."""
-    if not args.scores:
-        dynamics.save(args.output)
+    """Show, keep and draw what is asked for."""
     records, by = None, args.by or "probability"
     if args.data and (args.scores or args.plot):
         records = match_scores(args.data, dynamics.ids, args.skip_bad_records, sys.stderr)

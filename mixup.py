@@ -219,8 +219,8 @@ def _logits_gradient(logits, y, lam, position_scale, pair_scale, grad_dtype):
     y_c, y_u = y[:k], y[k : 2 * k]
     logits = logits.to(position_scale.dtype)
     mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
-    total, (log_p,) = _exp_and_log_p_(logits, y)
-    total_mixed, (log_p_c, log_p_u) = _exp_and_log_p_(mixed, y_c, y_u)
+    total, (log_p,) = exp_and_log_p_(logits, y)
+    total_mixed, (log_p_c, log_p_u) = exp_and_log_p_(mixed, y_c, y_u)
     ce_mixed = -(lam * log_p_c + (1 - lam) * log_p_u)  # H(ỹ, p̃), fact 1
 
     # Fact 3: the gradient of −log p(y) is p − e_y, and that of H(ỹ, p̃) with respect to the mixed logits is p̃ − ỹ. By
@@ -233,7 +233,7 @@ def _logits_gradient(logits, y, lam, position_scale, pair_scale, grad_dtype):
     return grad.to(grad_dtype), log_p, ce_mixed
 
 
-def _exp_and_log_p_(logits, *targets):
+def exp_and_log_p_(logits, *targets):
     """Replace logits [R, V] by exp(logits − max), in place. -> (their sums [R, 1], log p of each target [R, 1])"""
     top = logits.amax(-1, keepdim=True)
     below_top = [logits.gather(1, y) - top for y in targets]

@@ -509,7 +509,7 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
         config.micro_batch_tokens,
         DTYPES[config.dtype],
         device,
-        cache_dir=Path(config.output) / "resume" / "confidence",
+        resume_dir=Path(config.output) / "resume" / "confidence",
         log=partial(log_checkpoint, place=place_of(config, "confidence", inputs)),
     )
     return record_dynamics(dynamics, config) | {"seconds": time.perf_counter() - start}

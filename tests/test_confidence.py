@@ -52,7 +52,7 @@ def test_scores_do_not_depend_on_micro_batches(micro_batch_tokens, device):
 
 
 @torch.no_grad()
-def test_gold_log_probs_equal_log_softmax_for_any_chunk(device):
+def test_gold_log_probs_equal_log_softmax_for_any_chunk(device, monkeypatch):
     model, encoded = tiny_model().to(device), random_encoded([40])
     tokens, targets = (x.to(device) for x in encoded[0])
     supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
@@ -61,7 +61,8 @@ def test_gold_log_probs_equal_log_softmax_for_any_chunk(device):
     expected = log_p[supervised, targets[supervised].long()]
     micro_batch = build_micro_batch(encoded, np.arange(1), lam=torch.zeros(0)).to(device)
     for chunk in (1, 3, 10, 100):
-        log_p = gold_log_probs(model, micro_batch, chunk)
+        monkeypatch.setattr("confidence.chunk_size", lambda *_, chunk=chunk: chunk)
+        log_p = gold_log_probs(model, micro_batch)
         torch.testing.assert_close(log_p, expected, rtol=tolerance(device, 1.3e-6, 1e-4), atol=1e-5)
     empty = build_micro_batch(encoded, np.arange(0), lam=torch.zeros(0)).to(device)
     assert gold_log_probs(model, empty).shape == (0,)

@@ -14,7 +14,7 @@ MAY_IMPORT = {  # beyond the standard library; `infra` stands for any file of it
     "model": {"torch"},
     "tokenizer": {"sentencepiece", "infra.files", "infra.tokenizer_files"},
     "data": {"torch", "numpy", "tokenizer", "mixup", "infra.formats", "infra.records"},
-    "confidence": {"torch", "numpy", "model", "tokenizer", "data", "infra"},
+    "confidence": {"torch", "numpy", "mixup", "model", "tokenizer", "data", "infra"},
     "eval": {"torch", "numpy", "model", "tokenizer", "data", "confidence", "infra"},
     "train": {"torch", "numpy", "model", "tokenizer", "data", "mixup", "confidence", "eval", "infra"},
     "infra": {"safetensors", "torch", "numpy", "matplotlib", "model", "tokenizer", "data", "mixup", "infra"},
