@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 # On a CPU, oneDNN compiles bf16 kernels for each row length and caches 1,024 of them by default. They fill gigabytes,
@@ -89,6 +88,10 @@ _SUPPORTED = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+_INTEGERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+)
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -149,26 +152,26 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             _check_positive(name, getattr(self, name))
         if self.rope_scaling is not None:
-            if self.rope_scaling.get("rope_type") != "llama3":
-                raise ValueError(f"rope_scaling: {self.rope_scaling!r} is not supported, only rope_type 'llama3'")
+            if (rope_type := self.rope_scaling.get("rope_type")) != "llama3":
+                raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
             for name in _LLAMA3_SCALING:
                 _check_positive(f"rope_scaling: {name}", self.rope_scaling.get(name))
             if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
                 raise ValueError(f"rope_scaling: {self.rope_scaling!r}: low_freq_factor must be below high_freq_factor")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings: {self.tie_word_embeddings!r} is neither true nor false")
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
-            self._check_positive_integer(name)
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is None and name in ("head_dim", "sliding_window"):
+                continue
+            if type(value) is not int or not 0 < value < 2**24:
+                raise ValueError(f"{name}: {value!r} is not a positive integer below {2**24:,}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim", "max_position_embeddings"):
-            self._check_positive_integer(name)
-        if self.sliding_window is not None:
-            self._check_positive_integer("sliding_window")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
@@ -176,11 +179,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} is odd, and rotary embedding turns pairs")
-
-    def _check_positive_integer(self, name: str) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or not 0 < value < 2**24:
-            raise ValueError(f"{name}: {value!r} is not a positive integer below {2**24:,}")
 
     @property
     def family(self) -> Family:
@@ -232,13 +230,11 @@ def _read_rope(values: dict) -> tuple[float | None, dict | None]:
             raise ValueError(f"rope_scaling: {rope!r} is not supported")
     rope = scaling or parameters
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rope_type: {rope_type!r} is not supported, only 'default' and 'llama3'")
     _check_supported(rope, _SUPPORTED)
     rope_theta = rope.get("rope_theta") or parameters.get("rope_theta") or values.get("rope_theta")
     if rope_type == "default":
         return rope_theta, None
-    return rope_theta, {"rope_type": "llama3", **{name: rope.get(name) for name in _LLAMA3_SCALING}}
+    return rope_theta, {"rope_type": rope_type, **{name: rope.get(name) for name in _LLAMA3_SCALING}}
 
 
 def _check_positive(name: str, value) -> None:
@@ -255,10 +251,10 @@ class RMSNorm(nn.Module):
     The offset is 1 in Gemma and 0 in the other families.
     """
 
-    def __init__(self, size: int, eps: float, offset: float):
+    def __init__(self, config: ModelConfig, size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset = config.rms_norm_eps, config.family.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
 
     def forward(self, x):
         # The output is the input of matmuls. Under autocast it is cast to their dtype here, once for all of them.
@@ -269,11 +265,6 @@ class RMSNorm(nn.Module):
         if self.offset:
             weight = weight + self.offset
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(dtype)
-
-
-def make_norm(config: ModelConfig, size: int) -> RMSNorm:
-    """Make an RMSNorm over `size` elements, with the offset of the model's family."""
-    return RMSNorm(size, config.rms_norm_eps, config.family.norm_offset)
 
 
 def rope_inv_freq(config: ModelConfig, device=None):
@@ -321,13 +312,6 @@ class VarlenMetadata(NamedTuple):
     max_seqlen: int  # an upper bound on the lengths of the examples
 
 
-def _to_device(tensor, device):
-    """Copy a tensor from main memory, with CUDA without waiting for it (as in mixup.py; both import torch alone)."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def varlen_attention(q, k, v, varlen: VarlenMetadata):
     """Causal attention within each example of a packed row. q [T, H, d], k and v [T, K, d] -> [T, H, d]
 
@@ -359,10 +343,6 @@ def _sdpa_per_example(q, k, v, cu_seqlens):
     return torch.cat(out)
 
 
-# What a generation step may use. On a GPU, cuDNN would plan its kernel for each number of keys, which each step raises.
-DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 class KVCache:
     """The keys and values of B growing sequences, so that generation computes each token once.
 
@@ -373,6 +353,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int):
         if config.sliding_window is not None and max_length > config.sliding_window:
             raise ValueError(f"{max_length} tokens are more than sliding_window {config.sliding_window} allows")
+        self.max_length = max_length
         self.shape = (2, batch_size, max_length, config.num_key_value_heads, config.head_dim)
         self.layers: list = [None] * config.num_hidden_layers  # of each: None, then keys and values [2, B, L, K, d]
 
@@ -386,14 +367,13 @@ class KVCache:
     def prepare(self, varlen: VarlenMetadata) -> None:
         """Compute what all layers share: the slots of the new keys and values, and the mask of a generation step."""
         device, lengths = varlen.positions.device, varlen.cu_seqlens.diff()
-        sequence = _to_device(torch.repeat_interleave(lengths), device)  # int64 [T]
-        self.slots = sequence * self.shape[2] + varlen.positions  # [T] of B * L
+        sequence = torch.repeat_interleave(lengths).to(device)  # int64 [T]
+        self.slots = sequence * self.max_length + varlen.positions  # [T] of B * L
         self.mask = None  # not needed for prompts, which are whole sequences
         if (lengths == 1).all():  # one new token per sequence
             kv_len = int(varlen.positions.max()) + 1
-            past_end = torch.arange(kv_len, device=device) > varlen.positions[:, None]  # [B, kv_len]
-            mask = torch.zeros(past_end.shape, device=device).masked_fill_(past_end, -torch.inf)
-            self.mask = mask[:, None, None]  # [B, 1, 1, kv_len]
+            is_seen = torch.arange(kv_len, device=device) <= varlen.positions[:, None]  # [B, kv_len]
+            self.mask = is_seen[:, None, None]  # bool [B, 1, 1, kv_len]
 
     def attend(self, layer: int, q, k, v, varlen: VarlenMetadata):
         """Store k and v [T, K, d] and attend from q [T, H, d] to all stored keys of the same sequence. -> [T, H, d]"""
@@ -404,7 +384,6 @@ class KVCache:
         values.flatten(0, 1).index_copy_(0, self.slots, v)
         if self.mask is None:
             return varlen_attention(q, k, v, varlen)
-        self.mask = self.mask.to(q.dtype)  # copied by the first layer alone
         kv_len = self.mask.shape[-1]
         # H/K query heads share a key head. Passing them as H/K query positions of one head reads each key only once.
         q_grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
@@ -426,8 +405,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         if config.family.qk_norm:
-            self.q_norm = make_norm(config, config.head_dim)
-            self.k_norm = make_norm(config, config.head_dim)
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -465,28 +444,27 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
         self.mlp = MLP(config)
         self.compiled = False
 
     def forward(self, x, varlen: VarlenMetadata, cache: KVCache | None):
-        compute = _compiled_block() if self.compiled and cache is None else _compute_block
+        compute = _compiled_block() if self.compiled and cache is None else Block.compute
         return compute(self, x, varlen, cache)
 
-
-def _compute_block(block: Block, x, varlen: VarlenMetadata, cache: KVCache | None):
-    x = x + block.self_attn(block.input_layernorm(x), varlen, cache)
-    return x + block.mlp(block.post_attention_layernorm(x))
+    def compute(self, x, varlen: VarlenMetadata, cache: KVCache | None):
+        x = x + self.self_attn(self.input_layernorm(x), varlen, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @functools.cache
 def _compiled_block():
-    """`_compute_block`, compiled once for rows of any length; `block.compile()` would compile each block by itself."""
+    """`Block.compute`, compiled once for rows of any length; `block.compile()` would compile each block by itself."""
     global _sdpa_per_example  # not compiled: the number of its iterations differs from row to row
     _sdpa_per_example = torch.compiler.disable(_sdpa_per_example)  # loads the compiler, for a second: so not earlier
-    return torch.compile(_compute_block, dynamic=True)
+    return torch.compile(Block.compute, dynamic=True)
 
 
 class Transformer(nn.Module):
@@ -510,7 +488,7 @@ class Transformer(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": make_norm(config, config.hidden_size),
+                "norm": RMSNorm(config, config.hidden_size),
             }
         )
         if not config.tie_word_embeddings:
@@ -550,7 +528,20 @@ class Transformer(nn.Module):
         if cu_seqlens is None:  # a single sequence, or a new token for each sequence in the cache
             cu_seqlens = torch.arange(0, len(tokens) + 1, len(tokens) if cache is None else 1, dtype=torch.int32)
         with self._autocast(device):
-            hidden = self._hidden_states(tokens, self._varlen_metadata(positions, cu_seqlens), cache)
+            varlen = self._varlen_metadata(positions, cu_seqlens)
+            if cache is not None:
+                cache.prepare(varlen)
+            x = self.model.embed_tokens(tokens)  # [T, D]
+            if torch.is_autocast_enabled(device.type):
+                x = x.float()  # the residual stream is float32 even where weights are bf16
+            if self.config.family.scaled_embeddings:
+                x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+            for block in self.model.layers:
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, varlen, cache, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, varlen, cache)
+            hidden = self.model.norm(x)
             return hidden if head is None else head(hidden)
 
     def _autocast(self, device):
@@ -565,22 +556,10 @@ class Transformer(nn.Module):
             raise ValueError(f"an example of {longest} tokens is longer than sliding_window {window}")
         cos, sin = rope_cos_sin(positions, rope_inv_freq(self.config, device))
         max_seqlen = 1 << (longest - 1).bit_length()  # the next power of two: few values, few compilations
-        return VarlenMetadata(cos, sin, positions, cu_seqlens, _to_device(cu_seqlens, device), max_seqlen)
-
-    def _hidden_states(self, tokens, varlen: VarlenMetadata, cache: KVCache | None):
-        if cache is not None:
-            cache.prepare(varlen)
-        x = self.model.embed_tokens(tokens)  # [T, D]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # the residual stream is float32 even where weights are bf16
-        if self.config.family.scaled_embeddings:
-            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
-        for block in self.model.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, varlen, cache, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, varlen, cache)
-        return self.model.norm(x)
+        # From pinned memory, a copy to a GPU is not waited for.
+        pinned = cu_seqlens.pin_memory() if device.type == "cuda" else cu_seqlens
+        device_cu_seqlens = pinned.to(device, non_blocking=device.type == "cuda")
+        return VarlenMetadata(cos, sin, positions, cu_seqlens, device_cu_seqlens, max_seqlen)
 
     def logits(self, hidden):
         """Compute W z, the unnormalized scores of the next token. [.., D] -> [.., V]"""

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import pack
 from infra.distributed import all_reduce_sum, print0, rank, world_size
-from model import DECODING_KERNELS, KVCache, Transformer
+from model import KVCache, Transformer
+
+# What a generation step may use. On a GPU, cuDNN would plan its kernel for each number of keys, which each step raises.
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Sampling(NamedTuple):

@@ -232,7 +232,7 @@ def test_gradients_in_bf16_are_those_in_float32_to_a_few_percent(device):
         ({"attention_bias": True}, "attention_bias: True"),
         ({"model_type": "mamba"}, "model_type: 'mamba'"),
         ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act: 'silu'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: .*'linear'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor: None"),
         ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, "low_freq_factor must be below"),
         ({"sliding_window": 0}, "sliding_window: 0"),

@@ -157,7 +157,7 @@ def in_processes(folder: Path) -> None:
     results, local_bytes = {}, {}
     with init_distributed(), pytest.MonkeyPatch.context() as patch:
         # As on GPUs, but for the kernels.
-        compiled = torch.compile(model_module._compute_block, dynamic=True, backend="eager")
+        compiled = torch.compile(model_module.Block.compute, dynamic=True, backend="eager")
         patch.setattr(model_module, "_compiled_block", lambda: compiled)
         for model_name in MODELS:
             for case in CASES_OF[world_size()]:
