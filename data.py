@@ -103,15 +103,16 @@ ARRAY_DTYPES = {"token_ids": "<i4", "loss_mask": "?", "lengths": "<i8", "num_sup
 
 @dataclass(frozen=True, eq=False)
 class Dataset(Sequence):
-    """Encoded examples that have supervised tokens. `dataset[i]` is (tokens, targets), int32, as of `encode_example`.
+    """Encoded examples that have supervised tokens.
 
-    The arrays hold all examples end to end. They may be memory-mapped files.
+    `dataset[i]` is what `encode_example` returns, (tokens, targets), as int32 tensors. The arrays hold all examples end
+    to end, and may be memory-mapped files.
     """
 
     token_ids: np.ndarray  # int32: the ids of each example, one more than its length
     loss_mask: np.ndarray  # bool, as long as token_ids: whether each id is a target
     lengths: np.ndarray  # int64 [N]: tokens of each example
-    num_supervised: np.ndarray  # int64 [N]: targets of each example
+    num_supervised: np.ndarray  # int64 [N]: supervised tokens of each example
     example_ids: np.ndarray  # bytes [N]: `Example.id`
     num_truncated: int = 0  # examples cut to max_length
     num_dropped: int = 0  # examples left out, because no supervised token is within max_length
@@ -150,7 +151,7 @@ class Dataset(Sequence):
 
 
 def count_tokens(encoded: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of tokens and of targets of each encoded example: two of int64 [N]"""
+    """The number of tokens and of supervised tokens of each encoded example: two of int64 [N]"""
     if isinstance(encoded, Dataset):
         return encoded.lengths, encoded.num_supervised
     counts = [(len(tokens), int((targets != IGNORE_INDEX).sum())) for tokens, targets in encoded]
@@ -196,7 +197,7 @@ class Batch:
 
     @property
     def segment_ids(self) -> torch.Tensor:
-        """The number of the example that each token belongs to, 0 to B−1: int64 [T]"""
+        """The index in the row of the example that each token belongs to, 0 to B−1: int64 [T]"""
         return torch.repeat_interleave(self.cu_seqlens.diff().long())
 
     def to(self, device) -> "Batch":
@@ -272,7 +273,7 @@ class MicroBatch:
 
     row: Batch
     supervised: torch.Tensor  # int64 [S]: the supervised positions of the row
-    example_index: torch.Tensor  # int64 [S]: the number in the dataset of the example that each belongs to
+    example_index: torch.Tensor  # int64 [S]: the index in the dataset of the example that each belongs to
     index_c: torch.Tensor  # int64 [M]: the mixed positions, from `mixup.pair_positions`; always in main memory
     index_u: torch.Tensor  # int64 [M]: and those that they are mixed with
     lam: torch.Tensor  # float32 [M]: λ at each mixed position
@@ -288,7 +289,7 @@ class GlobalBatch:
     """The micro-batches of this process for one optimizer step, and the counts of all processes together."""
 
     micro_batches: list[MicroBatch]
-    example_indices: np.ndarray  # of all processes: the numbers in the dataset
+    example_indices: np.ndarray  # of all processes: indices in the dataset
     num_supervised: int  # of all processes: the denominator of L_NTP
     num_mixed: int  # of all processes: the denominator of L_Mixup
     num_tokens: int  # of all processes
@@ -347,7 +348,7 @@ def assign_micro_batches(lengths: list[int], num_pairs: int, max_tokens: int, wo
 
 
 def balanced_partitions(sizes: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Divide the numbers of items of `sizes` tokens into parts of at most `max_tokens`, about equal in tokens.
+    """Divide the indices of items of `sizes` tokens into parts of at most `max_tokens`, about equal in tokens.
 
     The number of parts is a multiple of `multiple`, and some may be empty. An item larger than `max_tokens` has a part
     to itself. Greedy: the largest item first, each to the part with the fewest tokens so far.

@@ -183,7 +183,7 @@ def encode_choice(tokenizer: Tokenizer, template: str, prompt: str, answer: str)
     """Encode a prompt and an answer, without the end of the answer's turn. -> (prompt ids, answer ids)"""
     if template == PLAIN:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(prompt), tokenizer.encode(" " + answer, continues=True)
+        return bos + tokenizer.encode(prompt), tokenizer.encode(" " + answer, add_prefix=False)
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     ids, loss_mask = tokenizer.render_conversation(messages, template)
     start = loss_mask.index(True)

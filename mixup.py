@@ -103,7 +103,8 @@ def sftmix_loss(
     """L = ntp_weight · L_NTP + μ L_Mixup: value and gradients of `sftmix_loss_literal`, with a matmul by W for both.
 
     Args:
-        hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16, also by autocast
+        hidden [S, D]: final hidden states at the supervised positions, float32 or bfloat16. Under autocast, matmuls
+            are in autocast's dtype.
         weight [V, D]: the weight of `lm_head`
         targets int64 [S]: the target tokens, without IGNORE_INDEX
         index_c, index_u int64 [M]: the paired positions, from `pair_positions`; in main memory, even if hidden is on a
@@ -159,7 +160,8 @@ class _ChunkedLoss(torch.autograd.Function):
         if matmul_dtype == torch.float16:
             raise ValueError("float16: gradients of the loss would underflow; use bfloat16 or float32")
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # of sums, exponentials and gradients
-        grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype  # on others only a float32 matmul can add to float32
+        # W's gradient is a sum over chunks in float32. Only CUDA can add a matmul of bf16 inputs to it.
+        grad_dtype = matmul_dtype if hidden.is_cuda else sum_dtype
         grad_hidden = torch.zeros_like(hidden, dtype=sum_dtype) if ctx.needs_input_grad[0] else None  # [S, D]
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None  # [V, D]
         ntp_sum = mix_sum = torch.zeros((), dtype=sum_dtype, device=device)
@@ -187,10 +189,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
                     log_p_out[s] = log_p[:, 0].to(log_p_out.dtype)
-                if grad_hidden is not None:  # one matmul for each position, rounded as that of a linear layer
+                if grad_hidden is not None:  # its inputs are in matmul_dtype, as in the backward pass of a linear layer
                     grad_z = torch.zeros_like(z, dtype=sum_dtype)
                     grad_hidden.index_add_(0, s, _add_matmul_(grad_z, grad[:, :V].to(matmul_dtype), W))
-                if grad_weight is not None:  # a sum over all chunks, in float32
+                if grad_weight is not None:
                     _add_matmul_(grad_weight, grad[:, :V].T, z.to(grad_dtype))
                 del logits, grad  # before those of the next chunk are allocated
         ctx.save_for_backward(grad_hidden, grad_weight)

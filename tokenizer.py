@@ -5,7 +5,7 @@ Special tokens are inserted as ids and never parsed out of text, so "<s>" in a u
 Text inside the loss is encoded apart from the text before it. The prompt therefore has the same ids in training, where
 an answer follows, as in generation, where it stands alone.
 
-In order: `Tokenizer`, chat templates. `infra/tokenizer_files.py` reads the two file formats.
+In order: chat templates, `Tokenizer`. `infra/tokenizer_files.py` reads the two file formats.
 """
 
 import io
@@ -19,246 +19,6 @@ import sentencepiece
 
 from infra.files import parse_json_object
 from infra.tokenizer_files import JsonModel, NotSentencePieceError, SentencePieceModel, added_tokens, prefix_rules
-
-# The files of a tokenizer, and generation_config.json. They are copied from the model folder to every saved model.
-FILES = tuple(
-    """tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
-    merges.txt chat_template.jinja generation_config.json""".split()
-)
-
-
-class Tokenizer:
-    """The tokenizer of a model folder. Its ids equal those of `transformers`.
-
-    `files` maps file names to contents; `model_config` is the folder's config.json.
-    `vocab_size` is the largest id plus one. `bos_id` and `eos_id` are None if the tokenizer has no such token.
-    """
-
-    def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
-        self.files, self._model_config = files, model_config or {}
-        tokenizer_json, self._config = self._parse("tokenizer.json"), self._merge_configs()
-        added = added_tokens(self._config, tokenizer_json, self._parse("added_tokens.json"))
-        self._special_tokens = _TEMPLATE_TOKENS | {token for token, (_, is_special) in added.items() if is_special}
-        if "tokenizer.model" in files:
-            self._model = SentencePieceModel(files["tokenizer.model"], added, self._special_tokens)
-        else:
-            self._model = JsonModel(tokenizer_json, _TEMPLATE_TOKENS)
-        rules = prefix_rules(self._config, tokenizer_json, self._model_config.get("model_type"))
-        self._prefix_rules = rules._replace(adds_any=rules.adds_any and self._model.adds_dummy_prefix)
-        self.vocab_size: int = self._model.vocab_size
-        self.bos_id = self._special_token_id("bos_token", self._model.bos_id)
-        self.eos_id = self._special_token_id("eos_token", self._model.eos_id)
-
-    def _parse(self, name: str) -> dict:
-        """The object in one of the JSON files; empty if there is no such file."""
-        return parse_json_object(self.files.get(name, b"{}"), name)
-
-    def _merge_configs(self) -> dict:
-        """tokenizer_config.json and special_tokens_map.json in one, with the class that `transformers` would choose."""
-        config, special_tokens = self._parse("tokenizer_config.json"), self._parse("special_tokens_map.json")
-        # In `transformers`, special_tokens_map.json counts only if tokenizer_config.json does not list all tokens.
-        config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
-        default = "GemmaTokenizer" if self._model_config.get("model_type") == "gemma" else "PreTrainedTokenizerFast"
-        return config | {"tokenizer_class": config.get("tokenizer_class") or default}
-
-    def _special_token_id(self, key: str, default: int | None) -> int | None:
-        """The id of a token: the configuration's, else `default`, else one in config.json or generation_config.json."""
-        if key in self._config:
-            token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
-            if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
-                raise ValueError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
-            return self.token_to_id(token)
-        # Qwen's models have a bos_token_id that their tokenizers never insert.
-        if default is not None or (key == "bos_token" and "qwen" in str(self._model_config.get("model_type"))):
-            return default
-        ids = [values.get(f"{key}_id") for values in (self._model_config, self._parse("generation_config.json"))]
-        ids = [token_id for entry in ids for token_id in (entry if isinstance(entry, list) else [entry])]
-        return next((i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size), None)
-
-    @classmethod
-    def from_pretrained(cls, path) -> "Tokenizer":
-        """Open the tokenizer of a model folder, or a single `tokenizer.model` or `tokenizer.json` file.
-
-        Raises FileNotFoundError or ValueError naming the file and what is wrong with it, or the package to install.
-        """
-        path = Path(path)
-        if path.is_dir():
-            files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
-        else:
-            name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-            files = {name: path.read_bytes()} if path.is_file() else {}
-        if not files.keys() & {"tokenizer.model", "tokenizer.json"}:
-            raise FileNotFoundError(f"{path}: not found there: tokenizer.model or tokenizer.json")
-        try:
-            content = (path / "config.json").read_bytes() if (path / "config.json").is_file() else b"{}"
-            model_config = parse_json_object(content, "config.json")
-            try:
-                tokenizer = cls(files, model_config)
-            except NotSentencePieceError:  # in some folders, tokenizer.model has another format
-                if "tokenizer.json" not in files:
-                    raise
-                files = {name: content for name, content in files.items() if name != "tokenizer.model"}
-                tokenizer = cls(files, model_config)
-            _ = tokenizer.hf_chat_templates  # raises if it cannot be read
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: a tokenizer file holds something of the wrong kind ({error!r})") from None
-        return tokenizer
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a BPE tokenizer with Llama's settings: byte fallback, no normalization, all white space kept."""
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            hard_vocab_limit=False,
-            num_threads=1,  # the same tokenizer on every machine
-            minloglevel=2,
-        )
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
-        return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": _to_json(config)})
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Bytes that are equal for two tokenizers only if both give every conversation the same ids."""
-        return repr((self._prefix_rules, self.bos_id, self.eos_id, sorted(self.files.items()))).encode()
-
-    def token_to_id(self, token: str | None) -> int | None:
-        """The id of a token, or None if the vocabulary does not have it."""
-        return None if token is None else self._model.token_to_id(token)
-
-    def id_to_token(self, token_id: int) -> str:
-        """The token of an id, as the vocabulary writes it."""
-        return self._model.id_to_token(token_id)
-
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """The ids of a text, without special tokens; `continues` says that the text directly follows other text."""
-        ids, rules = [], self._prefix_rules
-        for part, added_id in self._model.split_added_tokens(text):
-            if added_id is None:
-                may_add_prefix = rules.before_space or not part.startswith(self._model.spaces)
-                ids += self._model.encode(part, rules.adds_any and may_add_prefix and not continues)
-            else:
-                ids.append(added_id)
-                continues = not rules.after_special
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids; special tokens are skipped, and so are the ids of embedding rows beyond the vocabulary."""
-        return self._model.decode(ids)
-
-    def render_conversation(self, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation and its loss mask: True for assistant turns and the special tokens that end them.
-
-        `messages` are {"role", "content"} with the roles system (first only), user and assistant. If the last one is a
-        user turn, the ids are the prompt for generation. An assistant message with "weight": 0 has a mask of False. A
-        single message of role `text` is a plain document, and the mask is True for all of it but the bos token.
-        Raises ValueError if the tokenizer lacks a special token of the template.
-        """
-        ids, loss_mask, continues = [], [], False
-        for segment in _segments(messages, TEMPLATES[template]):
-            if segment.is_special:
-                new_ids = self._template_token_ids(segment.text, template)
-            else:
-                may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_rules.after_special
-                new_ids = self.encode(segment.text, continues or not may_add_prefix)
-            continues = not segment.is_special
-            ids += new_ids
-            loss_mask += [segment.weight == 1] * len(new_ids)
-        return ids, loss_mask
-
-    def _template_token_ids(self, token: str, template: str) -> list[int]:
-        """The id of a special token in a template, as a list; empty for a {bos} that the tokenizer does not have."""
-        placeholders = {"{bos}": self.bos_id, "{eos}": self.eos_id}
-        token_id = placeholders[token] if token in placeholders else self.token_to_id(token)
-        if token_id is not None:
-            return [token_id]
-        if token == "{bos}":  # Qwen's tokenizers have none
-            return []
-        if token == "{eos}":
-            raise ValueError("the tokenizer's files name no eos_token, without which no answer would learn to end")
-        raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
-
-    def stop_ids(self, template: str) -> list[int]:
-        """The ids at which generation stops: the folder's `eos_token_id`, and those that end an assistant turn."""
-        ids = self._parse("generation_config.json").get("eos_token_id")
-        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        parts = TEMPLATES[template].split(TEMPLATES[template].assistant)
-        ids += [i for part, is_special in parts if is_special for i in self._template_token_ids(part, template)]
-        return list(dict.fromkeys(ids))
-
-    @property
-    def hf_chat_templates(self) -> dict[str, str]:
-        """The chat templates in the tokenizer's files, in Jinja, by name. A single one is called "default"."""
-        file = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
-        jinja = file or self._config.get("chat_template")
-        if isinstance(jinja, list):
-            return {entry["name"]: entry["template"] for entry in jinja}
-        return {"default": jinja} if jinja else {}
-
-    def choose_template(self, name: str | None) -> str:
-        """Return `name` or, if that is None, what the folder's default chat template resembles (`alpaca` without one).
-
-        Raises ValueError if it resembles none of `TEMPLATES`, or if the tokenizer cannot be used with the template.
-        """
-        jinja = self.hf_chat_templates.get("default")
-        if name is None and jinja:
-            known = [name for name in TEMPLATES if jinja == self.chat_template(name)]
-            known += [name for name, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
-            if not known:
-                raise ValueError(f"the model's chat_template is not known; choose --template: {', '.join(TEMPLATES)}")
-            name = min(known, key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
-        name = name or "alpaca"
-        self._check_template(name)
-        return name
-
-    def _check_template(self, name: str) -> None:
-        """Raise ValueError if the tokenizer lacks a special token of the template, or has one for a text in it."""
-        self.render_conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
-        parts = TEMPLATES[name].split(" ".join(text for text in TEMPLATES[name] if isinstance(text, str)))
-        text = "".join(part for part, is_special in parts if not is_special)
-        for token in sorted(self._special_tokens, reverse=True):
-            if token in text and self.token_to_id(token) is not None:
-                raise ValueError(
-                    f"template {name} spells {token} out, and the tokenizer has a token for it; try another --template"
-                )
-
-    def chat_template(self, template: str) -> str:
-        """The template in Jinja, with which `transformers` gives the ids of `render_conversation`."""
-        # We add a dummy prefix after bos. `transformers` may add none after a special token, so Jinja writes the space.
-        space_after_bos = self._prefix_rules.adds_any and not self._prefix_rules.after_special
-        return _to_jinja(TEMPLATES[template], space_after_bos)
-
-    def files_for(self, template: str) -> dict[str, bytes]:
-        """The files to save with a model trained on `template`, including its chat template and its stop ids.
-
-        tokenizer_config.json says what has been used, also where that was a default or came from another file.
-        """
-        config = self._parse("tokenizer_config.json") | {"tokenizer_class": self._config["tokenizer_class"]}
-        for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            config.setdefault(key, None if token_id is None else self.id_to_token(token_id))
-        if "tokenizer.model" in self.files:
-            config.setdefault("legacy", self._prefix_rules.after_special)
-        config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
-        generation = self._parse("generation_config.json")
-        generation |= {"eos_token_id": self.stop_ids(template) or None, "bos_token_id": self.bos_id}
-        files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}
-        files["tokenizer_config.json"] = _to_json(config)
-        files["generation_config.json"] = _to_json(generation)
-        return files
-
-
-def _to_json(values: dict) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-
 
 # --- Chat templates ---------------------------------------------------------------------------------------------------
 
@@ -472,3 +232,245 @@ def _to_jinja(template: Template, space_after_bos: bool) -> str:
         + prompt
         + "{% endif %}{% endfor %}"
     )
+
+
+# --- The tokenizer ----------------------------------------------------------------------------------------------------
+
+# The files of a tokenizer, and generation_config.json. They are copied from the model folder to every saved model.
+FILES = tuple(
+    """tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja generation_config.json""".split()
+)
+
+
+class Tokenizer:
+    """The tokenizer of a model folder. Its ids equal those of `transformers`.
+
+    `files` maps file names to contents; `model_config` is the folder's config.json.
+    `vocab_size` is the largest id plus one. `bos_id` and `eos_id` are None if the tokenizer has no such token.
+    """
+
+    def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
+        self.files, self._model_config = files, model_config or {}
+        tokenizer_json, self._config = self._parse("tokenizer.json"), self._merge_configs()
+        added = added_tokens(self._config, tokenizer_json, self._parse("added_tokens.json"))
+        self._special_tokens = _TEMPLATE_TOKENS | {token for token, (_, is_special) in added.items() if is_special}
+        if "tokenizer.model" in files:
+            self._model = SentencePieceModel(files["tokenizer.model"], added, self._special_tokens)
+        else:
+            self._model = JsonModel(tokenizer_json, _TEMPLATE_TOKENS)
+        rules = prefix_rules(self._config, tokenizer_json, self._model_config.get("model_type"))
+        self._prefix_rules = rules._replace(adds_any=rules.adds_any and self._model.adds_dummy_prefix)
+        self.vocab_size: int = self._model.vocab_size
+        self.bos_id = self._special_token_id("bos_token", self._model.bos_id)
+        self.eos_id = self._special_token_id("eos_token", self._model.eos_id)
+
+    def _parse(self, name: str) -> dict:
+        """The object in one of the JSON files; empty if there is no such file."""
+        return parse_json_object(self.files.get(name, b"{}"), name)
+
+    def _merge_configs(self) -> dict:
+        """tokenizer_config.json and special_tokens_map.json in one, with the class that `transformers` would choose."""
+        config, special_tokens = self._parse("tokenizer_config.json"), self._parse("special_tokens_map.json")
+        # In `transformers`, special_tokens_map.json counts only if tokenizer_config.json does not list all tokens.
+        config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
+        default = "GemmaTokenizer" if self._model_config.get("model_type") == "gemma" else "PreTrainedTokenizerFast"
+        return config | {"tokenizer_class": config.get("tokenizer_class") or default}
+
+    def _special_token_id(self, key: str, default: int | None) -> int | None:
+        """The id of a token: the configuration's, else `default`, else one in config.json or generation_config.json."""
+        if key in self._config:
+            token = self._config[key].get("content") if isinstance(self._config[key], dict) else self._config[key]
+            if token is not None and not (isinstance(token, str) and self.token_to_id(token) is not None):
+                raise ValueError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+            return self.token_to_id(token)
+        # Qwen's models have a bos_token_id that their tokenizers never insert.
+        if default is not None or (key == "bos_token" and "qwen" in str(self._model_config.get("model_type"))):
+            return default
+        ids = [values.get(f"{key}_id") for values in (self._model_config, self._parse("generation_config.json"))]
+        ids = [token_id for entry in ids for token_id in (entry if isinstance(entry, list) else [entry])]
+        return next((i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size), None)
+
+    @classmethod
+    def from_pretrained(cls, path) -> "Tokenizer":
+        """Open the tokenizer of a model folder, or a single `tokenizer.model` or `tokenizer.json` file.
+
+        Raises FileNotFoundError or ValueError naming the file and what is wrong with it, or the package to install.
+        """
+        path = Path(path)
+        if path.is_dir():
+            files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        else:
+            name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+            files = {name: path.read_bytes()} if path.is_file() else {}
+        if not files.keys() & {"tokenizer.model", "tokenizer.json"}:
+            raise FileNotFoundError(f"{path}: not found there: tokenizer.model or tokenizer.json")
+        try:
+            content = (path / "config.json").read_bytes() if (path / "config.json").is_file() else b"{}"
+            model_config = parse_json_object(content, "config.json")
+            try:
+                tokenizer = cls(files, model_config)
+            except NotSentencePieceError:  # in some folders, tokenizer.model has another format
+                if "tokenizer.json" not in files:
+                    raise
+                files = {name: content for name, content in files.items() if name != "tokenizer.model"}
+                tokenizer = cls(files, model_config)
+            _ = tokenizer.hf_chat_templates  # raises if it cannot be read
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: a tokenizer file holds something of the wrong kind ({error!r})") from None
+        return tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train a BPE tokenizer with Llama's settings: byte fallback, no normalization, all white space kept."""
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            hard_vocab_limit=False,
+            num_threads=1,  # the same tokenizer on every machine
+            minloglevel=2,
+        )
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        return cls({"tokenizer.model": model.getvalue(), "tokenizer_config.json": _to_json(config)})
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Bytes that are equal for two tokenizers only if both give every conversation the same ids."""
+        return repr((self._prefix_rules, self.bos_id, self.eos_id, sorted(self.files.items()))).encode()
+
+    def token_to_id(self, token: str | None) -> int | None:
+        """The id of a token, or None if the vocabulary does not have it."""
+        return None if token is None else self._model.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str:
+        """The token of an id, as the vocabulary writes it."""
+        return self._model.id_to_token(token_id)
+
+    def encode(self, text: str, add_prefix: bool = True) -> list[int]:
+        """The ids of a text, without special tokens; `add_prefix` allows SentencePiece's space before it."""
+        ids, rules = [], self._prefix_rules
+        for part, added_id in self._model.split_added_tokens(text):
+            if added_id is None:
+                may_add_prefix = rules.before_space or not part.startswith(self._model.spaces)
+                ids += self._model.encode(part, rules.adds_any and add_prefix and may_add_prefix)
+            else:
+                ids.append(added_id)
+                add_prefix = rules.after_special
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; special tokens are skipped, and so are the ids of embedding rows beyond the vocabulary."""
+        return self._model.decode(ids)
+
+    def render_conversation(self, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation and its loss mask: True for assistant turns and the special tokens that end them.
+
+        `messages` are {"role", "content"} with the roles system (first only), user and assistant. If the last one is a
+        user turn, the ids are the prompt for generation. An assistant message with "weight": 0 has a mask of False. A
+        single message of role `text` is a plain document, and the mask is True for all of it but the bos token.
+        Raises ValueError if the tokenizer lacks a special token of the template.
+        """
+        ids, loss_mask, follows_text = [], [], False
+        for segment in _segments(messages, TEMPLATES[template]):
+            if segment.is_special:
+                new_ids = self._template_token_ids(segment.text, template)
+            else:
+                may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_rules.after_special
+                new_ids = self.encode(segment.text, add_prefix=may_add_prefix and not follows_text)
+            follows_text = not segment.is_special
+            ids += new_ids
+            loss_mask += [segment.weight == 1] * len(new_ids)
+        return ids, loss_mask
+
+    def _template_token_ids(self, token: str, template: str) -> list[int]:
+        """The id of a special token in a template, as a list; empty for a {bos} that the tokenizer does not have."""
+        placeholders = {"{bos}": self.bos_id, "{eos}": self.eos_id}
+        token_id = placeholders[token] if token in placeholders else self.token_to_id(token)
+        if token_id is not None:
+            return [token_id]
+        if token == "{bos}":  # Qwen's tokenizers have none
+            return []
+        if token == "{eos}":
+            raise ValueError("the tokenizer's files name no eos_token, without which no answer would learn to end")
+        raise ValueError(f"template {template}: the tokenizer has no token {token}; choose another --template")
+
+    def stop_ids(self, template: str) -> list[int]:
+        """The ids at which generation stops: the folder's `eos_token_id`, and those that end an assistant turn."""
+        ids = self._parse("generation_config.json").get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        parts = TEMPLATES[template].split(TEMPLATES[template].assistant)
+        ids += [i for part, is_special in parts if is_special for i in self._template_token_ids(part, template)]
+        return list(dict.fromkeys(ids))
+
+    @property
+    def hf_chat_templates(self) -> dict[str, str]:
+        """The chat templates in the tokenizer's files, in Jinja, by name. A single one is called "default"."""
+        file = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+        jinja = file or self._config.get("chat_template")
+        if isinstance(jinja, list):
+            return {entry["name"]: entry["template"] for entry in jinja}
+        return {"default": jinja} if jinja else {}
+
+    def choose_template(self, name: str | None) -> str:
+        """Return `name` or, if that is None, what the folder's default chat template resembles (`alpaca` without one).
+
+        Raises ValueError if it resembles none of `TEMPLATES`, or if the tokenizer cannot be used with the template.
+        """
+        jinja = self.hf_chat_templates.get("default")
+        if name is None and jinja:
+            known = [name for name in TEMPLATES if jinja == self.chat_template(name)]
+            known += [name for name, marker in TEMPLATE_MARKERS.items() if marker in str(jinja)]
+            if not known:
+                raise ValueError(f"the model's chat_template is not known; choose --template: {', '.join(TEMPLATES)}")
+            name = min(known, key=lambda name: None in map(self.token_to_id, TEMPLATES[name].special_tokens))
+        name = name or "alpaca"
+        self._check_template(name)
+        return name
+
+    def _check_template(self, name: str) -> None:
+        """Raise ValueError if the tokenizer lacks a special token of the template, or has one for a text in it."""
+        self.render_conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
+        parts = TEMPLATES[name].split(" ".join(text for text in TEMPLATES[name] if isinstance(text, str)))
+        text = "".join(part for part, is_special in parts if not is_special)
+        for token in sorted(self._special_tokens, reverse=True):
+            if token in text and self.token_to_id(token) is not None:
+                raise ValueError(
+                    f"template {name} spells {token} out, and the tokenizer has a token for it; try another --template"
+                )
+
+    def chat_template(self, template: str) -> str:
+        """The template in Jinja, with which `transformers` gives the ids of `render_conversation`."""
+        # We add a dummy prefix after bos. `transformers` may add none after a special token, so Jinja writes the space.
+        space_after_bos = self._prefix_rules.adds_any and not self._prefix_rules.after_special
+        return _to_jinja(TEMPLATES[template], space_after_bos)
+
+    def files_for(self, template: str) -> dict[str, bytes]:
+        """The files to save with a model trained on `template`, including its chat template and its stop ids.
+
+        tokenizer_config.json says what has been used, also where that was a default or came from another file.
+        """
+        config = self._parse("tokenizer_config.json") | {"tokenizer_class": self._config["tokenizer_class"]}
+        for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            config.setdefault(key, None if token_id is None else self.id_to_token(token_id))
+        if "tokenizer.model" in self.files:
+            config.setdefault("legacy", self._prefix_rules.after_special)
+        config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
+        generation = self._parse("generation_config.json")
+        generation |= {"eos_token_id": self.stop_ids(template) or None, "bos_token_id": self.bos_id}
+        files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}
+        files["tokenizer_config.json"] = _to_json(config)
+        files["generation_config.json"] = _to_json(generation)
+        return files
+
+
+def _to_json(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -519,7 +519,7 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
     """Save the training dynamics of a run. -> their entry in results.json"""
     file = Path(config.output) / "confidence.jsonl"
     if rank() != 0:
-        return {}  # process 0 alone records it
+        return {}  # rank 0 alone records it
     dynamics.save(file)
     entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
     entry["sha256"] = sha256_of(file)

@@ -231,7 +231,7 @@ def load_dataset(
             break
         time.sleep(0.1)
     else:
-        raise ValueError(f"{folder}: not there, though process 0 has made it; --cache must be where all nodes see it")
+        raise ValueError(f"{folder}: not there, though rank 0 has made it; --cache must be where all nodes see it")
     dataset, reading = load_cache(folder, find_files(data))
     reading.check(name, skip_bad_records)
     if len(dataset) == 0:

@@ -360,7 +360,7 @@ DOG = Example("dog", [{"role": "user", "content": "What is it?"}, {"role": "assi
 def test_targets_are_shifted_and_supervise_the_response_and_its_end(tokenizer):
     tokens, targets = encode_example(DOG, tokenizer, "alpaca", 1000)
     prompt, _ = tokenizer.render_conversation(DOG.messages[:1], "alpaca")
-    response = tokenizer.encode("It is a dog.", continues=True)
+    response = tokenizer.encode("It is a dog.", add_prefix=False)
     assert tokens == prompt + response
     assert targets == [IGNORE_INDEX] * (len(prompt) - 1) + response + [tokenizer.eos_id]
 

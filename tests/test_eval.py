@@ -74,8 +74,8 @@ def test_wilson_interval_by_hand():
 
 def test_exact_match_asks_for_the_whole_answer_and_its_end(tokenizer, monkeypatch):
     """Five answers to a prompt whose response is "the dog": right; right but for a new line; unended; longer; wrong."""
-    the_dog, end = tokenizer.encode("the dog", continues=True), [tokenizer.eos_id]
-    new_line = tokenizer.encode("\n", continues=True)
+    the_dog, end = tokenizer.encode("the dog", add_prefix=False), [tokenizer.eos_id]
+    new_line = tokenizer.encode("\n", add_prefix=False)
     answers = [the_dog + end, the_dog + new_line + end, the_dog, the_dog + the_dog + end, end]
     example = Example("x", [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the dog"}])
     asked = []
@@ -372,7 +372,7 @@ def test_a_second_turn_is_asked_after_the_first_answer(tokenizer, monkeypatch):
 
     def generate(model, prompts, *args, **kwargs):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [[*tokenizer.encode("it sleeps", continues=True), tokenizer.eos_id] for _ in prompts]
+        return [[*tokenizer.encode("it sleeps", add_prefix=False), tokenizer.eos_id] for _ in prompts]
 
     monkeypatch.setattr(eval_module, "generate", generate)
     two = read_prompt({"turns": ["the dog?", "and the fox?"]}, "jsonl")

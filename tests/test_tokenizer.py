@@ -46,9 +46,9 @@ def test_special_tokens_spelt_out_in_text_stay_text(tokenizer, text):
 
 
 def test_a_text_that_goes_on_gets_no_space_of_its_own(tokenizer):
-    start, rest = tokenizer.encode("the"), tokenizer.encode("dog", continues=True)
+    start, rest = tokenizer.encode("the"), tokenizer.encode("dog", add_prefix=False)
     assert tokenizer.decode(start + rest) == "thedog"
-    assert tokenizer.decode(start + tokenizer.encode(" dog", continues=True)) == "the dog"
+    assert tokenizer.decode(start + tokenizer.encode(" dog", add_prefix=False)) == "the dog"
 
 
 def test_pieces_equal_the_whole_where_they_meet_at_a_new_line(tokenizer):
