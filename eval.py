@@ -109,7 +109,7 @@ def nll_per_example(model: Transformer, encoded: Sequence, micro_batch_tokens: i
     """Negative log-likelihood of each example: -> (Σ −log p over its supervised tokens [N], their number [N])"""
     _, perplexity = score_examples(model, encoded, micro_batch_tokens)
     _, num_supervised = count_tokens(encoded)
-    return num_supervised * np.log(perplexity), num_supervised
+    return num_supervised * np.log(perplexity), num_supervised  # perplexity is exp(nll / N)
 
 
 # --- Exact match ------------------------------------------------------------------------------------------------------
