@@ -47,7 +47,9 @@ class Example:
 def to_example(record: dict) -> Example:
     """Read a record of any format (infra/formats.py). Equal ones get equal ids. ValueError names the key at fault."""
     messages, notes = to_messages(record)
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    # White space around a turn is no part of it, but around a plain text it is.
+    content = [m if m["role"] == "text" else {**m, "content": m["content"].strip()} for m in messages]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return Example(digest, messages, tuple(notes))
 
 

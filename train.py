@@ -14,8 +14,8 @@ A run has four stages. Each of them writes a part of the output folder:
 A checkpoint is a model, which can be scored and opened elsewhere; a savepoint
 is the whole state of training. A stopped run resumes from its last savepoint
 with --resume. It ends at the same weights, bit for bit, on a CPU without
---compile, and on a GPU with --deterministic. Each model is evaluated on the held-out
-data; results.json and a table at the end compare them.
+--compile, and on a GPU with --deterministic. Each model is evaluated on the
+held-out data; results.json and a table at the end compare them.
 """
 
 import contextlib

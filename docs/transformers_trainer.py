@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
+from infra.chat_templates import choose_template
 from infra.hf import oldest_first
 from infra.records import summarize_notes
 from mixup import pair_positions, sftmix_loss
@@ -117,7 +118,8 @@ if __name__ == "__main__":
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
     examples = load_examples(flags.data)
-    encoded = encode_examples(examples, tokenizer, tokenizer.choose_template(None), limit)
+    template = choose_template(tokenizer, None)
+    encoded = encode_examples(examples, tokenizer, template, limit)
     if args.should_save:
         print(f"{len(encoded):,} examples, {encoded.num_truncated:,} truncated, {encoded.num_dropped:,} dropped")
         for line in summarize_notes(flags.data, examples):
@@ -125,6 +127,7 @@ if __name__ == "__main__":
     data = [{"input_ids": [*x.tolist(), max(y[-1].item(), 0)], "labels": [-100, *y.tolist()]} for x, y in encoded]
     # data, args.dataset_kwargs = datasets.Dataset.from_list(data), {"skip_prepare_dataset": True}  # for TRL, too
     padding.pad_token = padding.pad_token or padding.eos_token
+    padding.chat_template = tokenizer.chat_template(template)  # saved with each checkpoint
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
     trainer = Trainer(load(flags.model), args, collator, data, processing_class=padding)

@@ -235,13 +235,15 @@ def load_dataset(
     dataset, reading = load_cache(folder, find_files(data))
     reading.check(name, skip_bad_records)
     if len(dataset) == 0:
-        raise ValueError(f"{name}: no response to learn starts within --max_length {max_length}")
+        raise ValueError(f"{name}: no response to learn starts within --max_length {max_length}, or all have weight 0")
+    if (files := find_files(data))[1:]:
+        print0(f"{name}: {len(files)} files, {', '.join(f.name for f in files[:4])}{' …' * (len(files) > 4)}", file)
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
     print0(f"{name}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
     if dataset.num_truncated or dataset.num_dropped:
         print0(
             f"{name}: {dataset.num_truncated:,} truncated to {max_length} tokens, {dataset.num_dropped:,} dropped"
-            + " (no response to learn starts within them)" * bool(dataset.num_dropped),
+            + " (no response to learn starts within them, or all have weight 0)" * bool(dataset.num_dropped),
             file,
         )
     for line in reading.summary():

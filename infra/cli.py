@@ -24,6 +24,8 @@ FLAGS_OF_PEERS = {  # of transformers, TRL and LLaMA-Factory, and what they are 
     "--model_name_or_path": "--model",
     "--dataset": "--data",
     "--dataset_name": "--data",
+    "--train_data": "--data",
+    "--train_dataset": "--data",
     "--train_file": "--data",
     "--validation_file": "--eval_data",
     "--output_dir": "--output",
@@ -34,7 +36,11 @@ FLAGS_OF_PEERS = {  # of transformers, TRL and LLaMA-Factory, and what they are 
     "--cutoff_len": "--max_length",
     "--bf16": "--dtype bf16",
     "--gradient_checkpointing": "--activation_checkpointing",
+    "--gradient_accumulation_steps": "--micro_batch_tokens (accumulation follows from it)",
+    "--packing": "--micro_batch_tokens (rows are always packed)",
+    "--use_lora": "--lora_rank",
     "--lora_r": "--lora_rank",
+    "--warmup_steps": "--warmup_ratio",
     "--resume_from_checkpoint": "--resume",
     "--logging_steps": "--log_every",
     "--save_steps": "--save_every",
@@ -100,7 +106,8 @@ class ArgumentParser(argparse.ArgumentParser):
             commands = self._subparsers._group_actions[0].choices if self._subparsers else {}
             parsers = [self, *(parser for name, parser in commands.items() if name in self.words)]
             flags = {flag for parser in parsers for flag in parser._option_string_actions}
-            near = [FLAGS_OF_PEERS[word]] if word in FLAGS_OF_PEERS else difflib.get_close_matches(word, flags, n=1)
+            near = [FLAGS_OF_PEERS[word]] if word in FLAGS_OF_PEERS else []
+            near += difflib.get_close_matches(word, flags, n=1, cutoff=0.75)
             message = f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
         self.exit(2, f"{self.prog}: error: {message}\n" if local_rank() == 0 else None)
 

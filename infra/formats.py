@@ -38,6 +38,7 @@ FORMATS = (  # the first one whose keys a record has is taken
 # All but `text` may have `system` (or `system_prompt`), a text, and `history`, (prompt, response) pairs that precede.
 # A prompt that is a text may have `input` or `context`, which follows it under a heading.
 PROMPT_FORMATS = tuple(map(Format, dict.fromkeys(["turns", *(prompt for prompt, _ in FORMATS if prompt != "text")])))
+OPTIONAL_KEYS = ("system", "system_prompt", "history", "input", "context")
 RESPONSE_KEYS = {response for _, response in FORMATS if response}
 TURN_KEYS = ("messages", "conversations", "conversation", "data")  # these hold a list of turns
 ROLES = {
@@ -70,8 +71,9 @@ def to_messages(record: dict) -> tuple[list[dict], list[str]]:
             raise ValueError(f"text with {min(tree)} is a turn of a conversation; join the turns of each into messages")
         messages = [{"role": "text", "content": require_text(record.pop("text"), "text")}]
     else:
-        if form.prompt == "prompt" and record.get("label") is False:  # TRL's unpaired preferences
-            raise ValueError("label is false: the answer is not to be learned; leave the record out")
+        for key in ("label", "kto_tag"):  # of TRL's, ms-swift's and LLaMA-Factory's unpaired preferences
+            if record.get(key) is False:
+                raise ValueError(f"{key} is false: the answer is not to be learned; leave out the record, or the key")
         messages = _conversation(record, form, notes)
     if any(_SPELLED_OUT_TOKENS.search(message["content"]) for message in messages):
         notes.append("tokens of a chat template spelled out in a text, taken as plain text")
@@ -136,7 +138,8 @@ def _find_format(record: dict, formats: Sequence[Format]) -> Format:
         if form := _match_format(keys, formats):
             return form
     known = sorted({key for form in formats for key in form if key})
-    near = {key: difflib.get_close_matches(key, known, n=1) for key in record if key not in known}
+    unknown = [key for key in record if key not in (*known, *OPTIONAL_KEYS)]
+    near = {key: difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8) for key in unknown}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
     has = "; ".join(" and ".join(filter(None, form)) for form in formats)
     found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
@@ -258,6 +261,9 @@ def _content_key(turn: dict) -> str:
 
 def _message(turn: dict, role: str, place: str, notes: list[str]) -> dict:
     """The message of a turn, with "weight": 0 if it is marked as not to be learned."""
+    for key in ("tool_calls", "function_call"):
+        if not _is_empty(turn.get(key, "")):
+            raise ValueError(f"{place}.{key}: calls of tools are not supported")
     content_key = _content_key(turn)
     message = {"role": role, "content": require_text(turn.get(content_key), f"{place}.{content_key}")}
     list_name = place.partition("[")[0]

@@ -49,6 +49,8 @@ def load_config(path) -> ModelConfig:
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors{hint}")
     check_no_pointers(Path(path))
     values = read_json(file)
+    if "num_checkpoints" in values:  # a flag of train.py
+        raise ValueError(f"{path}: the output of a run; its models are in the folders reference and sftmix below")
     try:
         return ModelConfig.from_dict(values)
     except ValueError as error:

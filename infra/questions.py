@@ -1,5 +1,6 @@
 """Multiple-choice questions and the formats of their records."""
 
+import re
 import sys
 from typing import NamedTuple
 
@@ -45,6 +46,10 @@ def to_question(record: dict) -> Question:
     labels = labels if isinstance(labels, list) else []
 
     answers = [record[key] for key in ANSWER_KEYS if key in record]
+    bare = [re.sub(rf"^\(?{LETTERS[i]}[.):]\s+", "", choice) for i, choice in enumerate(choices)]
+    if all(len(one) < len(other) for one, other in zip(bare, choices, strict=True)):  # each begins with its letter
+        answers = [bare[choices.index(answer)] if answer in choices else answer for answer in answers]
+        choices = bare
     if not answers:
         raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
     indices = [_index_of(answer, labels, choices, has_numbers) for answer in answers]

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from infra.terminal import printable
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz")
+UNREAD_SUFFIXES = (".csv", ".tsv", ".arrow", ".zst", ".xz", ".bz2", ".zip")  # of data files that are not read
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -46,15 +47,24 @@ def find_files(data) -> list[Path]:
     raise FileNotFoundError(f"{path}: " + ("no file matches" if glob.has_magic(str(data)) else "not found"))
 
 
-_SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|test|val|eval|dev)(ing|id|idation|uation)?(?![a-z])")
+_SPLIT_IN_NAME = re.compile(
+    r"(?<![a-z])(train|test|val|eval|dev|held.?out|hold.?out)(s|set|ing|id|idate|idation|uate|uation)?(?![a-z])"
+)
+
+
+def _data_files(files: Iterable[Path]) -> list[Path]:
+    """Those that are data, by name, also if they are not read."""
+    files = [f for f in sorted(files) if f.suffix.lower() in SUFFIXES + UNREAD_SUFFIXES]
+    return [f for f in files if f.name not in METADATA_FILES and not f.name.startswith(".")]  # macOS's ._train.jsonl
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
     """The data files of a folder. Those of several splits are refused: to train on a test set is never meant."""
-    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name not in METADATA_FILES]
-    files = [f for f in files if not f.name.startswith(".")]  # such as macOS's ._train.jsonl
+    files = _data_files(folder.iterdir())
+    if unread := [f for f in files if f.suffix.lower() in UNREAD_SUFFIXES]:
+        raise ValueError(f"{folder}: {unread[0].name} is not read; convert or unpack it, or give the other files")
     if not files:
-        below = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
+        below = sorted({f.parent for f in _data_files(folder.rglob("*"))})
         hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
         raise FileNotFoundError(f"{folder}: no file in it ends in {', '.join(SUFFIXES)}{hint}")
     found = [_SPLIT_IN_NAME.search(f.name.lower()) for f in files]
@@ -185,8 +195,9 @@ def split_file(path: Path) -> Iterator[Chunk]:
     if start[:4] == b"PAR1":
         yield from _split_parquet(path)
         return
-    if path.suffix.lower() in (".csv", ".tsv"):
-        raise ValueError(f"{path}: tables in text are not read; save it as .jsonl or .parquet")
+    if {".csv", ".tsv"} & {*map(str.lower, path.suffixes)}:
+        convert = "pandas.read_csv(FILE).to_json('data.jsonl', orient='records', lines=True)"
+        raise ValueError(f"{path}: tables in text are not read; convert it, for instance by {convert}")
     for signature, what in _NO_TEXT.items():
         if start.startswith(signature):
             raise ValueError(f"{path}: {what}")

@@ -316,6 +316,11 @@ GOOD = FORMATS["alpaca"]
         ),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"prompt": "x", "completion": "y", "label": False}, "label is false: the answer is not to be learned"),
+        ({"messages": TURN, "label": False}, "label is false: the answer is not to be learned"),
+        ({"instruction": "x", "output": "y", "kto_tag": False}, "kto_tag is false: the answer is not to be learned"),
+        ({"input": "x", "target": "y"}, r"keys \['input', 'target'\] are no known format"),
+        ({"messages": [TURN[0], TURN[1] | {"tool_calls": [{"id": 1}]}]}, r"messages\[1\].tool_calls: calls of tools"),
+        ({"messages": [TURN[0], {"role": "assistant", "function_call": {"a": 1}}]}, r".*\[1\].function_call: calls"),
         ({"text": "x", "role": "prompter"}, "text with role is a turn of a conversation"),
         ({"text": "a\ud800"}, "text holds half a character"),
         ("[" * 100_000 + "\n", "not valid JSON"),
@@ -489,7 +494,7 @@ def test_a_disk_that_is_full_while_data_is_encoded_is_named(monkeypatch, data_fi
     "content, message",
     [
         ("\n", "no records in it"),
-        ('{"prompt": "a", "completion": "b"}\n', "no response to learn starts within --max_length 3"),
+        ('{"prompt": "a", "completion": "b"}\n', "no response to learn starts within --max_length 3, or all have"),
     ],
 )
 def test_a_file_without_a_usable_example_is_refused(tokenizer, tmp_path, content, message):

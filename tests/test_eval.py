@@ -167,6 +167,20 @@ def test_questions_are_read_however_they_tell_the_answer(record):
     assert to_question(record) == Question("Q?", ["yes", "no"], 1, "s")
 
 
+@pytest.mark.parametrize(
+    "choices, answer",
+    [
+        *((["A. yes", "B. no"], answer) for answer in ("B. no", "no", "B", 1)),
+        *((["(A) yes", "(B) no"], "B"), (["A) yes", "B) no"], 1), ({"A": "A: yes", "B": "B: no"}, "B")),
+    ],
+)
+def test_letters_before_choices_are_no_part_of_them(choices, answer):
+    record = {"question": "Q?", "choices": choices, "answer": answer}
+    assert to_question(record) == Question("Q?", ["yes", "no"], 1, None)
+    record["choices"] = ["A. yes", "no"]
+    assert to_question(record | {"answer": 1}).choices == ["A. yes", "no"]
+
+
 def test_questions_are_read_by_index_where_choices_are_numbers_as_texts():
     """As in MMLU and MMLU-Pro."""
     for answer in ({"answer": 2}, {"answer": "C", "answer_index": 2}):

@@ -171,8 +171,11 @@ def test_a_folder_a_pattern_and_several_files_are_read_in_order(tmp_path):
 
 def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
     (tmp_path / "table.csv").write_text("instruction,output\na,b\n")
-    with pytest.raises(ValueError, match=r"table\.csv: tables in text are not read; save it as \.jsonl or \.parquet"):
+    with pytest.raises(ValueError, match=r"table\.csv: tables in text are not read; convert it"):
         list(infra.records.split_files(tmp_path / "table.csv"))
+    with pytest.raises(ValueError, match=r"table\.csv is not read; convert or unpack it, or give the other files"):
+        find_files(tmp_path)
+    (tmp_path / "table.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"none.jsonl: not found"):
         find_files(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"\*.jsonl: no file matches"):
@@ -184,7 +187,10 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
     (tmp_path / "data" / "test-00000.parquet").touch()
     with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/\*train\*'"):
         find_files(tmp_path / "data")
-    for names in (("train.jsonl", "val.jsonl"), ("medqa_train.jsonl", "medqa_dev.jsonl"), ("Train.json", "valid.json")):
+    for names in (
+        *(("train.jsonl", "val.jsonl"), ("medqa_train.jsonl", "medqa_dev.jsonl"), ("Train.json", "valid.json")),
+        *(("trainset.jsonl", "testset.jsonl"), ("train-1.jsonl", "held_out.jsonl")),
+    ):
         folder = tmp_path / names[0]
         folder.mkdir()
         for name in (*names, "intervals.jsonl"):

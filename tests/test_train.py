@@ -122,6 +122,7 @@ def test_flags_override_the_demos_settings():
         ),
         (["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch_size?"),
         (["--learning_rate", "1e-5"], "unknown flag --learning_rate; did you mean --lr?"),
+        (["--max_steps", "5"], "unknown flag --max_steps; --help lists the flags"),
         (["--lam=3"], "unknown flag --lam; "),
         (["--model", "m"], "--model m: needs --data too"),
         (["--model", "m", "--data", "d"], "--model m: needs --output too"),
@@ -659,7 +660,9 @@ def test_truncated_dropped_and_leaked_examples_are_said(folder, tmp_path, capsys
 
 def test_a_repeated_held_out_example_is_leaked_each_time(folder, tmp_path, capsys):
     first = (folder / "train.jsonl").read_text().splitlines(keepends=True)[0]
-    (tmp_path / "eval.jsonl").write_text(first * 3)
+    record = json.loads(first)
+    record["output"] = f" {record['output']}\n"  # white space is no part of an answer
+    (tmp_path / "eval.jsonl").write_text(first * 2 + json.dumps(record))
     main(flags(folder, tmp_path / "o", "--stage", "base", "--eval_data", tmp_path / "eval.jsonl"))
     assert "3 held-out examples are training examples too" in capsys.readouterr().out
 
@@ -887,6 +890,7 @@ def test_two_processes_end_where_one_does(finished, folder):
         (["--data", "bad.jsonl"], "2 of 3 records are bad (correct or remove them), such as\n  "),
         (["--model", "bare"], "model.safetensors: not found"),
         (["--model", "none"], "config.json: not found"),
+        (["--model", "run"], "run: the output of a run; its models are in the folders reference and sftmix below"),
         (["--model", "small"], "the tokenizer has 400 ids, the embedding only 300 rows"),
         (["--model", "adapter"], "adapter: holds an adapter (adapter_config.json); merge it into its base"),
         (["--model", "holes"], "model-00002-of-00003.safetensors: not found"),
@@ -912,6 +916,8 @@ def test_errors_are_one_line_on_stderr(folder, tmp_path, monkeypatch, changes, m
     (tmp_path / "empty.jsonl").write_text(good + '{"instruction": "a", "output": ""}\n')
     (tmp_path / "bad.jsonl").write_text(good + "{}\n[]\n")
     (tmp_path / "train.jsonl").write_text(good)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"num_checkpoints": 5}')
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "model" / "config.json").read_text())
     (tmp_path / "bare" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())

@@ -208,3 +208,7 @@ def test_the_transformers_script_runs_from_end_to_end(tmp_path, tokenizer, monke
     assert dynamics.probability.shape == (2, 9) and (dynamics.variance > 0).any()
     for folder in (tmp_path / "out", tmp_path / "out" / "sftmix"):
         assert len([f for f in folder.glob("checkpoint-*") if (f / "model.safetensors").exists()]) == 2
+        saved = hf.AutoTokenizer.from_pretrained(next(folder.glob("checkpoint-*")))
+        prompt = saved.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
+        expected, _ = tokenizer.render_conversation([{"role": "user", "content": "Why?"}], "alpaca")
+        assert list(prompt["input_ids"]) == expected
