@@ -17,8 +17,10 @@ Letters: N examples (in arrays) or supervised tokens of one (above), C checkpoin
 R those of a chunk, V vocabulary.
 """
 
+import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 import zipfile
@@ -167,6 +169,8 @@ def score_examples(
     """
     device = model.head_weight.device
     lengths, num_supervised = count_tokens(encoded)
+    if not num_supervised.all():
+        raise ValueError(f"example {int((num_supervised == 0).argmax())} (from 0) has no supervised token to score")
     accumulator = ScoreAccumulator(num_supervised, device)
     assignment = balanced_partitions(lengths.tolist(), micro_batch_tokens, world_size())  # as many for each process
 
@@ -333,7 +337,9 @@ def score_checkpoints(
     With `resume_dir`, the scores of each checkpoint are written there, and read if they exist, so that a stopped run
     resumes with the next checkpoint.
     """
-    paths = {folder: resume_dir / f"{Path(folder).name}.npz" for folder in folders} if resume_dir else {}
+    paths = {}
+    if resume_dir:
+        paths = {folder: resume_dir / f"{n}-{Path(folder).name}.npz" for n, folder in enumerate(folders)}
     cached = on_rank0(lambda: {folder: read_scores(path) for folder, path in paths.items() if path.is_file()})
     models = load_models([folder for folder in folders if folder not in cached], device, compute_dtype)
     scores, start, num_scored = [], time.perf_counter(), 0
@@ -404,6 +410,7 @@ def main(argv=None) -> None:
         if rank() == 0:
             if not args.scores:
                 dynamics.save(args.output)
+                shutil.rmtree(scores_so_far(args), ignore_errors=True)
             report(dynamics, args)
 
 
@@ -418,8 +425,26 @@ def score_files(args, device) -> TrainingDynamics:
     dataset = load_dataset(
         args.data, tokenizer, template, max_length, cache, skip_bad_records=args.skip_bad_records, file=sys.stderr
     )
-    compute_dtype, log = DTYPES[resolve_dtype(args.dtype, device)], partial(log_checkpoint, file=sys.stderr)
-    return score_checkpoints(checkpoints, dataset, args.micro_batch_tokens, compute_dtype, device, log=log)
+    dtype, log = resolve_dtype(args.dtype, device), partial(log_checkpoint, file=sys.stderr)
+    resume_dir = scores_so_far(args) / on_rank0(scoring_digest, checkpoints, dataset, dtype)
+    return score_checkpoints(
+        checkpoints, dataset, args.micro_batch_tokens, DTYPES[dtype], device, resume_dir=resume_dir, log=log
+    )
+
+
+def scores_so_far(args) -> Path:
+    """The folder that holds the scores of the checkpoints of an unfinished run, beside --output."""
+    return Path(f"{args.output}.scored")
+
+
+def scoring_digest(checkpoints: list, dataset: Dataset, dtype: str) -> str:
+    """A name for what is scored, another one if a file of a checkpoint, an example or the dtype of matmuls changes."""
+    files = [file for folder in checkpoints for file in sorted(Path(folder).iterdir())]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr((stats, dtype)).encode())
+    digest.update(np.ascontiguousarray(dataset.token_ids))
+    digest.update(np.ascontiguousarray(dataset.loss_mask))
+    return digest.hexdigest()[:32]
 
 
 def report(dynamics: TrainingDynamics, args) -> None:
@@ -433,8 +458,8 @@ def report(dynamics: TrainingDynamics, args) -> None:
     if args.keep is not None:
         keep_records(records, dynamics, by, args.keep, Path(args.output), sys.stderr)
     if args.plot:
-        labels = label_records(records, dynamics, count=3) if records else {}
-        plot_data_map(dynamics, split_by_confidence(dynamics.confidence), args.plot, labels)
+        labels = label_records(records, dynamics, by, count=3) if records else {}
+        plot_data_map(dynamics, split_by_confidence(dynamics.score(by)), by, args.plot, labels)
         print0(f"the data map is in {args.plot}", sys.stderr)
 
 

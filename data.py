@@ -123,6 +123,7 @@ class Dataset(Sequence):
     @classmethod
     def from_encoded(cls, encoded: Sequence[tuple], example_ids: Sequence[str] | None = None) -> "Dataset":
         """A dataset in memory of (tokens, targets); without `example_ids`, the ids are 0, 1, 2, …"""
+        encoded = [(torch.as_tensor(tokens), torch.as_tensor(targets)) for tokens, targets in encoded]
         ids = [torch.cat([tokens, targets[-1:].clamp(min=0)]) for tokens, targets in encoded]
         loss_mask = [F.pad(targets != IGNORE_INDEX, (1, 0)) for _, targets in encoded]
         names = np.array(example_ids or range(len(encoded))).astype(bytes)
@@ -156,7 +157,7 @@ def count_tokens(encoded: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """The number of tokens and of supervised tokens of each encoded example: two of int64 [N]"""
     if isinstance(encoded, Dataset):
         return encoded.lengths, encoded.num_supervised
-    counts = [(len(tokens), int((targets != IGNORE_INDEX).sum())) for tokens, targets in encoded]
+    counts = [(len(tokens), int((torch.as_tensor(targets) != IGNORE_INDEX).sum())) for tokens, targets in encoded]
     return tuple(np.array(counts, dtype=np.int64).reshape(-1, 2).T)
 
 

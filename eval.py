@@ -182,7 +182,7 @@ PLAIN = "plain"  # instead of a template: the answer follows the prompt in plain
 def encode_choice(tokenizer: Tokenizer, template: str, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Encode a prompt and an answer, without the end of the answer's turn. -> (prompt ids, answer ids)"""
     if template == PLAIN:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
         return bos + tokenizer.encode(prompt), tokenizer.encode(" " + answer, add_prefix=False)
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     ids, loss_mask = tokenizer.render_conversation(messages, template)
@@ -280,7 +280,8 @@ def answer_turns(
         for i in indices:
             conversations[i].append({"role": "user", "content": prompts[i].turns[turn]})
         prompt_ids = [tokenizer.render_conversation(conversations[i], template)[0] for i in indices]
-        new_ids = generate(model, prompt_ids, max_new_tokens, stop_ids, len(prompts), sampling)  # all in one batch
+        repeats = [prompts[i].repeat for i in indices]
+        new_ids = generate(model, prompt_ids, max_new_tokens, stop_ids, len(prompts), sampling, repeats)  # in one batch
         for i, ids in zip(indices, new_ids, strict=True):
             answer = tokenizer.decode([token for token in ids if token not in stop_ids]).strip()
             texts[i].append(answer)
@@ -395,6 +396,7 @@ def chat(args, device) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": require_text(args.system, "--system")}] if args.system else []
     messages, limit, stop_ids = list(system), model.config.max_length, tokenizer.stop_ids(template)
+    num_asked = 0
     print0("An empty line starts a new conversation, Ctrl-D ends.", sys.stderr)
     while True:
         try:
@@ -418,7 +420,8 @@ def chat(args, device) -> None:
             print0(f"the line is longer than the model's {limit} tokens", sys.stderr)
             continue
         messages.append(turn)
-        new_tokens = decode_batch(model, [prompt], min(args.max_new_tokens, limit), stop_ids, sampling)
+        new_tokens = decode_batch(model, [prompt], min(args.max_new_tokens, limit), stop_ids, sampling, [num_asked])
+        num_asked += 1
         answer = print_text(new_tokens, tokenizer, stop_ids)
         messages.append({"role": "assistant", "content": answer})
 

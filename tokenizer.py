@@ -18,7 +18,14 @@ from typing import NamedTuple
 import sentencepiece
 
 from infra.files import parse_json_object
-from infra.tokenizer_files import JsonModel, NotSentencePieceError, SentencePieceModel, added_tokens, prefix_rules
+from infra.tokenizer_files import (
+    JsonModel,
+    NotSentencePieceError,
+    SentencePieceModel,
+    added_tokens,
+    adds_bos,
+    prefix_rules,
+)
 
 # --- Chat templates ---------------------------------------------------------------------------------------------------
 
@@ -248,6 +255,7 @@ class Tokenizer:
 
     `files` maps file names to contents; `model_config` is the folder's config.json.
     `vocab_size` is the largest id plus one. `bos_id` and `eos_id` are None if the tokenizer has no such token.
+    `adds_bos` says whether a plain text begins with bos. Chat templates say it themselves.
     """
 
     def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
@@ -264,6 +272,8 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size
         self.bos_id = self._special_token_id("bos_token", self._model.bos_id)
         self.eos_id = self._special_token_id("eos_token", self._model.eos_id)
+        has_bos = self.bos_id is not None
+        self.adds_bos = has_bos and adds_bos(self._config, tokenizer_json, self.id_to_token(self.bos_id))
 
     def _parse(self, name: str) -> dict:
         """The object in one of the JSON files; empty if there is no such file."""
@@ -376,12 +386,14 @@ class Tokenizer:
 
         `messages` are {"role", "content"} with the roles system (first only), user and assistant. If the last one is a
         user turn, the ids are the prompt for generation. An assistant message with "weight": 0 has a mask of False. A
-        single message of role `text` is a plain document, and the mask is True for all of it but the bos token.
+        single message of role `text` is a plain document, and the mask is True for all of it but a bos token.
         Raises ValueError if the tokenizer lacks a special token of the template.
         """
         ids, loss_mask, follows_text = [], [], False
         for segment in _segments(messages, TEMPLATES[template]):
             if segment.is_special:
+                if segment.text == "{bos}" and messages[0]["role"] == "text" and not self.adds_bos:
+                    continue
                 new_ids = self._template_token_ids(segment.text, template)
             else:
                 may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_rules.after_special
@@ -463,7 +475,7 @@ class Tokenizer:
             config.setdefault(key, None if token_id is None else self.id_to_token(token_id))
         if "tokenizer.model" in self.files:
             config.setdefault("legacy", self._prefix_rules.after_special)
-        config |= {"add_bos_token": self.bos_id is not None, "chat_template": self.chat_template(template)}
+        config |= {"add_bos_token": self.adds_bos, "chat_template": self.chat_template(template)}
         generation = self._parse("generation_config.json")
         generation |= {"eos_token_id": self.stop_ids(template) or None, "bos_token_id": self.bos_id}
         files = {name: content for name, content in self.files.items() if name != "chat_template.jinja"}

@@ -7,21 +7,22 @@ import numpy as np
 from infra.cli import require_matplotlib
 
 
-def plot_data_map(dynamics, halves, path, labels: dict[int, str]) -> None:
-    """Draw the data map, with the line at which the split cuts.
+def plot_data_map(dynamics, halves, by: str, path, labels: dict[int, str]) -> None:
+    """Draw the data map; if the halves are those by `probability`, with the line at which the split cuts.
 
     `dynamics` is a `confidence.TrainingDynamics`, `halves` are the indices (confident, unconfident) of its examples,
-    and `labels` names some of the most and least confident of them.
+    split by the measure `by`, and `labels` names some of the most and least confident of them.
     """
     plt = require_matplotlib()
     warnings.filterwarnings("ignore", "Glyph .* missing")  # characters that the font lacks are drawn as boxes
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     size = float(np.clip(20000 / len(dynamics.ids), 1, 25))
     for half, colour, name in zip(halves, ("#2a6f97", "#d1495b"), ("confident", "unconfident"), strict=True):
-        label = f"{name} half, {len(half):,} examples"
+        label = f"{name} half{' by perplexity' * (by == 'perplexity')}, {len(half):,} examples"
         axes.scatter(dynamics.variance[half], dynamics.confidence[half], size, colour, alpha=0.35, lw=0, label=label)
-    cut = np.median(dynamics.confidence)
-    axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
+    if by == "probability":
+        cut = np.median(dynamics.confidence)
+        axes.axhline(cut, color="black", lw=1, ls="--", label=f"the cut, at the median {cut:.3f}")
     axes.set(xlabel="variance of the gold-token probability", ylabel="confidence (its mean)")
     axes.set_title(f"Data map over {len(dynamics.probability)} checkpoints")
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,17 +25,18 @@ class Sampling(NamedTuple):
     """How the next token is chosen: at temperature 0 the most likely token, else a random token of the nucleus.
 
     The nucleus is the smallest set of most likely tokens with a total probability of `top_p` (Holtzman et al. 2020).
-    The random numbers depend on the seed and the prompt, and not on the other prompts of a batch.
+    The random numbers depend on the seed, the prompt, and how often it has been asked before, and not on the other
+    prompts of a batch.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
-    def uniform(self, prompt: list[int], count: int) -> np.ndarray:
+    def uniform(self, prompt: list[int], count: int, repeat: int = 0) -> np.ndarray:
         """Random numbers in [0, 1), one for each token after a prompt: float64 [count]"""
         digest = hashlib.sha256(np.array(prompt, dtype="<i8")).digest()
-        return np.random.default_rng([self.seed, *np.frombuffer(digest, dtype="<u4")]).random(count)
+        return np.random.default_rng([self.seed, *np.frombuffer(digest, dtype="<u4"), repeat]).random(count)
 
     def next_tokens(self, logits, uniform):
         """Choose a token for each sequence. logits [B, V], uniform [B] -> int64 [B]
@@ -65,14 +66,16 @@ def generate(
     stop_ids: Sequence[int] = (),
     batch_size: int = 64,
     sampling: Sampling = GREEDY,
+    repeats: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt. -> the new ids of each, none for a prompt that is too long for the model, with a warning
 
     A sequence ends with one of `stop_ids`, after `max_new_tokens`, or where the model has no more positions.
+    `repeats` says how often each prompt has been asked before (by default never), so that another answer is sampled.
     Under `torchrun` the prompts are distributed over the processes, and all processes return all new ids.
     """
     device, limit = model.head_weight.device, model.config.max_length
-    max_new_tokens = min(max_new_tokens, limit)
+    max_new_tokens, repeats = min(max_new_tokens, limit), repeats or [0] * len(prompts)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
     if len(fitting) < len(prompts):
         print0(f"warning: {len(prompts) - len(fitting)} prompts are too long for the model: no answer", sys.stderr)
@@ -86,7 +89,9 @@ def generate(
         batch = [prompts[i] for i in indices]
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
         with torch.inference_mode(world_size() == 1):  # faster than no_grad, but not possible with FSDP
-            for step, new_ids in enumerate(decode_batch(model, batch, max_new_tokens, stop_ids, sampling)):
+            asked_before = [repeats[i] for i in indices]
+            new_tokens = decode_batch(model, batch, max_new_tokens, stop_ids, sampling, asked_before)
+            for step, new_ids in enumerate(new_tokens):
                 results[rows, step] = new_ids + 1
     all_reduce_sum(results)
     return [[token - 1 for token in row if token] for row in results.tolist()]
@@ -94,7 +99,12 @@ def generate(
 
 @torch.no_grad()
 def decode_batch(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids: Sequence[int], sampling: Sampling
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    repeats: Sequence[int],
 ) -> Iterator[torch.Tensor]:
     """Continue a batch of prompts. Yields the next id of each, int64 [B], and −1 for a sequence that has ended.
 
@@ -103,7 +113,8 @@ def decode_batch(
     """
     device = model.head_weight.device
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    uniform = np.array([sampling.uniform(prompt, max_new_tokens) for prompt in prompts or [[]]])
+    asked = list(zip(prompts, repeats, strict=True)) or [([], 0)]
+    uniform = np.array([sampling.uniform(prompt, max_new_tokens, repeat) for prompt, repeat in asked])
     uniform = torch.from_numpy(uniform).to("cpu" if device.type == "mps" else device)  # MPS has no float64
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # the targets are not used
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]: of the prompts

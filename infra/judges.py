@@ -60,6 +60,7 @@ class Prompt(NamedTuple):
     history: list[dict]  # the messages before the turns
     turns: list[str]
     notes: list[str]  # what of the record is not asked
+    repeat: int = 0  # how many records before it ask the same
 
 
 class Answers(NamedTuple):
@@ -80,7 +81,11 @@ def read_prompt(record: dict, output_format: str) -> Prompt:
 
 def load_prompts(args) -> list[Prompt]:
     """Read the records in --data. ValueError if two questions of MT-Bench have the same id."""
-    prompts = read_records(args.data, partial(read_prompt, output_format=args.format))
+    prompts, asked = read_records(args.data, partial(read_prompt, output_format=args.format)), Counter()
+    for i, prompt in enumerate(prompts):
+        question = json.dumps([prompt.history, prompt.turns])
+        prompts[i] = prompt._replace(repeat=asked[question])
+        asked[question] += 1
     if args.format == "jsonl":  # a judge knows the other keys of its own file
         for line in summarize_notes(args.data, prompts):
             print0(line, sys.stderr)

@@ -131,11 +131,23 @@ def check_not_started(config) -> None:
         raise FileExistsError(
             f"{output}/resume: a run was stopped here; --resume resumes it, or choose another --output"
         )
-    if stages_of(config) == ["reference"] and (stopped := sorted((output / "resume").glob("sftmix*"))):
-        raise FileExistsError(
-            f"{stopped[0]}: of a stopped SFTMix run, whose split would change; finish it first by --stage sftmix "
-            "--resume, or remove it"
-        )
+    if stages_of(config) == ["reference"] and splits_by_own_scores(output):
+        if stopped := sorted((output / "resume").glob("sftmix*")):
+            raise FileExistsError(
+                f"{stopped[0]}: of a stopped SFTMix run, whose split would change; finish it first by --stage sftmix "
+                "--resume, or remove it"
+            )
+        if (output / "sftmix").exists():
+            raise FileExistsError(
+                f"{output}/sftmix: was split by the scores of an earlier reference run; move it away, or choose "
+                "another --output"
+            )
+
+
+def splits_by_own_scores(output: Path) -> bool:
+    """Whether an SFTMix run in this folder is split by the scores of the reference run in it, as config.json says."""
+    config = read_json(output / "config.json") if (output / "config.json").is_file() else {}
+    return config.get("confidence") is None and config.get("pairing", "confidence") == "confidence"
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------
@@ -271,7 +283,7 @@ def print_report(config) -> None:
         files += " --skip_bad_records" * config.skip_bad_records
         look = f"python confidence.py --scores {shlex.quote(f'{output}/confidence.jsonl')} --data {files}"
         print0(f"The least confident examples:  {look} --by perplexity --show 20")
-        print0(f"The data map:  {look} --plot map.png")
+        print0(f"The data map:  {look} --by {config.confidence_by} --plot map.png")
     if demo:
         print0("The real thing:  torchrun train.py --model DIR --data FILE --eval_data FILE --output DIR")
 

@@ -34,7 +34,7 @@ def add_selection_flags(parser) -> None:
     group.add_argument("--most", action="store_true", help="with --show: the most confident ones")
     group.add_argument("--keep", type=parser.number(0, 1), metavar="SHARE", help="write the most confident records")
     group.add_argument(
-        "--by", choices=("probability", "perplexity"), help="measure of --show, --keep (default: probability)"
+        "--by", choices=("probability", "perplexity"), help="measure of confidence (default: probability)"
     )
 
 
@@ -53,8 +53,10 @@ def check_flags(parser, args) -> None:
         parser.error("--output: is for --keep, while --show prints" if args.output else "--keep: needs --output")
     if args.keep is not None and args.output.endswith((".parquet", ".gz", ".json")):
         parser.error(f"--output {args.output}: is written as JSON lines; call it .jsonl")
-    if (args.most and args.show is None) or (args.by and not selects):
-        parser.error("--most: needs --show" if args.most and args.show is None else "--by: needs --show or --keep")
+    if args.most and args.show is None:
+        parser.error("--most: needs --show")
+    if args.by and not (selects or args.plot):
+        parser.error("--by: needs --show, --keep or --plot")
 
 
 # --- Records and their scores -----------------------------------------------------------------------------------------
@@ -161,9 +163,9 @@ def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bo
         yield "\n".join(lines) + "\n"
 
 
-def label_records(records: ScoredRecords, dynamics, count: int) -> dict[int, str]:
+def label_records(records: ScoredRecords, dynamics, by: str, count: int) -> dict[int, str]:
     """Short names for the `count` least and most confident records: the row of the scores -> prompt → response"""
-    extremes = (extreme_records(records, dynamics, "probability", count, most) for most in (False, True))
+    extremes = (extreme_records(records, dynamics, by, count, most) for most in (False, True))
     chosen = list(dict.fromkeys(number for numbers in extremes for number in numbers))  # few records: they overlap
     labels = {}
     for record, (_, example) in zip(chosen, _read_examples(records, chosen), strict=True):

@@ -164,6 +164,15 @@ def added_tokens(config: dict, tokenizer_json: dict, added_tokens: dict) -> dict
     return {entry["content"]: (entry["id"], entry.get("special", False)) for entry in reversed(entries)}
 
 
+def adds_bos(config: dict, tokenizer_json: dict, bos: str) -> bool:
+    """Whether the tokenizer puts `bos` before a text by itself, as a tokenizer.json or the configuration says."""
+    if not tokenizer_json:
+        return config.get("add_bos_token") is not False
+    processor = tokenizer_json.get("post_processor") or {}
+    pieces = [piece for part in processor.get("processors", [processor]) for piece in part.get("single", [])]
+    return any(piece.get("SpecialToken", {}).get("id") == bos for piece in pieces)
+
+
 class PrefixRules(NamedTuple):
     """Where a dummy prefix is added."""
 

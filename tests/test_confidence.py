@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -67,6 +68,11 @@ def test_gold_log_probs_equal_log_softmax_for_any_chunk(device, monkeypatch):
     empty = build_micro_batch(encoded, np.arange(0), lam=torch.zeros(0)).to(device)
     assert gold_log_probs(model, empty).shape == (0,)
     assert [len(scores) for scores in score_examples(model, [])] == [0, 0]
+    lists = [(tokens.tolist(), targets.tolist()) for tokens, targets in encoded]  # as of encode_example
+    for one, other in zip(score_examples(model, lists), score_examples(model, encoded), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"example 1 .* has no supervised token to score"):
+        score_examples(model, [*lists, ([1, 2], [IGNORE_INDEX] * 2)])
 
 
 def test_accumulated_scores_by_hand(capsys, device):
@@ -134,7 +140,7 @@ def test_kept_scores_of_a_checkpoint_that_are_damaged_are_named(tmp_path):
     arguments = [tmp_path / "step-1"], Dataset.from_encoded(random_encoded([5]), ["a"]), 1000, torch.float32, "cpu"
     kept = score_checkpoints(*arguments, tmp_path / "kept")
     assert np.array_equal(score_checkpoints(*arguments, tmp_path / "kept").probability, kept.probability)
-    content = (file := tmp_path / "kept" / "step-1.npz").read_bytes()
+    content = (file := tmp_path / "kept" / "0-step-1.npz").read_bytes()
     start = content.index(scores := np.float64(kept.probability[0, 0]).tobytes())
     for damaged in (b"x", content[:start] + bytes(8) + content[start + len(scores) :]):
         file.write_bytes(damaged)
@@ -243,6 +249,8 @@ def test_the_data_map_is_drawn_from_scores(tmp_path, capsys):
     assert "map.xyz: must end in one of ." in capsys.readouterr().err
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    main(["--scores", str(tmp_path / "c.jsonl"), "--by", "perplexity", "--plot", str(tmp_path / "by.png")])
+    assert (tmp_path / "by.png").read_bytes() != (tmp_path / "map.png").read_bytes()
     for file in ("c.jsonl", "c.png"):  # a file of scores may have any name
         DYNAMICS.save(tmp_path / file)
         with pytest.raises(SystemExit):
@@ -283,6 +291,42 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
             main(["--data", data, "--output", output + ".new", "--checkpoints", folder, *changes])
         assert message in capsys.readouterr().err
     assert "the dog" in (tmp_path / "d.jsonl").read_text()
+
+
+def test_scoring_that_was_stopped_goes_on_with_the_next_checkpoint(tmp_path, tokenizer, monkeypatch):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_model(tiny_model(tokenizer.vocab_size), tmp_path / str(seed) / "m", tokenizer.files_for("alpaca"))
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "the dog"}\n{"prompt": "b", "completion": "x"}\n')
+    folders = [str(tmp_path / str(seed) / "m") for seed in range(2)]  # of the same name
+    arguments = ["--data", str(tmp_path / "d.jsonl"), "--checkpoints", *folders, "--output"]
+    main([*arguments, str(tmp_path / "whole.jsonl")])
+
+    scored = []
+
+    def score(model, *rest):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(model)
+        return score_examples(model, *rest)
+
+    monkeypatch.setattr("confidence.score_examples", score)
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "c.jsonl")])
+    assert not (tmp_path / "c.jsonl").exists()
+    scored.clear()
+    main([*arguments, str(tmp_path / "c.jsonl")])
+    assert len(scored) == 1 and (tmp_path / "c.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "c.jsonl", "d.jsonl", "whole.jsonl"]
+
+    scored.clear()
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "other.jsonl")])
+    os.utime(tmp_path / "1" / "m" / "model.safetensors")  # another model, perhaps: all are scored again
+    scored.clear()
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "other.jsonl")])
+    assert len(scored) == 1
 
 
 @pytest.mark.parametrize(

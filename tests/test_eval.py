@@ -499,7 +499,7 @@ def test_chat_remembers_until_an_empty_line(model_folder, capsys, monkeypatch, t
     given = ("--model", model_folder, "--max_new_tokens", 10**13, "--dtype", "fp32")
     said = printed(capsys, "chat", *given).splitlines()
     assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1] and prompts[2] == prompts[0]
-    assert len(said) >= 3 and said[-1].strip() == said[0].strip()
+    assert len(said) >= 3 and said[-1].strip() != said[0].strip()  # another answer is sampled
 
 
 def test_one_example_has_no_interval():

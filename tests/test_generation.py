@@ -68,6 +68,8 @@ def test_draws_are_a_function_of_seed_and_prompt_alone(device):
     assert generate(model, prompts, 12, sampling=sampling._replace(seed=4)) != expected
     one, same, other = (sampling.uniform(prompt, 5).tolist() for prompt in ([1], [1], [2]))
     assert one == same != other and all(0 <= draw < 1 for draw in one)
+    again = generate(model, [[8]] * 3, 12, sampling=sampling, repeats=[0, 1, 2])
+    assert again[0] == expected[1] and again[0] != again[1] != again[2] != again[0]
     cold = sampling._replace(temperature=1e-4)
     assert generate(model, prompts, 12, sampling=cold) == generate(model, prompts, 12) != expected
 

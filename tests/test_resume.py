@@ -26,7 +26,7 @@ from data import load_examples
 from infra.files import atomic_write, verify_manifest
 from infra.hf import load_model, save_model
 from infra.metrics import StepMetrics
-from infra.output import lock_output, may_hold_data
+from infra.output import check_not_started, lock_output, may_hold_data
 from infra.resume import begin_run, continue_config
 from infra.savepoints import Savepoints
 from train import TrainConfig, main, make_optimizer
@@ -190,6 +190,12 @@ def test_no_other_reference_run_begins_under_a_stopped_sftmix_run(folder, tmp_pa
     (tmp_path / "o" / "resume" / "sftmix-step-9").mkdir(parents=True)
     code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "reference"))
     assert code == 1 and "sftmix-step-9: of a stopped SFTMix run, whose split would change" in error
+    (tmp_path / "o" / "resume" / "sftmix-step-9").rename(tmp_path / "o" / "sftmix")
+    code, error = error_of(capsys, flags(folder, tmp_path / "o", "--stage", "reference"))
+    assert code == 1 and "sftmix: was split by the scores of an earlier reference run; move it away" in error
+    for choice in ({"confidence": "scores.jsonl"}, {"pairing": "random"}):  # whose split does not change
+        (tmp_path / "o" / "config.json").write_text(json.dumps(choice))
+        check_not_started(TrainConfig(model="m", data="d", output=str(tmp_path / "o"), stage="reference"))
 
 
 def test_a_damaged_savepoint_is_said_and_the_one_before_is_used(folder, plain, tmp_path, monkeypatch, capsys):

@@ -165,7 +165,7 @@ def test_what_is_kept_is_written_whole_or_not_at_all(folder, capsys, monkeypatch
         ("--scores s --data d --keep 0.5", "--keep: needs --output"),
         ("--scores s --data d --show 3 --output o", "--output: is for --keep, while --show prints"),
         ("--scores s --data d --keep 0.5 --output o --most", "--most: needs --show"),
-        ("--scores s --data d --plot p --by perplexity", "--by: needs --show or --keep"),
+        ("--checkpoints m --data d --output o --by perplexity", "--by: needs --show, --keep or --plot"),
         ("--scores s --data d --keep 90 --output o", "'90' is not a number from 0 to 1"),
         ("--scores s --data d --show 0", "'0' is not a positive integer"),
         ("--scores s --data d --keep 0.5 --output o.parquet", "--output o.parquet: is written as JSON lines"),
@@ -209,7 +209,9 @@ def test_the_extremes_are_named_in_the_data_map_and_names_do_not_overlap(folder,
 def test_a_data_map_of_one_example_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     one = TrainingDynamics(["a"], np.array([[0.5]]), np.array([[2.0]]))
-    data_map.plot_data_map(one, split_by_confidence(one.confidence), tmp_path / "one.png", {0: "from $\\5 to $6"})
+    data_map.plot_data_map(
+        one, split_by_confidence(one.confidence), "probability", tmp_path / "one.png", {0: "from $\\5 to $6"}
+    )
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -241,4 +243,4 @@ def test_names_of_few_records_are_each_given_once(tmp_path):
     ids = [example.id for example in load_examples(tmp_path / "few.jsonl")]
     dynamics = TrainingDynamics(ids, np.array([[0.1, 0.2, 0.3, 0.4]]), np.ones((1, 4)))
     found = match_scores(str(tmp_path / "few.jsonl"), ids, False)
-    assert list(label_records(found, dynamics, count=3)) == [0, 1, 2, 3]
+    assert list(label_records(found, dynamics, "probability", count=3)) == [0, 1, 2, 3]

@@ -267,6 +267,29 @@ def test_apply_chat_template_gives_the_ids_that_are_trained_on(folders, tmp_path
         assert ids.count(ours.bos_id) == (0 if ours.bos_id is None else beginnings(template, messages))
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("vocabulary", ["model", "json"])
+def test_a_plain_text_begins_as_in_transformers(tmp_path, vocabulary, adds_bos):
+    files = {"model": llama2_files, "json": llama3_files}[vocabulary]()
+    if vocabulary == "model":
+        config = json.loads(files["tokenizer_config.json"]) | {"add_bos_token": adds_bos}
+        files["tokenizer_config.json"] = json.dumps(config).encode()
+    elif adds_bos:  # as Llama 3's
+        spec = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        bos = "<|begin_of_text|>"
+        adding = tokenizers.processors.TemplateProcessing(f"{bos} $A", None, [(bos, spec.token_to_id(bos))])
+        byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
+        spec.post_processor = tokenizers.processors.Sequence([byte_level, adding])
+        files["tokenizer.json"] = spec.to_str().encode()
+    folder = write_files(tmp_path / "given", {**files, "config.json": b'{"model_type": "llama"}'})
+    ours = Tokenizer.from_pretrained(folder)
+    ids, _ = ours.render_conversation([{"role": "text", "content": "the fox"}], "alpaca")
+    assert (ids[0] == ours.bos_id) == adds_bos
+    saved = write_files(tmp_path / "saved", {**ours.files_for("alpaca"), "config.json": b'{"model_type": "llama"}'})
+    for path in (folder, saved):
+        assert transformers.AutoTokenizer.from_pretrained(path)("the fox").input_ids == ids[:-1]
+
+
 def letters(text: str) -> str:
     """What every tokenizer keeps of a text: not the form of its accents, nor SentencePiece's sign for a space."""
     return "".join(unicodedata.normalize("NFC", text).replace("▁", "").split())
