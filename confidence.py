@@ -39,7 +39,6 @@ from data import (
     MicroBatch,
     balanced_partitions,
     build_micro_batch,
-    content_id,
     count_tokens,
 )
 from infra.cache import choose_cache, load_dataset
@@ -274,7 +273,7 @@ class TrainingDynamics:
         """The scores of these examples, in this order. ValueError counts the ids without scores and names three."""
         index_of = {example_id: i for i, example_id in enumerate(self.ids)}
         # A repeat, such as a-2, that has no score of its own has that of the first one, a.
-        index = [index_of.get(example_id, index_of.get(content_id(example_id))) for example_id in ids]
+        index = [index_of.get(example_id, index_of.get(example_id.partition("-")[0])) for example_id in ids]
         missing = [example_id for example_id, i in zip(ids, index, strict=True) if i is None]
         if missing:
             raise ValueError(
