@@ -33,14 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (
-    MICRO_BATCH_TOKENS,
-    Dataset,
-    MicroBatch,
-    balanced_partitions,
-    build_micro_batch,
-    count_tokens,
-)
+from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
 from infra.cache import choose_cache, load_dataset
 from infra.chat_templates import choose_template
 from infra.cli import (

@@ -151,7 +151,6 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
     encoded apart from its prompt too.
     """
     if messages[0]["role"] == "text":  # a plain document
-        yield "{bos}", {}, None
         yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, 1
         return
     contents = {}
@@ -389,11 +388,11 @@ class Tokenizer:
         single message of role `text` is a plain document, and the mask is True for all of it but a bos token.
         Raises ValueError if the tokenizer lacks a special token of the template.
         """
-        ids, loss_mask, follows_text = [], [], False
+        is_document = messages[0]["role"] == "text"
+        ids = [self.bos_id] if is_document and self.adds_bos else []
+        loss_mask, follows_text = [False] * len(ids), False
         for segment in _segments(messages, TEMPLATES[template]):
             if segment.is_special:
-                if segment.text == "{bos}" and messages[0]["role"] == "text" and not self.adds_bos:
-                    continue
                 new_ids = self._template_token_ids(segment.text, template)
             else:
                 may_add_prefix = not ids or ids[-1] == self.bos_id or self._prefix_rules.after_special

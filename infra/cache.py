@@ -232,11 +232,12 @@ def load_dataset(
         time.sleep(0.1)
     else:
         raise ValueError(f"{folder}: not there, though rank 0 has made it; --cache must be where all nodes see it")
-    dataset, reading = load_cache(folder, find_files(data))
+    files = find_files(data)
+    dataset, reading = load_cache(folder, files)
     reading.check(name, skip_bad_records)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no response to learn starts within --max_length {max_length}, or all have weight 0")
-    if (files := find_files(data))[1:]:
+    if len(files) > 1:
         print0(f"{name}: {len(files)} files, {', '.join(f.name for f in files[:4])}{' …' * (len(files) > 4)}", file)
     tokens, supervised = dataset.lengths.sum(), dataset.num_supervised.sum()
     print0(f"{name}: {len(dataset):,} examples, {tokens:,} tokens, {supervised:,} of them supervised", file)
