@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from data import MICRO_BATCH_TOKENS, Dataset, MicroBatch, balanced_partitions, build_micro_batch, count_tokens
-from infra.cache import choose_cache, load_dataset
-from infra.chat_templates import choose_template
+from infra.cache import load_dataset, resolve_cache
+from infra.chat_templates import resolve_template
 from infra.cli import (
     SEVERAL,
     ArgumentParser,
@@ -43,9 +43,8 @@ from infra.cli import (
     add_data_flags,
     add_model_flags,
     check_output_path,
-    check_plot_path,
 )
-from infra.data_map import plot_data_map
+from infra.data_map import check_plot_path, plot_data_map
 from infra.device import DTYPES, resolve_dtype
 from infra.distributed import (
     all_reduce_sum,
@@ -58,7 +57,7 @@ from infra.distributed import (
     set_up_process,
     world_size,
 )
-from infra.files import atomic_write, check_file
+from infra.files import atomic_write, check_file, write_json_lines
 from infra.hf import check_models, load_models, load_tokenizer, oldest_first, resolve_max_length
 from infra.metrics import log_checkpoint
 from infra.selection import add_selection_flags, check_flags, keep_records, label_records, match_scores, show_records
@@ -218,9 +217,7 @@ class TrainingDynamics:
         names = ("id", "confidence", "variance", "perplexity", "probabilities", "perplexities")
         scores = (self.confidence, self.variance, self.mean_perplexity, self.probability.T, self.perplexity.T)
         columns = self.ids, *(column.tolist() for column in scores)
-        with atomic_write(Path(path)) as tmp, open(tmp, "w", encoding="utf-8") as file:
-            for record in zip(*columns, strict=True):
-                file.write(json.dumps(dict(zip(names, record, strict=True))) + "\n")
+        write_json_lines(Path(path), (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True)))
 
     @classmethod
     def load(cls, path) -> "TrainingDynamics":
@@ -394,9 +391,9 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     with init_distributed(args.device) as device:
         # All that can be wrong with the arguments is found before hours of scoring.
-        if args.output:
+        if args.output is not None:
             check_output_path(args.output)
-        if args.plot:
+        if args.plot is not None:
             check_plot_path(args.plot, [args.output, args.scores, *(args.data or ())])
         dynamics = TrainingDynamics.load(args.scores) if args.scores else score_files(args, device)
         if rank() == 0:
@@ -408,12 +405,12 @@ def main(argv=None) -> None:
 
 def score_files(args, device) -> TrainingDynamics:
     """Score the examples of --data with --checkpoints."""
-    cache = choose_cache(args.cache, Path(args.output).parent, sys.stderr)
+    cache = resolve_cache(args.cache, Path(args.output).parent, sys.stderr)
     checkpoints = oldest_first(args.checkpoints)
     check_models(checkpoints)
     model = checkpoints[0]
     tokenizer, max_length = load_tokenizer(model), resolve_max_length(model, args.max_length)
-    template = choose_template(tokenizer, args.template, sys.stderr)
+    template = resolve_template(tokenizer, args.template, sys.stderr)
     dataset = load_dataset(
         args.data, tokenizer, template, max_length, cache, skip_bad_records=args.skip_bad_records, file=sys.stderr
     )
@@ -442,15 +439,15 @@ def scoring_digest(checkpoints: list, dataset: Dataset, dtype: str) -> str:
 def report(dynamics: TrainingDynamics, args) -> None:
     """Show, keep and draw what is asked for."""
     records, by = None, args.by or "probability"
-    if args.data and (args.scores or args.plot):
-        records = match_scores(args.data, dynamics.ids, args.skip_bad_records, sys.stderr)
+    if args.data and (args.scores or args.plot is not None):
+        records = match_scores(args.data, dynamics.ids, args.skip_bad_records)
     if args.show is not None:
         for text in show_records(records, dynamics, by, args.show, args.most):
             print0(text)
     if args.keep is not None:
-        keep_records(records, dynamics, by, args.keep, Path(args.output), sys.stderr)
-    if args.plot:
-        labels = label_records(records, dynamics, by, count=3) if records else {}
+        keep_records(records, dynamics, by, args.keep, Path(args.output))
+    if args.plot is not None:
+        labels = label_records(records, dynamics, by) if records else {}
         plot_data_map(dynamics, split_by_confidence(dynamics.score(by)), by, args.plot, labels)
         print0(f"the data map is in {args.plot}", sys.stderr)
 

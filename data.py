@@ -118,7 +118,7 @@ class Dataset(Sequence):
     example_ids: np.ndarray  # bytes [N]: `Example.id`
     num_truncated: int = 0  # examples cut to max_length
     num_dropped: int = 0  # examples left out, because no supervised token is within max_length
-    skipped: Sequence = ()  # of `infra.records.BadRecord`: records left out, because they cannot be read
+    bad_records: Sequence = ()  # of `infra.records.BadRecord`: left out, because they cannot be read
 
     @classmethod
     def from_encoded(cls, encoded: Sequence[tuple], example_ids: Sequence[str] | None = None) -> "Dataset":

@@ -17,29 +17,7 @@ import torch
 
 from confidence import score_examples
 from data import IGNORE_INDEX, MICRO_BATCH_TOKENS, Dataset, count_tokens
-from infra.cache import choose_cache, load_dataset
-from infra.chat_templates import choose_template
-from infra.cli import (
-    ArgumentParser,
-    add_data_flag,
-    add_data_flags,
-    add_micro_batch_flag,
-    add_model_flags,
-    check_output_path,
-)
-from infra.device import DTYPES, resolve_dtype
-from infra.distributed import init_distributed, print0, print_result, rank, set_up_process, world_size
-from infra.files import atomic_write
-from infra.formats import require_text
-from infra.generation import Sampling, decode_batch, generate
-from infra.hf import (
-    check_models,
-    load_for_inference,
-    load_tokenizer,
-    resolve_max_length,
-    verify_weights,
-)
-from infra.judges import (
+from infra.answers import (
     Answers,
     Prompt,
     add_answer_flags,
@@ -50,6 +28,28 @@ from infra.judges import (
     resolve_answer_flags,
     unanswered_batches,
     write_answers,
+)
+from infra.cache import load_dataset, resolve_cache
+from infra.chat_templates import resolve_template
+from infra.cli import (
+    ArgumentParser,
+    add_data_flag,
+    add_data_flags,
+    add_micro_batch_flag,
+    add_model_flags,
+    check_output_path,
+)
+from infra.device import DTYPES, resolve_dtype
+from infra.distributed import init_distributed, print0, print_result, rank, set_up_process, world_size
+from infra.files import write_json_lines
+from infra.formats import require_text
+from infra.generation import Sampling, decode_batch, generate
+from infra.hf import (
+    check_models,
+    load_for_inference,
+    load_tokenizer,
+    resolve_max_length,
+    verify_weights,
 )
 from infra.questions import LETTERS, Question, load_questions
 from model import Transformer
@@ -321,13 +321,13 @@ def load_setup(args, device) -> tuple[Tokenizer, str, str]:
     check_models([args.model])
     verify_weights(args.model)
     tokenizer = load_tokenizer(args.model)
-    template = args.template if args.template == PLAIN else choose_template(tokenizer, args.template, sys.stderr)
+    template = args.template if args.template == PLAIN else resolve_template(tokenizer, args.template, sys.stderr)
     return tokenizer, template, resolve_dtype(args.dtype, device)
 
 
 def perplexity_or_match(args, device) -> None:
     """Print the held-out loss and perplexity, or the exact match, of the examples in a data file."""
-    cache = choose_cache(args.cache, file=sys.stderr)
+    cache = resolve_cache(args.cache, file=sys.stderr)
     tokenizer, template, dtype = load_setup(args, device)
     max_length = resolve_max_length(args.model, args.max_length)
     dataset = load_dataset(
@@ -359,8 +359,7 @@ def multiple_choice(args, device) -> None:
             {"choice": LETTERS[i], "answer": LETTERS[question.answer], "scores": score.tolist()}
             for i, question, score in zip(chosen, questions, scores, strict=True)
         ]
-        with atomic_write(Path(args.output)) as tmp:
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_json_lines(Path(args.output), lines)
     if num_truncated:
         print0(f"warning: {num_truncated} prompts are too long for the model and lost their beginning", sys.stderr)
     print_result(json.dumps({"by": args.by, "template": template, **report, "prompts_truncated": num_truncated}))

@@ -50,13 +50,12 @@ from data import (
     steps_per_epoch,
 )
 from eval import evaluate
-from infra.cache import choose_cache, load_dataset
-from infra.cli import DATA_HELP, ArgumentParser, add_flags, check_values, flag
+from infra.cache import load_dataset, resolve_cache
+from infra.cli import DATA_HELP, MAX_LENGTH_HELP, TEMPLATE_DEFAULT, ArgumentParser, add_flags, check_values, flag
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS, DEMO_MODEL, train_demo_tokenizer, write_demo_data
-from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, set_deterministic
+from infra.device import DEVICE_TYPES, DTYPES, peak_memory_bytes, resolve_hardware, set_deterministic
 from infra.distributed import (
     all_reduce_sum,
-    barrier,
     defer_signals,
     init_distributed,
     on_rank0,
@@ -64,19 +63,17 @@ from infra.distributed import (
     print0,
     rank,
     set_up_process,
-    wait_for_rank0,
     world_size,
 )
-from infra.files import sha256_of
+from infra.files import file_sha256
 from infra.fsdp import apply_fsdp, full_tensor, set_zero_stage
 from infra.hf import load_model, meta_model, stored_dtype
-from infra.inputs import Inputs, load_inputs, resolve_hardware, resolve_model
+from infra.inputs import Inputs, load_inputs, resolve_model
 from infra.metrics import StepMetrics, log_checkpoint
 from infra.output import (
     STAGES,
     check_output,
     lock_output,
-    place_of,
     print_report,
     record_stage,
     reference_checkpoints,
@@ -84,6 +81,7 @@ from infra.output import (
     save_result,
     save_skipped,
     stage_log,
+    stage_position,
     stage_savepoints,
     stages_of,
     stages_to_run,
@@ -112,10 +110,8 @@ class TrainConfig:
     data: str | tuple[str, ...] | None = flag(None, f"training examples: {DATA_HELP}")
     eval_data: str | tuple[str, ...] | None = flag(None, "held-out examples to evaluate every model on, likewise")
     skip_bad_records: bool = flag(False, "leave out records that cannot be read, and list them in skipped.jsonl")
-    template: str | None = flag(
-        None, "chat template (default: what the folder's resembles; alpaca if it has none)", choices=tuple(TEMPLATES)
-    )
-    max_length: int | None = flag(None, "truncate longer examples (default: the model's, at most 1024)", at_least=1)
+    template: str | None = flag(None, f"chat template {TEMPLATE_DEFAULT}", choices=tuple(TEMPLATES))
+    max_length: int | None = flag(None, MAX_LENGTH_HELP, at_least=1)
     cache: str | None = flag(None, "folder for encoded data, shared by all processes (default: ~/.cache/sftmix)")
 
     stage: str = flag("all", "which part of the recipe to run", choices=("all", *STAGES), group="recipe")
@@ -174,7 +170,7 @@ class TrainConfig:
     )
     tf32: bool = flag(False, "let float32 matmuls on a GPU round their inputs to TF32's 10 bits: faster")
     dry_run: int | None = flag(
-        None, "print what the run would take on N processes (without N: as many as now), and stop", at_least=0
+        None, "print what the run would take on N processes (without N: as many as now), and stop", const=0, at_least=0
     )
 
     output: str | None = flag(None, "folder for everything the run makes (the demo's: runs/demo)", group="saving")
@@ -510,7 +506,7 @@ def confidence_stage(config: TrainConfig, inputs: Inputs, device) -> dict:
         DTYPES[config.dtype],
         device,
         resume_dir=Path(config.output) / "resume" / "confidence",
-        log=partial(log_checkpoint, place=place_of(config, "confidence", inputs)),
+        log=partial(log_checkpoint, position=stage_position(config, "confidence", inputs)),
     )
     return record_dynamics(dynamics, config) | {"seconds": time.perf_counter() - start}
 
@@ -522,7 +518,7 @@ def record_dynamics(dynamics: TrainingDynamics, config: TrainConfig) -> dict:
         return {}  # rank 0 alone records it
     dynamics.save(file)
     entry = {"checkpoints": len(dynamics.probability), "examples": len(dynamics.ids)}
-    entry["sha256"] = sha256_of(file)
+    entry["sha256"] = file_sha256(file)
     if config.online:
         entry["online"] = True
     truth = Path(config.output) / "data" / "wrong.json"
@@ -586,10 +582,8 @@ def sftmix_stage(config: TrainConfig, inputs: Inputs, halves, device) -> dict:
 def pretrain_demo_base(config: TrainConfig, device) -> dict:
     """Write the demo's data and pretrain the demo's base on its clean text, with the loop of all other stages."""
     output = Path(config.output)
-    begin_run(config)
-    if rank() == 0:
-        write_demo_data(output / "data", config.seed)
-    barrier()
+    on_rank0(begin_run, config)
+    on_rank0(write_demo_data, output / "data", config.seed)
     tokenizer = train_demo_tokenizer(output / "data")
     config = replace(config, template=tokenizer.choose_template(config.template))
     dataset = load_dataset(output / "data" / "base.jsonl", tokenizer, config.template, config.max_length, config.cache)
@@ -624,14 +618,14 @@ def run(config: TrainConfig, device) -> None:
             print_report(config)
 
 
-def warn_about_batch_size(config: TrainConfig, num_processes: int) -> None:
+def warn_about_batch_size(config: TrainConfig, world_size: int) -> None:
     """Warn if a batch is too small to give every process a pair, or if it has an odd number of examples."""
     if not {"reference", "sftmix"} & {*stages_of(config)}:
         return
     if config.batch_size % 2:
         print0(f"warning: --batch_size {config.batch_size} is odd; --stage sftmix, which trains on pairs, refuses it")
-    if config.batch_size < 2 * num_processes:
-        print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {num_processes} processes")
+    if config.batch_size < 2 * world_size:
+        print0(f"warning: --batch_size {config.batch_size} is less than a pair for each of {world_size} processes")
 
 
 def run_stages(config: TrainConfig, stages: list[str], device) -> None:
@@ -651,9 +645,8 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
     if "confidence" in stages and "reference" not in stages:
         on_rank0(reference_checkpoints, config)
     halves = on_rank0(load_halves, config, inputs.train) if reads_scores(config, stages) else None
-    begin_run(config)
-    save_skipped(Path(config.output), inputs.train, inputs.held_out)
-    wait_for_rank0()  # hashing the model and the data may take long
+    on_rank0(begin_run, config)
+    on_rank0(save_skipped, Path(config.output), inputs.train, inputs.held_out)
 
     if "base" in stages:
         record_stage(config, "base", base_stage(config, inputs, device) | train_stats)
@@ -663,7 +656,7 @@ def run_stages(config: TrainConfig, stages: list[str], device) -> None:
         record_stage(config, "confidence", confidence_stage(config, inputs, device))
     if "sftmix" in stages:
         if stages[0] != "sftmix":  # the base was read before another stage, perhaps hours ago
-            check_model_unchanged(config)
+            on_rank0(check_model_unchanged, config)
         record_stage(config, "sftmix", sftmix_stage(config, inputs, halves, device))
 
 
@@ -689,7 +682,7 @@ def main(argv=None) -> None:
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     with init_distributed(config.device) as device:
-        config = replace(config, cache=choose_cache(config.cache, config.output))
+        config = replace(config, cache=resolve_cache(config.cache, config.output))
         if config.dry_run is None:
             run(config, device)
         else:

@@ -103,7 +103,7 @@ def print_communication() -> None:
 
 def print_main_memory() -> None:
     """Print the main memory that a process needs beside what Python and PyTorch take."""
-    print("| model | GPUs | to load, GB | to write a savepoint, GB | to save a model, process 0, GB |")
+    print("| model | GPUs | to load, GB | to write a savepoint, GB | to save a model, rank 0, GB |")
     print("|---|---|---|---|---|")
     config = TrainConfig(dtype="bf16")
     for name in AT_SCALE:
@@ -126,7 +126,7 @@ def print_estimates() -> None:
                 model = model_at_scale(name, lora_rank, config)
                 examples = max(2, batch // gpus)
                 tokens, supervised = examples * ALPACA["tokens"], examples * ALPACA["supervised"]
-                largest = LargestMicroBatch(tokens, supervised, passes=1)
+                largest = LargestMicroBatch(tokens, supervised, num_micro_batches=1)
                 memory = estimate_memory(model, largest, config, gpus, "cuda")["total"]
                 examples = config.epochs * ALPACA["examples"]
                 flops = estimate_flops(model, examples * ALPACA["tokens"], examples * ALPACA["supervised"], config)

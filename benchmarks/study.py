@@ -36,10 +36,10 @@ from confidence import TrainingDynamics, roc_auc, score_examples, split_by_confi
 from data import IGNORE_INDEX, Dataset, load_examples, sample_lambda
 from eval import MAX_MATCH_TOKENS, exact_match, held_out_loss
 from infra.cache import load_dataset
-from infra.chat_templates import choose_template
+from infra.chat_templates import resolve_template
 from infra.demo import demo_corpus
 from infra.device import DTYPES, resolve_dtype
-from infra.files import sha256_of
+from infra.files import file_sha256, model_sha256
 from infra.hf import load_config, load_model, load_tokenizer
 from model import Transformer
 
@@ -302,7 +302,7 @@ def run_arm(name: str, cell: Path, settings: dict) -> dict:
     if arm.half is not None:
         flags |= {"data": write_half(cell, arm.half), "epochs": 2 * settings["epochs"]}
     tokenizer = load_tokenizer(cell / "base")
-    template = choose_template(tokenizer, None, sys.stderr)
+    template = resolve_template(tokenizer, None, sys.stderr)
     encoded = {
         part: load_dataset(cell / f"{part}.jsonl", tokenizer, template, settings["max_length"], file=sys.stderr)
         for part in ("train", "validation", "held-out")
@@ -479,7 +479,8 @@ def make_cell(args, cell: Cell) -> None:
         make_real_cell(folder, seed, REALS[corpus], args)
     else:
         make_demo_cell(folder, seed, DEMOS[corpus])
-    made_with = json.dumps({**settings, "data": sha256_of(folder / "train.jsonl"), "model": sha256_of(folder / "base")})
+    base = [f"{name} {sha256}" for name, sha256 in model_sha256(folder / "base").items()]
+    made_with = json.dumps({**settings, "data": [file_sha256(folder / "train.jsonl")], "model": base})
     if not (folder / "made-with.json").exists():
         (folder / "made-with.json").write_text(made_with)
     if (folder / "made-with.json").read_text() != made_with:

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from confidence import TrainingDynamics, split_by_confidence
 from data import IGNORE_INDEX, encode_examples, load_examples, paired_order, sample_lambda
-from infra.chat_templates import choose_template
+from infra.chat_templates import resolve_template
 from infra.hf import oldest_first
 from infra.records import summarize_notes
 from mixup import pair_positions, sftmix_loss
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
     limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
     examples = load_examples(flags.data)
-    template = choose_template(tokenizer, None)
+    template = resolve_template(tokenizer, None)
     encoded = encode_examples(examples, tokenizer, template, limit)
     if args.should_save:
         print(f"{len(encoded):,} examples, {encoded.num_truncated:,} truncated, {encoded.num_dropped:,} dropped")
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
     trainer = Trainer(load(flags.model), args, collator, data, processing_class=padding)
     trainer.train()
-    trainer.accelerator.wait_for_everyone()  # for process 0, which writes the checkpoints
+    trainer.accelerator.wait_for_everyone()  # for rank 0, which writes the checkpoints
     del trainer  # with the model and the optimizer
     gc.collect()
     folders = oldest_first(list(Path(args.output_dir).glob("checkpoint-*")))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
-from infra.distributed import broadcast_object, exit_on_signals, print0, rank, wait_for_rank0
+from infra.distributed import broadcast_object, exit_on_signals, on_rank0, print0, rank
 from infra.files import MANIFEST, checksums, fsync, name_errors, set_mode, verify_manifest, write_json
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
 from tokenizer import Tokenizer
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 CODE = ("data.py", "tokenizer.py", *(f"infra/{name}.py" for name in ("cache", "formats", "records", "tokenizer_files")))
 
 
-def choose_cache(cache=None, output=None, file=None) -> str:
+def resolve_cache(cache=None, output=None, file=None) -> str:
     """Choose the folder for encoded data, the same on all processes: --cache, else `sftmix` in the user's cache.
 
     If neither --cache nor XDG_CACHE_HOME is given, and the home folder is missing or cannot be written to, it is a
@@ -65,16 +65,16 @@ def cache_path(data, tokenizer: Tokenizer, template: str, max_length: int, cache
     digest = hashlib.sha256()
     code = [(ROOT / name).read_bytes() for name in CODE]
     settings = repr((template, max_length)).encode()
-    contents = repr(([file.suffix for file in find_files(data)], data_checksums(data))).encode()
+    contents = repr(([file.suffixes for file in find_files(data)], data_checksums(data))).encode()
     for content in (*code, tokenizer.fingerprint, settings, contents):
         digest.update(hashlib.sha256(content).digest())
     return Path(cache) / digest.hexdigest()[:32]
 
 
 def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, folder: Path) -> None:
-    """Encode data files into `folder`, part by part, with one process for each core.
+    """Encode data files into `folder`, chunk by chunk, with one process for each core.
 
-    A JSON list and a row group of a parquet file are read as a whole, all else in parts. The folder is renamed to its
+    A JSON list and a row group of a parquet file are read as a whole, all else in chunks. The folder is renamed to its
     name when it is complete. Bad records are kept beside the encoded examples. Raises ValueError for a file that cannot
     be read, or OSError.
     """
@@ -175,7 +175,7 @@ def _call(item):
     return _call.function(item)
 
 
-def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, Reading]:
+def load_cache(folder: Path, files: list[Path]) -> tuple[Dataset, Reading]:
     """Memory-map what `encode_files` wrote. ValueError if it is not complete.
 
     `files` are the data files under their present names, which are those that bad records get.
@@ -183,11 +183,11 @@ def load_cache(folder: Path, files: list[Path] | None = None) -> tuple[Dataset, 
     try:
         counts = Counter(json.loads((folder / "counts.json").read_text()))
         reading = json.loads((folder / "reading.json").read_text())
-        name_of = dict(zip(reading["files"], map(str, files or reading["files"]), strict=True))
+        name_of = dict(zip(reading["files"], map(str, files), strict=True))
         bad = [BadRecord(*record) for record in reading["bad"]]
         bad = [b._replace(file=name_of[b.file], place=name_of[b.file] + b.place.removeprefix(b.file)) for b in bad]
         counts_by_file = Counter({name_of[name]: count for name, count in reading["counts"].items()})
-        reading = Reading(counts_by_file, bad, Counter(reading["notes"]))
+        reading = Reading(counts_by_file.total(), counts_by_file, bad, Counter(reading["notes"]))
         open_array = partial(np.memmap, mode="r") if counts["examples"] else np.fromfile  # an empty file has no map
         arrays = {name: open_array(folder / name, dtype) for name, dtype in ARRAY_DTYPES.items()}
         complete = [counts["tokens"]] * 2 + [counts["examples"]] * 3 == [len(array) for array in arrays.values()]
@@ -203,7 +203,7 @@ def encode_once(data, tokenizer: Tokenizer, template: str, max_length: int, cach
     folder = cache_path(data, tokenizer, template, max_length, cache)
     if folder.exists():
         try:
-            verify_manifest(folder)
+            verify_manifest(folder, required=True)
         except ValueError:
             raise ValueError(f"{folder}: damaged; remove that folder, and the data will be encoded again") from None
     else:
@@ -222,11 +222,9 @@ def load_dataset(
     Raises FileNotFoundError or ValueError, with what is wrong with the files. `skip_bad_records` leaves them out
     instead, unless they are more than half.
     """
-    name, cache = describe(data), cache or choose_cache()
-    folder = encode_once(data, tokenizer, template, max_length, cache) if rank() == 0 else None
-    wait_for_rank0()
-    folder = broadcast_object(folder)
-    for _ in range(100):  # a network file system may show the new folder to other nodes with a delay
+    name, cache = describe(data), cache or resolve_cache()
+    folder = on_rank0(encode_once, data, tokenizer, template, max_length, cache)
+    for _ in range(700):  # a network file system may show the new folder to other nodes with a delay
         if folder.exists():
             break
         time.sleep(0.1)
@@ -249,4 +247,4 @@ def load_dataset(
         )
     for line in reading.summary():
         print0(f"{name}: {line}", file)
-    return replace(dataset, skipped=reading.bad)
+    return replace(dataset, bad_records=reading.bad)

@@ -4,7 +4,7 @@ PyTorch brings jinja2, the language of chat templates. It serves for this compar
 comes from `tokenizer.TEMPLATES`.
 """
 
-from collections.abc import Iterator
+import os
 
 from infra.distributed import print0
 from tokenizer import Tokenizer
@@ -16,42 +16,40 @@ _TURNS = [
 _SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def choose_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
-    """Choose as `Tokenizer.choose_template` does, and print to `file` how the folder's own template differs."""
+def resolve_template(tokenizer: Tokenizer, name: str | None, file=None) -> str:
+    """`Tokenizer.choose_template`. Without a name, print to `file` how the folder's own template differs."""
     template, own = tokenizer.choose_template(name), tokenizer.hf_chat_templates
     if name is not None:
         return template
     if "default" in own:
-        for line in template_differences(tokenizer, template):
-            print0(f"template {template}: {line}", file)
+        if difference := template_difference(tokenizer, template):
+            print0(f"template {template}: {difference}", file)
     else:
         has = f"chat templates named {', '.join(own)}, and none named default" if own else "no chat_template"
         print0(f"template {template}: the model has {has}; --template chooses another", file)
     return template
 
 
-def template_differences(tokenizer: Tokenizer, template: str) -> Iterator[str]:
-    """Render conversations with the folder's default chat template and with `template`.
+def template_difference(tokenizer: Tokenizer, template: str) -> str | None:
+    """How the folder's default chat template and `template` render a conversation: where they first differ.
 
-    Yields a line for the first conversation in which they differ, or for an own template that cannot be rendered.
+    None if they do not differ. A folder's template that cannot be rendered may differ.
     """
     own, ours = tokenizer.hf_chat_templates["default"], tokenizer.chat_template(template)
     if own == ours:
-        return
+        return None
     for turns in (_TURNS[:1], _TURNS[:2], _TURNS, [_SYSTEM, *_TURNS[:2]]):
         try:
             found, expected = (_render(tokenizer, jinja, turns) for jinja in (own, ours))
         except Exception as error:  # a template is a program: it may raise anything, and refuse a system turn
             if turns[0] is not _SYSTEM:
-                yield f"the model's own cannot be rendered and may differ ({str(error)[:100]})"
-                return
+                return f"the model's own cannot be rendered and may differ ({str(error)[:100]})"
             continue
         if found != expected:
-            start = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
-            start = min(len(found), len(expected)) if start is None else start
+            start = len(os.path.commonprefix([found, expected]))  # noqa: RUF071 (characters are meant)
             theirs, instead = (f"{text[start : start + 40]!r}" for text in (found, expected))
-            yield f"the model's own writes {theirs} after {found[:start][-40:]!r}, where this one writes {instead}"
-            return
+            return f"the model's own writes {theirs} after {found[:start][-40:]!r}, where this one writes {instead}"
+    return None
 
 
 def _render(tokenizer: Tokenizer, jinja: str, turns: list[dict]) -> str:

@@ -124,9 +124,13 @@ class Once(argparse.Action):
 SEVERAL = {"nargs": "+", "action": Once}  # how flags that take several values are added
 
 
+TEMPLATE_DEFAULT = "(default: what the folder's resembles; alpaca if it has none)"
+MAX_LENGTH_HELP = "truncate longer examples (default: the model's, at most 1024)"
+
+
 def add_model_flags(parser: ArgumentParser, templates=TEMPLATES) -> None:
     """Add the flags of each script that opens a model."""
-    help = f"chat template: {', '.join(templates)} (default: what the folder's resembles; alpaca if it has none)"
+    help = f"chat template: {', '.join(templates)} {TEMPLATE_DEFAULT}"
     parser.group("data").add_argument("--template", choices=templates, metavar="NAME", help=help)
     hardware = parser.group("hardware")
     hardware.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of matmuls (default: the faster one here)")
@@ -146,8 +150,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
     """Add the flags of each script that reads examples, with the defaults of training."""
     data = parser.group("data")
     data.add_argument("--skip_bad_records", action="store_true", help="leave out records that cannot be read")
-    help = "truncate longer examples (default: the model's, at most 1024)"
-    data.add_argument("--max_length", type=parser.positive, metavar="N", help=help)
+    data.add_argument("--max_length", type=parser.positive, metavar="N", help=MAX_LENGTH_HELP)
     data.add_argument("--cache", metavar="DIR", help="where encoded data is kept (default: ~/.cache/sftmix)")
     add_micro_batch_flag(parser)
 
@@ -162,13 +165,15 @@ def add_micro_batch_flag(parser: ArgumentParser) -> None:
 # --- A configuration whose fields are flags ---------------------------------------------------------------------------
 
 
-def flag(default, help: str, choices=None, group=None, **bounds):
+def flag(default, help: str, choices=None, group=None, const=None, **bounds):
     """A field of a configuration dataclass that is a command-line flag too.
 
     `choices`, or the bounds `above`, `at_least` and `below`, say which values are allowed. `group` is the title of a
-    group of flags in the help, which this field and those after it are in.
+    group of flags in the help, which this field and those after it are in. `const` is the value of a flag given without
+    one.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "bounds": bounds})
+    metadata = {"help": help, "choices": choices, "group": group, "const": const, "bounds": bounds}
+    return field(default=default, metadata=metadata)
 
 
 def add_flags(parser: ArgumentParser, config_class: type) -> None:
@@ -187,13 +192,12 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
         if choices:
             text += f"; one of {', '.join(choices)}"
         text += "" if field_.default is None else f" (default {field_.default})"
-        if field_.name == "dry_run":
-            group.add_argument(name, type=int, nargs="?", const=0, metavar="N", help=text)
-            continue
         kind = {int: int, int | None: int, float: float}.get(field_.type, str)
-        several = SEVERAL if field_.type == str | tuple[str, ...] | None else {}
+        values = SEVERAL if field_.type == str | tuple[str, ...] | None else {}
+        if (const := field_.metadata["const"]) is not None:
+            values = {"nargs": "?", "const": const}
         metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
-        group.add_argument(name, type=kind, **several, metavar=metavar, help=text)
+        group.add_argument(name, type=kind, **values, metavar=metavar, help=text)
 
 
 def check_values(config) -> None:
@@ -233,28 +237,3 @@ def check_output_folder(file: str) -> None:
         raise FileNotFoundError(f"{file}: its folder does not exist")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{file}: its folder is not to be written to")
-
-
-# --- Optional packages ------------------------------------------------------------------------------------------------
-
-
-def check_plot_path(path: str, others) -> None:
-    """Raise ValueError or FileNotFoundError unless a picture can be written to `path`, which is no other file."""
-    if any(other is not None and Path(other).resolve() == Path(path).resolve() for other in others):
-        raise ValueError(f"--plot {path}: is another file of this command; choose another name")
-    check_output_folder(path)
-    kinds = sorted(require_matplotlib().figure().canvas.get_supported_filetypes().keys() - {"pgf"})  # which needs LaTeX
-    if Path(path).suffix.lower().removeprefix(".") not in kinds:
-        raise ValueError(f"--plot {path}: must end in one of .{', .'.join(kinds)}")
-
-
-def require_matplotlib():
-    """Import pyplot for drawing to files; ValueError says how to install it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot

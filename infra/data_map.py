@@ -1,10 +1,33 @@
 """The data map: a picture of each training example by the mean and variance of its gold-token probability."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 
-from infra.cli import require_matplotlib
+from infra.cli import check_output_folder
+
+
+def check_plot_path(path: str, others) -> None:
+    """Raise ValueError or FileNotFoundError unless a picture can be written to `path`, which is no other file."""
+    if any(other is not None and Path(other).resolve() == Path(path).resolve() for other in others):
+        raise ValueError(f"--plot {path}: is another file of this command; choose another name")
+    check_output_folder(path)
+    kinds = sorted(require_matplotlib().figure().canvas.get_supported_filetypes().keys() - {"pgf"})  # which needs LaTeX
+    if Path(path).suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"--plot {path}: must end in one of .{', .'.join(kinds)}")
+
+
+def require_matplotlib():
+    """Import pyplot for drawing to files; ValueError says how to install it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def plot_data_map(dynamics, halves, by: str, path, labels: dict[int, str]) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DEMO_STREAM, load_examples
-from infra.files import atomic_write, write_json
+from infra.files import write_json, write_json_lines
 from tokenizer import TEMPLATES, Tokenizer
 
 # A small model with little pretraining learns at higher rates than the paper's.
@@ -224,9 +224,7 @@ def write_demo_data(folder: Path, seed: int) -> None:
     corpus = demo_corpus(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("base", "train", "eval", "test"):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, split)]
-        with atomic_write(folder / f"{split}.jsonl") as tmp:
-            tmp.write_text("".join(lines), encoding="utf-8")
+        write_json_lines(folder / f"{split}.jsonl", getattr(corpus, split))
     ids = [example.id for example in load_examples(folder / "train.jsonl")]
     write_json(folder / "wrong.json", [i for i, wrong in zip(ids, corpus.wrong, strict=True) if wrong])
 

@@ -1,8 +1,9 @@
-"""The device that a process computes on: which one, in which dtype, and how exactly it repeats itself."""
+"""The device of a process: its choice, the dtype of matmuls, torch.compile, determinism, peak memory."""
 
 import os
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def choose_device(device_type: str | None) -> torch.device:
+def resolve_device(device_type: str | None) -> torch.device:
     """The device of this process. None: the best that there is.
 
     Raises ValueError if PyTorch cannot use the device, or cannot use the NVIDIA GPU that the machine has: training on
@@ -111,6 +112,17 @@ def resolve_compile(compile: bool | None, device) -> bool:
             print(f"the blocks are not compiled, since torch.compile does not work here ({reason})", file=sys.stderr)
         return False
     return True
+
+
+def resolve_hardware(config, device):
+    """Fill in what the device decides of a `train.TrainConfig`. -> config
+
+    Raises ValueError for what the device cannot do.
+    """
+    dtype = resolve_dtype(config.dtype, device)
+    if config.tf32 and (device.type != "cuda" or dtype != "fp32"):
+        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
+    return replace(config, dtype=dtype, compile=resolve_compile(config.compile, device))
 
 
 def peak_memory_bytes(device) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from infra.device import choose_device, local_rank
+from infra.device import local_rank, resolve_device
 from infra.terminal import below_progress, printable, render, style
 
 # --- The environment of a process -------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def init_distributed(device_type: str | None = None):
     a non-zero exit code: these are errors that the user can mend.
     """
     try:
-        device = choose_device(device_type)
+        device = resolve_device(device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # parts of sums stay float32
@@ -231,12 +231,14 @@ def broadcast_object(value):
 
 
 def on_rank0(function: Callable, *args):
-    """Call a function on rank 0. -> what it returns, on all processes
+    """Call a function, which may take long, on rank 0. -> what it returns, on all processes
 
     So only rank 0 looks for files of a run: NFS lets another node miss a file for up to a minute after it has looked
     for it in vain.
     """
-    return broadcast_object(function(*args) if rank() == 0 else None)
+    value = function(*args) if rank() == 0 else None
+    wait_for_rank0()
+    return broadcast_object(value)
 
 
 def gather_objects(value) -> list:

@@ -14,12 +14,22 @@ from pathlib import Path
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
+def parse_json(content: bytes):
+    """The JSON value of a text. ValueError says why it is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text; save the file in that encoding") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+
 def parse_json_object(content: bytes, name) -> dict:
     """The object in the content of a JSON file. ValueError names the file and what is wrong with it."""
     try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not valid JSON ({error})") from None
+        values = parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{name}: an object with keys is expected, not {type(values).__name__}")
     return values
@@ -30,13 +40,24 @@ def read_json(file: Path) -> dict:
     return parse_json_object(file.read_bytes(), file)
 
 
+def is_run_config(values: dict) -> bool:
+    """Whether the values of a config.json are those of a run, and not of a model."""
+    return "num_checkpoints" in values  # a flag of train.py
+
+
 def write_json(file: Path, values) -> None:
     """Write an indented JSON file atomically."""
     with atomic_write(file) as tmp:
         tmp.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-# --- Atomic writing ---------------------------------------------------------------------------------------------------
+def write_json_lines(file: Path, values: Iterable) -> None:
+    """Write a JSON line for each value, atomically."""
+    with atomic_write(file) as tmp, open(tmp, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(value) + "\n" for value in values)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -93,6 +114,9 @@ def fsync(path: Path) -> None:
             raise
 
 
+# --- Paths ------------------------------------------------------------------------------------------------------------
+
+
 def check_file(path: Path) -> None:
     """Raise FileNotFoundError if there is nothing at `path`, ValueError if it is a folder, a pipe or a device."""
     if path.is_dir():
@@ -103,13 +127,10 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: not found")
 
 
-LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for one in git-lfs
-
-
-def check_no_pointers(folder: Path) -> None:
-    """ValueError if a file in the folder is only a pointer to what git-lfs has not downloaded."""
-    for file in folder.iterdir():
-        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
+def check_no_pointer(file: Path) -> None:
+    """ValueError if a file is only a pointer to what git-lfs has not downloaded."""
+    with open(file, "rb") as content:
+        if content.read(30).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file}: a pointer of git-lfs, not the file itself; run: git lfs pull")
 
 
@@ -152,24 +173,30 @@ def _checksum(file: Path) -> dict:
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def sha256_of(path) -> list[str]:
-    """The SHA-256 of a file; of a model folder, names and SHA-256 of its weights, configuration and tokenizer."""
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
-        files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.name != MANIFEST)
-    sums = {name: entry["sha256"] for name, entry in checksums(files).items()}
-    return [f"{name} {sha256}" for name, sha256 in sums.items()] if path.is_dir() else list(sums.values())
+def file_sha256(file) -> str:
+    """The SHA-256 of a file."""
+    return _checksum(Path(file))["sha256"]
 
 
-def verify_manifest(folder: Path) -> None:
-    """Compare a folder's files with its manifest, if it has one. ValueError names the first file that differs."""
-    if not (folder / MANIFEST).is_file():
+def model_sha256(folder) -> dict[str, str]:
+    """The SHA-256 of each file of a model folder, by name: its weights, configuration and tokenizer."""
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix in kinds and file.name != MANIFEST)
+    return {name: entry["sha256"] for name, entry in checksums(files).items()}
+
+
+def verify_manifest(folder: Path, required: bool = False) -> None:
+    """Compare a folder's files with its manifest. ValueError names the first file that differs.
+
+    A folder without a manifest, or with a file of that name from elsewhere, is accepted unless one is `required`.
+    """
+    file = folder / MANIFEST
+    expected = read_json(file) if file.is_file() else {}
+    entries = expected.values()
+    if not entries or not all(isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in entries):
+        if required:
+            raise ValueError(f"{file}: not found, or not one of ours")
         return
-    expected = read_json(folder / MANIFEST)
-    if not all(isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in expected.values()):
-        return  # a file of that name from elsewhere
     for name in expected:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder / name}: not found, but {MANIFEST} says that it is there")

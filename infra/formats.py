@@ -17,7 +17,7 @@ class Format(NamedTuple):
     """The keys by which a record of a format is known and read."""
 
     prompt: str
-    response: str | None = None  # without: the first key holds all turns
+    response: str | None = None  # None: all turns are under the first key, or (PROMPT_FORMATS) no response is read
 
 
 FORMATS = (  # the first one whose keys a record has is taken
@@ -102,7 +102,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
     else:
         *before, last = _conversation(record, Format(form.prompt), notes, last="user")
         turns = [last["content"]]
-    notes += ignored_keys(record, known=RESPONSE_KEYS)
+    notes += ignored_keys(record, known={*RESPONSE_KEYS, "id"})
     return before, turns, list(dict.fromkeys(notes))
 
 

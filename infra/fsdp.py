@@ -56,12 +56,11 @@ def _cu_seqlens_as_list(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 
 
 def set_zero_stage(model: nn.Module, stage: int, is_last: bool) -> None:
-    """Say what a sharded model keeps whole after its next forward and backward pass, if that is not the step's last.
+    """Say what a sharded model keeps unsharded after its next forward and backward pass; after a step's last, nothing.
 
     The stages are those of ZeRO (Rajbhandari et al. 2020). 3 keeps nothing: each pass gathers the weights of blocks
     twice, before its forward and its backward part, and reduces the gradients. 2 keeps the weights, which are gathered
-    once a step. 1 keeps the gradients too, in float32, and the last pass reduces their sum. After the last pass, all is
-    in shards.
+    once a step. 1 keeps the gradients too, in float32, and the last pass reduces their sum.
     """
     if not hasattr(model, "set_requires_gradient_sync"):  # one process
         return

@@ -119,7 +119,7 @@ def decode_batch(
     batch = pack([(prompt, prompt) for prompt in prompts]).to(device)  # the targets are not used
     lengths = batch.cu_seqlens.diff().long().to(device)  # [B]: of the prompts
     longest = int(lengths.max())
-    cache_length = max(longest, min(longest + max_new_tokens, model.config.max_length))
+    cache_length = min(longest + max_new_tokens, model.config.max_length)
     cache = KVCache(model.config, len(lengths), cache_length)
     active = torch.arange(len(lengths), device=device)  # [B']: indices of the sequences that are computed on
     running = torch.full((len(lengths),), len(prompts) > 0, device=device)  # bool [B']: not ended

@@ -4,8 +4,8 @@ import contextlib
 import gc
 import math
 import re
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from infra.distributed import rank, temporary_folder, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
-    check_no_pointers,
+    check_no_pointer,
     checksums,
     fsync,
+    is_run_config,
     read_json,
     set_mode,
     utf8_folder,
@@ -47,9 +48,10 @@ def load_config(path) -> ModelConfig:
         if (Path(path) / "adapter_config.json").is_file():
             hint = "; this is an adapter, to be merged into its base first"
         raise FileNotFoundError(f"{file}: not found; a model is a folder with config.json and model.safetensors{hint}")
-    check_no_pointers(Path(path))
+    for entry in filter(Path.is_file, Path(path).iterdir()):
+        check_no_pointer(entry)
     values = read_json(file)
-    if "num_checkpoints" in values:  # a flag of train.py
+    if is_run_config(values):
         raise ValueError(f"{path}: the output of a run; its models are in the folders reference and sftmix below")
     try:
         return ModelConfig.from_dict(values)
@@ -92,11 +94,11 @@ def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:
     While one is in use, a thread reads the next one's files into the page cache. It then loads as fast as from memory,
     and this process never holds two models.
     """
-    with ThreadPoolExecutor(1) as background:
-        for folder, following in zip(folders, [*folders[1:], None], strict=True):
-            background.submit(warm_page_cache, following)
-            verify_weights(folder)
-            yield load_for_inference(folder, compute_dtype, device)
+    for folder, following in zip(folders, [*folders[1:], None], strict=True):
+        if following is not None:
+            threading.Thread(target=warm_page_cache, args=(following,), daemon=True).start()  # Ctrl-C ends it too
+        verify_weights(folder)
+        yield load_for_inference(folder, compute_dtype, device)
 
 
 def meta_model(path, dtype=torch.float32, lora_rank: int | None = None, lora_alpha=16.0) -> Transformer:
@@ -171,11 +173,14 @@ def load_weights(model: Transformer, files: dict[str, Path], device) -> None:
 
 
 def warm_page_cache(path) -> None:
-    """Read a folder's weights into the page cache, so that they load faster soon afterwards. None: read nothing."""
-    for file in _weight_files(Path(path)) if path and local_rank() == 0 else []:
-        with open(file, "rb") as weights:
-            while weights.read(2**24):
-                pass
+    """Read a folder's weights into the page cache of this machine, so that they load faster soon afterwards."""
+    if local_rank() != 0:
+        return
+    with contextlib.suppress(OSError, ValueError):  # which loading raises again
+        for file in _weight_files(Path(path)):
+            with open(file, "rb") as weights:
+                while weights.read(2**24):
+                    pass
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -232,7 +237,7 @@ def save_model(
     Everything is written to a temporary folder and moved to `path` when it is on the disk, config.json last: a folder
     that has a config.json is complete. Raises FileExistsError if `path` has one already; nothing is overwritten.
     """
-    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    path = Path(path)
     if rank() == 0 and (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
     reshard(model)

@@ -11,8 +11,7 @@ import torch
 
 from data import Dataset, content_id, encode_examples, to_example
 from infra.cache import load_dataset
-from infra.chat_templates import choose_template
-from infra.device import resolve_compile, resolve_dtype
+from infra.chat_templates import resolve_template
 from infra.distributed import print0, rank
 from infra.hf import check_models, load_config, load_tokenizer, resolve_max_length, verify_weights
 from infra.output import stages_of
@@ -28,14 +27,6 @@ class Inputs(NamedTuple):
     held_out: Dataset | None  # None without --eval_data: no model is evaluated
 
 
-def resolve_hardware(config, device):
-    """Fill in what the device decides. -> config. Raises ValueError for what the device cannot do."""
-    dtype = resolve_dtype(config.dtype, device)
-    if config.tf32 and (device.type != "cuda" or dtype != "fp32"):
-        raise ValueError("--tf32: is for --dtype fp32 on a GPU; other runs have no float32 matmuls to replace")
-    return replace(config, dtype=dtype, compile=resolve_compile(config.compile, device))
-
-
 def resolve_model(config) -> tuple:
     """Fill in what the model folder decides. -> (configuration, tokenizer of the folder)
 
@@ -45,7 +36,7 @@ def resolve_model(config) -> tuple:
     verify_weights(config.model)
     max_length = resolve_max_length(config.model, config.max_length)
     tokenizer = load_tokenizer(config.model)
-    template = choose_template(tokenizer, config.template)
+    template = resolve_template(tokenizer, config.template)
     return replace(config, max_length=max_length, template=template), tokenizer
 
 

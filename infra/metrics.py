@@ -39,7 +39,8 @@ class StepMetrics:
         self.stop = False  # whether a process has received a signal to stop
         self.skipped = self.consecutive_skips = 0
         # Since the last log line: tokens; the number of steps that were not skipped and their sums of loss, ntp, mix.
-        self.tokens, self.num_steps, self.sums, self.grad_norm = 0, 0, [0.0, 0.0, 0.0], 0.0
+        self.tokens, self.num_steps, self.sums = 0, 0, [0.0, 0.0, 0.0]
+        self.grad_norm = 0.0  # of the last step that was not skipped
 
     @property
     def seconds(self) -> float:
@@ -112,13 +113,13 @@ class StepMetrics:
 # --- What is logged ---------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a stage is in a run."""
+class StagePosition(NamedTuple):
+    """Which of a run's stages one is, and how much work follows it."""
 
     stage: str
     number: int = 1  # of `num_stages`
     num_stages: int = 1
-    work_after: float = 0.0  # all that follows its training or scoring, as a multiple of it; 0 if that is not known
+    work_after: float = 0.0  # the work of all that follows its training or scoring, divided by its own; 0: not known
 
     def __str__(self) -> str:
         return f"{self.number}/{self.num_stages} {self.stage}"
@@ -126,7 +127,7 @@ class Place(NamedTuple):
     def format_time(self, seconds: float, done: int, total: int) -> str:
         """The time left, by the time that `done` of `total` parts took: for the stage and, if known, for the run.
 
-        >>> Place("reference", 2, 4, work_after=1.5).format_time(seconds=20.0, done=2, total=8)
+        >>> StagePosition("reference", 2, 4, work_after=1.5).format_time(seconds=20.0, done=2, total=8)
         '60 s left, 3 min in all'
         """
         if done == total:
@@ -147,15 +148,15 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def log_step(file: Path, place: Place, record: dict) -> None:
+def log_step(file: Path, position: StagePosition, record: dict) -> None:
     """Append a record to `metrics.jsonl` and print it as a line."""
     if rank() == 0:
         with open(file, "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps({"stage": place.stage, **record}) + "\n")
+            metrics.write(json.dumps({"stage": position.stage, **record}) + "\n")
     if "skipped" in record:
         examples = ", ".join(record["examples"][:4]) + (" …" if len(record["examples"]) > 4 else "")
         print0(
-            f"{place}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
+            f"{position}  step {record['step']}: skipped, since its loss is {record['loss']} and its gradient's norm "
             f"{record['grad_norm']}; among its examples is the cause: {examples} (all in {file.name})"
         )
         return
@@ -164,18 +165,18 @@ def log_step(file: Path, place: Place, record: dict) -> None:
     losses = f"ntp {record['ntp']:.4f}  mix {record['mix']:.4f}  " if record["mix"] else ""
     # A narrow terminal shows the first fields only.
     print0(
-        f"{place}  step {step:>{len(str(total_steps))}}/{total_steps}  "
-        f"{place.format_time(record['seconds'], step, total_steps)}  "
+        f"{position}  step {step:>{len(str(total_steps))}}/{total_steps}  "
+        f"{position.format_time(record['seconds'], step, total_steps)}  "
         f"loss {loss:.4f}  {losses}{record['tokens_per_second']:,.0f} tokens/s",
         progress=step / total_steps,
     )
 
 
-def log_checkpoint(record: dict, place: Place = Place("confidence"), file=None) -> None:  # noqa: B008
+def log_checkpoint(record: dict, position: StagePosition = StagePosition("confidence"), file=None) -> None:  # noqa: B008
     """Print a checkpoint that has been scored as a line."""
     done, total = record["done"], record["total"]
     print0(
-        f"{place}  {done}/{total} checkpoints  {place.format_time(record['seconds'], done, total)}  "
+        f"{position}  {done}/{total} checkpoints  {position.format_time(record['seconds'], done, total)}  "
         f"mean gold-token probability {record['probability']:.4f}  {record['checkpoint']}",
         file,
         progress=done / total,

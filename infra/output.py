@@ -5,7 +5,6 @@ Below, `config` is a `train.TrainConfig`.
 
 import contextlib
 import glob
-import json
 import os
 import shlex
 import sys
@@ -18,10 +17,10 @@ from data import Dataset, steps_per_epoch
 from infra.demo import least_confident
 from infra.device import DTYPES
 from infra.distributed import on_rank0, print0, rank, wait_for_rank0
-from infra.files import atomic_write, read_json, write_json
+from infra.files import is_run_config, read_json, write_json, write_json_lines
 from infra.hf import check_models, oldest_first, save_adapter, save_model
 from infra.locks import file_lock
-from infra.metrics import Place, log_step
+from infra.metrics import StagePosition, log_step
 from infra.savepoints import Savepoints, check_finite
 from model import Transformer
 from tokenizer import Tokenizer
@@ -64,6 +63,12 @@ def lock_output(folder: Path):
                 folder.rmdir()
 
 
+def read_config(output: Path) -> dict:
+    """What config.json in an output folder says, {} without one."""
+    file = output / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def check_output(config) -> None:
     """Raise ValueError or FileExistsError if a run would write over files that no run has written, or read its own."""
     output, data = Path(config.output), []
@@ -75,8 +80,8 @@ def check_output(config) -> None:
         raise ValueError(f"--output {output}: is the model's own folder; choose another")
     if any(may_hold_data(name, output) for name in data):
         raise ValueError(f"--output {output}: is the folder of the data, of which the output would become a part")
-    before = read_json(output / "config.json") if (output / "config.json").is_file() else {}
-    is_of_a_run = "num_checkpoints" in before
+    before = read_config(output)
+    is_of_a_run = is_run_config(before)
     names = ["config.json", "metrics.jsonl", "results.json", "skipped.jsonl", *paths_of(config)]
     others = [] if is_of_a_run else [name for name in names if (output / name).exists()]
     if (output / "lock").is_file() and (output / "lock").stat().st_size:  # that of a run is empty
@@ -105,18 +110,10 @@ def _split_pattern(pattern: str) -> tuple:
     return Path(*parts[:fixed]), *parts[fixed:]
 
 
-def has_begun(output: Path) -> bool:
-    """Whether the output folder holds results or savepoints of a stage, or something else that it has made."""
-    made = any((output / stage.path).exists() for stage in STAGES.values())
-    return made or bool(load_results(output)) or any((output / "resume").glob("*"))
-
-
 def save_skipped(output: Path, *datasets: Dataset | None) -> None:
-    """List the records that were left out, if there are any, with place and reason, in `skipped.jsonl`."""
-    if rank() == 0 and (skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.skipped]):
-        with atomic_write(output / "skipped.jsonl") as tmp:
-            lines = "".join(json.dumps(record) + "\n" for record in skipped)
-            tmp.write_text(lines)
+    """List the records that were left out, if there are any, with place and reason, in `skipped.jsonl`. For rank 0."""
+    if skipped := [bad._asdict() for dataset in datasets if dataset for bad in dataset.bad_records]:
+        write_json_lines(output / "skipped.jsonl", skipped)
 
 
 def check_not_started(config) -> None:
@@ -146,7 +143,7 @@ def check_not_started(config) -> None:
 
 def splits_by_own_scores(output: Path) -> bool:
     """Whether an SFTMix run in this folder is split by the scores of the reference run in it, as config.json says."""
-    config = read_json(output / "config.json") if (output / "config.json").is_file() else {}
+    config = read_config(output)
     return config.get("confidence") is None and config.get("pairing", "confidence") == "confidence"
 
 
@@ -155,9 +152,13 @@ def splits_by_own_scores(output: Path) -> bool:
 
 def stages_of(config) -> list[str]:
     """The stages of a run, in order, finished ones included."""
-    # With a file of scores, the reference run is still made, to compare with. An online run needs neither.
-    unused = {None: (), "online": ("reference", "confidence")}.get(config.confidence, ("confidence",))
-    return [stage for stage in STAGES if stage not in unused] if config.stage == "all" else [config.stage]
+    if config.stage != "all":
+        return [config.stage]
+    if config.online:
+        return ["base", "sftmix"]
+    if config.confidence is not None:  # the reference run is still made, to compare with
+        return ["base", "reference", "sftmix"]
+    return list(STAGES)
 
 
 def paths_of(config) -> list[str]:
@@ -188,7 +189,7 @@ def stages_to_run(config) -> list[str]:
     return [stage for stage in stages if stage not in finished]
 
 
-def place_of(config, stage: str, inputs=None) -> Place:
+def stage_position(config, stage: str, inputs=None) -> StagePosition:
     """Where a stage is in the run and, from the `infra.inputs.Inputs`, how much work follows its training or scoring.
 
     Work is counted in tokens times passes. Training takes a forward pass and a backward pass, which counts as two where
@@ -198,7 +199,7 @@ def place_of(config, stage: str, inputs=None) -> Place:
     stages = stages_of(config)
     index = stages.index(stage)
     if inputs is None:
-        return Place(stage, index + 1, len(stages))
+        return StagePosition(stage, index + 1, len(stages))
     num_tokens = int(inputs.train.lengths.sum())
     evaluation = int(inputs.held_out.lengths.sum()) if inputs.held_out else 0
     total_steps = config.epochs * steps_per_epoch(len(inputs.train), config.batch_size)
@@ -206,7 +207,7 @@ def place_of(config, stage: str, inputs=None) -> Place:
     scoring = min(config.num_checkpoints, total_steps) * num_tokens
     work = {"reference": training, "confidence": scoring, "sftmix": training}
     whole = sum(work[name] + (0 if name == "confidence" else evaluation) for name in stages[index:])
-    return Place(stage, index + 1, len(stages), whole / work[stage] - 1)
+    return StagePosition(stage, index + 1, len(stages), whole / work[stage] - 1)
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -219,23 +220,6 @@ def load_results(output: Path) -> dict:
     if not all(isinstance(entry, dict) and isinstance(entry.get("checkpoints", 1), int) for entry in results.values()):
         raise ValueError(f"{file}: changed since it was written (an entry is of the wrong kind)")
     return results
-
-
-def forget_results(config) -> None:
-    """Remove the results of the stages that begin now, if the run is not resumed. For rank 0.
-
-    The scores that a reference run or an online run has made are no longer those of the one that begins.
-    """
-    if config.resume:
-        return
-    results = load_results(Path(config.output))
-    begins = {STAGES[stage].result for stage in stages_of(config)}
-    of_online_run = results.get("confidence", {}).get("online", False)
-    if config.online or ("ntp" in begins and not of_online_run):
-        begins.add("confidence")
-    if begins & results.keys():
-        kept = {name: entry for name, entry in results.items() if name not in begins}
-        write_json(Path(config.output) / "results.json", kept)
 
 
 def record_stage(config, stage: str, entry: dict) -> None:
@@ -253,7 +237,7 @@ def stage_savepoints(config, stage: str) -> Savepoints:
 
 def stage_log(config, stage: str, inputs=None) -> Callable[[dict], None]:
     """The `log` of `train.train` for a stage: it prints records and appends them to metrics.jsonl."""
-    return partial(log_step, Path(config.output) / "metrics.jsonl", place_of(config, stage, inputs))
+    return partial(log_step, Path(config.output) / "metrics.jsonl", stage_position(config, stage, inputs))
 
 
 def print_report(config) -> None:

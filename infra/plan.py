@@ -12,7 +12,7 @@ from infra.device import DTYPES
 from infra.distributed import print0
 from infra.hf import MAX_SHARD_BYTES
 from infra.output import stages_of
-from infra.savepoints import MAX_PART_BYTES
+from infra.savepoints import MAX_FILE_BYTES
 from mixup import chunk_size
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -23,21 +23,21 @@ class LargestMicroBatch(NamedTuple):
 
     tokens: int
     supervised: int
-    passes: int  # the most micro-batches that a process has in a step
+    num_micro_batches: int  # the most micro-batches that a process has in a step
 
 
 def largest_micro_batch(dataset: Dataset, config, world_size: int) -> LargestMicroBatch:
     """Go through an epoch of random pairs, as an SFTMix run does with other pairs, and find the largest micro-batch."""
-    order, largest, passes = epoch_order(len(dataset), config.seed, 0), (0, 0), 1
+    order, largest, num_micro_batches = epoch_order(len(dataset), config.seed, 0), (0, 0), 1
     for start in range(0, len(dataset), config.batch_size):
         indices = order[start : start + config.batch_size]
         lengths, num_supervised = dataset.lengths[indices], dataset.num_supervised[indices]
         assignment = assign_micro_batches(lengths.tolist(), len(indices) // 2, config.micro_batch_tokens, world_size)
-        passes = max(passes, len(assignment) // world_size)
+        num_micro_batches = max(num_micro_batches, len(assignment) // world_size)
         for units in assignment:
             members = [i for unit in units for i in unit]
             largest = max(largest, (int(lengths[members].sum()), int(num_supervised[members].sum())))
-    return LargestMicroBatch(*largest, passes)
+    return LargestMicroBatch(*largest, num_micro_batches)
 
 
 def activation_bytes(shape: ModelConfig, config, device_type: str) -> tuple[int, int]:
@@ -67,8 +67,10 @@ def parameter_counts(model: Transformer) -> tuple[int, int, int, int]:
     return sum(numel), sum(trainable), model.config.vocab_size * model.config.hidden_size, block
 
 
-def whole_bytes(model: Transformer, config, world_size: int, passes: int, device_type: str) -> tuple[int, int]:
-    """Bytes of what a process holds whole at the peak of a step, beside its shards. -> (weights, gradients)"""
+def temporary_bytes(
+    model: Transformer, config, world_size: int, num_micro_batches: int, device_type: str
+) -> tuple[int, int]:
+    """Bytes of weights and gradients that a process holds only during a step. -> (weights, gradients)"""
     parameters, trainable, head, block = parameter_counts(model)
     element = DTYPES[config.dtype].itemsize
     gradients = 0 if config.lora_rank else 4 * head  # from the loss's forward pass to the backward pass
@@ -76,7 +78,7 @@ def whole_bytes(model: Transformer, config, world_size: int, passes: int, device
         return 2 * (head + block * len(model.model.layers)) if element == 2 else 0, gradients
     if not config.lora_rank:  # before they are reduced to shards
         gradients += 4 * head + (element + 4) * block
-    if config.zero_stage == 1 and passes > 1:  # summed over micro-batches in float32
+    if config.zero_stage == 1 and num_micro_batches > 1:  # summed over micro-batches in float32
         gradients += 4 * trainable
     if config.zero_stage < 3:  # all weights, and the buffer that the current block was gathered in
         return element * (parameters + block), gradients
@@ -93,7 +95,7 @@ def estimate_memory(
     """
     vocab_size, num_layers = model.config.vocab_size, len(model.model.layers)
     trainable = parameter_counts(model)[1]
-    whole_weights, whole_gradients = whole_bytes(model, config, world_size, largest.passes, device_type)
+    temporary = temporary_bytes(model, config, world_size, largest.num_micro_batches, device_type)
     block_bytes, other_bytes = activation_bytes(model.config, config, device_type)
     activations = largest.tokens * (other_bytes + block_bytes * num_layers)
     rows = min(chunk_size(vocab_size, device_type), largest.supervised)
@@ -108,20 +110,20 @@ def estimate_memory(
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()) // world_size,
         "gradients": 4 * trainable // world_size,
         "optimizer state": 8 * trainable // world_size,  # AdamW's two moments
-        "whole weights": whole_weights,
-        "whole gradients": whole_gradients,
+        "temporary weights": temporary[0],
+        "temporary gradients": temporary[1],
         "activations": activations,
         "logits chunk": chunk,
     }
-    in_pass = whole_weights + whole_gradients + activations + chunk
+    in_pass = sum(temporary) + activations + chunk
     # With several micro-batches, the gradients so far exist during the next pass. With one, they grow while activations
-    # are freed. Where whole gradients are accumulated (stage 1), their shards grow while the whole ones are freed.
-    accumulates_shards = largest.passes > 1 and (world_size == 1 or config.zero_stage > 1)
+    # are freed. Where unsharded gradients are accumulated (stage 1), their shards grow while they are freed.
+    accumulates_shards = largest.num_micro_batches > 1 and (world_size == 1 or config.zero_stage > 1)
     peak = memory["gradients"] + in_pass if accumulates_shards else max(memory["gradients"], in_pass)
     return memory | {"total": memory["weights"] + memory["optimizer state"] + peak}
 
 
-def estimate_communication(model: Transformer, config, world_size: int, passes: int) -> int:
+def estimate_communication(model: Transformer, config, world_size: int, num_micro_batches: int) -> int:
     """Bytes that a process sends, and as many that it receives, in a step of so many micro-batches.
 
     Of what is gathered or reduced, each of n processes sends (n−1)/n. `infra.fsdp.set_zero_stage` says how often
@@ -132,24 +134,24 @@ def estimate_communication(model: Transformer, config, world_size: int, passes: 
     gathered, reduced = parameters, trainable
     if config.zero_stage == 3:
         once = head if model.config.tie_word_embeddings else 2 * head  # norms are too small to count
-        gathered = passes * (2 * parameters - once)
+        gathered = num_micro_batches * (2 * parameters - once)
     if config.zero_stage > 1:
-        reduced = passes * trainable
+        reduced = num_micro_batches * trainable
     return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size
 
 
 def estimate_main_memory(model: Transformer, config, world_size: int, device_type: str) -> dict[str, int]:
     """Bytes of main memory that a process needs to read and to write, by purpose; one at a time.
 
-    Weights are read one at a time. Savepoints are written in parts: PyTorch holds a part's tensors (on a CPU they are
-    there already), and safetensors two copies of their bytes. Process 0 holds the weights of one file of a model.
+    Weights are read one at a time. Savepoints are written file by file: PyTorch holds a file's tensors (on a CPU they
+    are there already), and safetensors two copies of their bytes. Rank 0 holds the weights of one file of a model.
     """
     state = [[p.numel() * 4 // world_size] * 3 for p in model.parameters() if p.requires_grad]
-    part = max(min(MAX_PART_BYTES, sum(map(sum, state))), max(map(max, state)))
+    file = max(min(MAX_FILE_BYTES, sum(map(sum, state))), max(map(max, state)))
     sizes = [p.numel() * DTYPES[config.save_dtype].itemsize for p in model.parameters()]
     return {
         "loading": max(p.numel() * p.element_size() for p in model.parameters()) // world_size,
-        "savepoints": part * (2 if device_type == "cpu" else 3),
+        "savepoints": file * (2 if device_type == "cpu" else 3),
         "saving models": max(min(MAX_SHARD_BYTES, sum(sizes)), max(sizes)),
     }
 
@@ -186,18 +188,18 @@ def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, de
     print0(f"micro-batches  of at most {largest.tokens:,} tokens, on {world_size} x {device_type}")
     print0(f"compute        {flops / 1e15:,.2f} PFLOP a stage")
     count, names = sum(num_models.values()), ", ".join(num_models)
-    print0(f"disk           {format_bytes(count * stored)} for {count} models" + f": {names}" * bool(names))
+    print0(f"disk           {format_bytes(count * stored)} for {count} models: {names}")
     print0(f"               {format_bytes((config.keep_last + 1) * savepoint)} for savepoints, while a stage runs")
     print0("memory         of a process, estimated:")
     for name, size in estimate_memory(model, largest, config, world_size, device_type).items():
         note = " at the peak, where not all is there at once" if name == "total" else ""
-        print0(f"  {name:17}{format_bytes(size):>10}{note}")
+        print0(f"  {name:20}{format_bytes(size):>10}{note}")
     print0("main memory    of a process, beside what Python and PyTorch take, estimated; one at a time:")
     for name, size in estimate_main_memory(model, config, world_size, device_type).items():
-        note = ", in process 0" if name == "saving models" else ""
-        print0(f"  {name:17}{format_bytes(size):>10}{note}")
+        note = ", on rank 0" if name == "saving models" else ""
+        print0(f"  {name:20}{format_bytes(size):>10}{note}")
     data = sum(getattr(dataset, name).nbytes for name in ARRAY_DTYPES)
-    print0(f"  {'encoded data':17}{format_bytes(data):>10}, mapped: freed where memory is short")
+    print0(f"  {'encoded data':20}{format_bytes(data):>10}, mapped: freed where memory is short")
     if world_size > 1:
         print_zero_stages(model, largest, config, world_size, device_type)
 
@@ -206,12 +208,13 @@ def print_zero_stages(
     model: Transformer, largest: LargestMicroBatch, config, world_size: int, device_type: str
 ) -> None:
     """Print what each stage of ZeRO takes: memory of a process, and bytes that it sends in a step."""
-    print0(f"--zero_stage   memory of a process, and what it sends in a step of {largest.passes} micro-batches:")
+    count = largest.num_micro_batches
+    print0(f"--zero_stage   memory of a process, and what it sends in a step of {count} micro-batches:")
     for stage in (3, 2, 1):
         choice = replace(config, zero_stage=stage)
         memory = estimate_memory(model, largest, choice, world_size, device_type)["total"]
-        sent = estimate_communication(model, choice, world_size, largest.passes)
-        print0(f"  {stage:<17}{format_bytes(memory):>10}{format_bytes(sent):>10}")
+        sent = estimate_communication(model, choice, world_size, count)
+        print0(f"  {stage:<20}{format_bytes(memory):>10}{format_bytes(sent):>10}")
 
 
 def print_example(dataset: Dataset, tokenizer: Tokenizer) -> None:

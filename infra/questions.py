@@ -10,7 +10,7 @@ from infra.records import read_records, summarize_notes
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
 ANSWER_KEYS = ("answer_idx", "answer_index", "answer", "answerKey")  # the first one that a record has is read
-SUBJECT_KEYS = ("subject", "category", "meta_info")  # likewise
+SUBJECT_KEYS = ("subject", "category", "meta_info")  # the first one that a record has is read
 READ_KEYS = {"question", "options", "choices", *ANSWER_KEYS, *SUBJECT_KEYS}
 
 

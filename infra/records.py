@@ -1,7 +1,6 @@
-"""Records of data files: .jsonl, .json, .parquet and .gz, one file or many, told apart by what they hold.
+"""Records of data files (.jsonl, .json, .parquet and .gz): which files, how each is read in chunks, which are bad.
 
-What the keys of a record mean is in infra/formats.py. Here is where records are, how a file is read in parts, and which
-records are bad.
+A file is known by its content, not by its name. What the keys of a record mean is in infra/formats.py.
 """
 
 import base64
@@ -19,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.files import LFS_POINTER, check_file, sha256_of
+from infra.files import check_file, check_no_pointer, file_sha256, parse_json
 from infra.terminal import printable
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def _bare_name(file: Path) -> str:
 
 def data_checksums(data) -> list[str]:
     """The SHA-256 of each file of `data`."""
-    return [checksum for file in find_files(data) for checksum in sha256_of(file)]
+    return [file_sha256(file) for file in find_files(data)]
 
 
 def describe(data) -> str:
@@ -100,7 +99,7 @@ def describe(data) -> str:
     return str(data[0]) if len(data) == 1 else f"{data[0]} and {len(data) - 1} more"
 
 
-# --- Parts of a file --------------------------------------------------------------------------------------------------
+# --- Chunks of a file -------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES, CHUNK_ROWS = 2**22, 4096
 MAX_CHUNKS = 16  # of a row group, which is read as a whole for each of them
@@ -189,7 +188,7 @@ Chunk = Lines | Document | Rows
 
 
 def split_file(path: Path) -> Iterator[Chunk]:
-    """Divide a data file into parts that can be read alone. ValueError says what a file is that holds no records."""
+    """Divide a data file into chunks that can be read alone. ValueError says what a file is that holds no records."""
     with open(path, "rb") as file:
         start = file.read(8)
     if start[:4] == b"PAR1":
@@ -201,10 +200,9 @@ def split_file(path: Path) -> Iterator[Chunk]:
     for signature, what in _NO_TEXT.items():
         if start.startswith(signature):
             raise ValueError(f"{path}: {what}")
+    check_no_pointer(path)
     with _open(path) as file:
         content, first = file.read(CHUNK_BYTES) + file.readline(), 1
-        if content.startswith(LFS_POINTER):
-            raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run: git lfs pull")
         content = content.removeprefix(b"\xef\xbb\xbf")
         if _is_document(path, content, is_whole=not (rest := file.read(64)).strip()):
             yield Document(path)
@@ -217,7 +215,7 @@ def split_file(path: Path) -> Iterator[Chunk]:
 
 
 def split_files(data) -> Iterator[Chunk]:
-    """The parts of all files of `data`, in order."""
+    """The chunks of all files of `data`, in order."""
     return (chunk for file in find_files(data) for chunk in split_file(file))
 
 
@@ -314,16 +312,6 @@ def _split_parquet(path: Path) -> Iterator[Rows]:
         first += size
 
 
-def parse_json(content: bytes):
-    """The JSON value of a text. ValueError says why it is none."""
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text; save the file in that encoding") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-
-
 def json_lines(chunk: Chunk) -> Iterator[bytes]:
     """Each record as a line of JSON; lines that are in the file stay as they are."""
     if isinstance(chunk, Lines):
@@ -357,38 +345,41 @@ class BadRecord(NamedTuple):
     record: str  # as text
 
 
+def as_object(record) -> dict:
+    """A record as an object; a list of messages stands for {"messages": …}. ValueError for anything else."""
+    record = {"messages": record} if is_conversation(record) else record
+    if not isinstance(record, dict):
+        raise ValueError(f"an object with keys is expected, not {type(record).__name__}")
+    return record
+
+
 @dataclass
 class Reading:
     """What was found while reading records: how many there are, which are bad, what was ignored."""
 
+    num_records: int = 0  # good and bad ones
     counts: Counter = field(default_factory=Counter)  # records of each file
     bad: list[BadRecord] = field(default_factory=list)
     notes: Counter = field(default_factory=Counter)  # what was left out of how many records
 
-    @property
-    def num_records(self) -> int:
-        """How many records there are, good and bad."""
-        return self.counts.total()
-
     def add(self, other: "Reading") -> None:
-        """Add what was found in a later part."""
+        """Add what was found in a later chunk."""
+        self.num_records += other.num_records
         self.counts += other.counts
         self.bad += other.bad
         self.notes += other.notes
 
     def parse(self, chunk: Chunk, parse: Callable) -> Iterator:
-        """Yield `parse(record)` of the good records of a part; a ValueError of `parse` makes a record bad."""
+        """Yield `parse(record)` of the good records of a chunk; a ValueError of `parse` makes a record bad."""
         file = str(chunk.path)
         for place, record in chunk.records():
+            self.num_records += 1
             self.counts[file] += 1
             if isinstance(record, Unreadable):
                 self.bad.append(BadRecord(file, place, record.reason, record.text))
                 continue
             try:
-                values = {"messages": record} if is_conversation(record) else record
-                if not isinstance(values, dict):
-                    raise ValueError(f"an object with keys is expected, not {type(values).__name__}")
-                yield parse(values)
+                yield parse(as_object(record))
             except ValueError as error:
                 text = to_json_line(record).decode().rstrip("\n")
                 self.bad.append(BadRecord(file, place, str(error), text))
@@ -434,7 +425,7 @@ class Reading:
 def summarize_notes(data, parsed: list) -> list[str]:
     """Lines that say what was left out of records: the `notes` of what `read_records` has returned."""
     notes = Counter(note for value in parsed for note in value.notes)
-    lines = Reading(Counter({describe(data): len(parsed)}), notes=notes).summary()
+    lines = Reading(len(parsed), notes=notes).summary()
     return [f"{describe(data)}: {line}" for line in lines]
 
 

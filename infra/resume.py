@@ -1,4 +1,4 @@
-"""Whether a run that is resumed, or run stage by stage, is still the same run: config.json in the output folder.
+"""config.json of a run: whether a resumed run, or its next stage, has the settings and files that it began with.
 
 Below, `config` is a `train.TrainConfig`.
 """
@@ -6,9 +6,9 @@ Below, `config` is a `train.TrainConfig`.
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from infra.distributed import on_rank0, rank
-from infra.files import read_json, sha256_of, write_json
-from infra.output import forget_results, has_begun, load_results, stages_of
+from infra.distributed import on_rank0
+from infra.files import file_sha256, model_sha256, read_json, write_json
+from infra.output import STAGES, load_results, read_config, stages_of
 from infra.records import data_checksums
 
 # What a resumed run may change: results depend on it up to rounding at most. Of files, the content is compared.
@@ -57,11 +57,9 @@ def continue_config(config):
 def begin_run(config) -> None:
     """Write config.json, with checksums of the files that the run reads, and remove results of stages that begin again.
 
-    Flags of other stages stay in config.json as they are. Raises ValueError for the first file whose content is not
-    what it was when the run began.
+    For rank 0. Flags of other stages stay in config.json as they are. Raises ValueError for the first file whose
+    content is not what it was when the run began.
     """
-    if rank() != 0:
-        return
     before = _config_before(config)
     content = before.get("content") if isinstance(before.get("content"), dict) else {}
     checksums = input_checksums(config)
@@ -86,10 +84,32 @@ def begin_run(config) -> None:
 
 
 def _config_before(config) -> dict:
-    """What config.json says of the run that is resumed, or of which another stage is run. Empty for a new run."""
-    file = Path(config.output) / "config.json"
-    goes_on = file.is_file() and (config.resume or has_begun(Path(config.output)))
-    return read_json(file) if goes_on else {}
+    """The config.json that this run continues, resumed or by another stage; {} for a new run."""
+    output = Path(config.output)
+    return read_config(output) if config.resume or has_begun(output) else {}
+
+
+def has_begun(output: Path) -> bool:
+    """Whether a stage has left something in the folder: what it makes, a result or a savepoint."""
+    made = any((output / stage.path).exists() for stage in STAGES.values())
+    return made or bool(load_results(output)) or any((output / "resume").glob("*"))
+
+
+def forget_results(config) -> None:
+    """Remove the results of the stages that begin now, if the run is not resumed.
+
+    The scores that a reference run or an online run has made are no longer those of the one that begins.
+    """
+    if config.resume:
+        return
+    results = load_results(Path(config.output))
+    begins = {STAGES[stage].result for stage in stages_of(config)}
+    of_online_run = results.get("confidence", {}).get("online", False)
+    if config.online or ("ntp" in begins and not of_online_run):
+        begins.add("confidence")
+    if begins & results.keys():
+        kept = {name: entry for name, entry in results.items() if name not in begins}
+        write_json(Path(config.output) / "results.json", kept)
 
 
 def _stage_may_change(config) -> set:
@@ -100,12 +120,9 @@ def _stage_may_change(config) -> set:
 
 def check_model_unchanged(config) -> None:
     """ValueError if the base is not what it was when the run began: two models that are compared start from one."""
-    if rank() == 0:
-        checksums = read_json(Path(config.output) / "config.json")["content"]
-        if sha256_of(config.model) != checksums["model"]:
-            raise ValueError(
-                f"{config.model}: is not what it was when the run began; bring its content back, and --resume"
-            )
+    checksums = read_json(Path(config.output) / "config.json")["content"]
+    if model_sha256(config.model) != checksums["model"]:
+        raise ValueError(f"{config.model}: is not what it was when the run began; bring its content back, and --resume")
 
 
 def check_scores(config) -> None:
@@ -118,7 +135,7 @@ def check_scores(config) -> None:
         what = "holds the scores of a run with --confidence online"
     elif not entry:
         what = "is not recorded as made from this reference run"
-    elif "sha256" in entry and sha256_of(file) != entry["sha256"]:
+    elif "sha256" in entry and file_sha256(file) != entry["sha256"]:
         what = "is not what the confidence stage has written"
     else:
         return
@@ -129,7 +146,7 @@ def check_scores(config) -> None:
 
 def input_checksums(config) -> dict:
     """Checksums of the files that a run reads."""
-    checksums = {"model": sha256_of, "data": data_checksums, "eval_data": data_checksums}
+    checksums = {"model": model_sha256, "data": data_checksums, "eval_data": data_checksums}
     if not config.online and "sftmix" in stages_of(config):
-        checksums["confidence"] = sha256_of
+        checksums["confidence"] = file_sha256
     return {name: of(getattr(config, name)) for name, of in checksums.items() if getattr(config, name) is not None}

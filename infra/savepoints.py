@@ -17,12 +17,11 @@ import torch
 from infra.distributed import (
     all_reduce_sum,
     barrier,
-    broadcast_object,
     gather_objects,
+    on_rank0,
     print0,
     rank,
     temporary_folder,
-    wait_for_rank0,
 )
 from infra.files import MANIFEST, atomic_write, checksums, fsync, read_json, utf8_folder, verify_manifest, write_json
 from infra.fsdp import local_shard, reshard
@@ -30,7 +29,7 @@ from infra.hf import split_into_shards
 from infra.metrics import StepMetrics
 from model import Transformer
 
-MAX_PART_BYTES = 5 * 10**8  # of a file of a savepoint
+MAX_FILE_BYTES = 5 * 10**8  # of a savepoint
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,11 @@ class Savepoints:
 
     def load(self, model: Transformer, optimizer, metrics: StepMetrics, accumulator=None) -> int:
         """Restore the newest intact savepoint. -> the number of steps done, 0 if there is no savepoint"""
-        if rank() == 0:
-            for unfinished in (self.output / "resume").glob("*.partial"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        step = self._newest_intact() if rank() == 0 else None
-        wait_for_rank0()  # hashing a savepoint may take long
-        step = broadcast_object(step)
-        if rank() == 0:
-            self._rewind_metrics(step)
+        step = on_rank0(self._rewind)
         if step == 0:
             return 0
         path = self.output / "resume" / f"{self.stage}-step-{step}"
-        print0(f"{self.stage:>10}  resumes after step {step}")
+        print0(f"{self.stage}: resumes after step {step}")
         reshard(model)
         state = read_json(path / "state.json")
         score_tensors = _score_tensors(accumulator)
@@ -109,7 +101,7 @@ class Savepoints:
         return step
 
     def clear(self) -> None:
-        """Remove the savepoints of a finished stage, and the scores of checkpoints that its stage has kept."""
+        """Remove the savepoints of a finished stage, and resume/STAGE, where the confidence stage keeps scores."""
         if rank() == 0:
             for folder in [*(folder for _, folder in self._existing()), self.output / "resume" / self.stage]:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -123,12 +115,18 @@ class Savepoints:
         found = [(f.name.removeprefix(prefix), f) for f in (self.output / "resume").glob(f"{prefix}*")]
         return sorted((int(step), folder) for step, folder in found if step.isdecimal())
 
+    def _rewind(self) -> int:
+        """Remove what is newer than the newest intact savepoint, in metrics.jsonl too. -> its step, 0 without one"""
+        for unfinished in (self.output / "resume").glob("*.partial"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        step = self._newest_intact()
+        self._rewind_metrics(step)
+        return step
+
     def _newest_intact(self) -> int:
         for step, folder in reversed(self._existing()):
             try:
-                verify_manifest(folder)
-                if not (folder / MANIFEST).is_file():
-                    raise ValueError(f"{folder / MANIFEST}: not found")
+                verify_manifest(folder, required=True)
                 return step
             except (ValueError, OSError) as error:
                 print0(f"warning: {error}: passed over", sys.stderr)
@@ -167,11 +165,11 @@ def _storage_writer(dcp, folder: Path, tensors: dict[str, torch.Tensor]):
     """A writer of PyTorch's distributed checkpoint that needs little main memory.
 
     It copies a file's tensors from the GPU, and serializes them, before it writes them. So each process writes files of
-    at most MAX_PART_BYTES, or of one tensor that is larger, one after the other.
+    at most MAX_FILE_BYTES, or of one tensor that is larger, one after the other.
     """
     sizes = {name: local_shard(tensor).nbytes for name, tensor in tensors.items()}
-    parts = enumerate(split_into_shards(sizes, MAX_PART_BYTES), start=1)
-    file_of = {name: number for number, names in parts for name in names}
+    files = enumerate(split_into_shards(sizes, MAX_FILE_BYTES), start=1)
+    file_of = {name: number for number, names in files for name in names}
     writer = dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
     writer.per_thread_copy_ahead = 0  # or it would copy to pinned memory, which PyTorch never gives back
     return writer

@@ -1,9 +1,10 @@
 """Records of data files by a model's confidence in them: the extremes to look at, the most confident ones to keep.
 
-Below, `dynamics` is a `confidence.TrainingDynamics`, and `by` is `probability` or `perplexity`. Files are read in parts
-and twice: for the ids of all records, and for the records that are shown or kept.
+Below, `dynamics` is a `confidence.TrainingDynamics`, and `by` is `probability` or `perplexity`. Files are read in
+chunks: once for the ids of all records, and again for the records that are shown or kept.
 """
 
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ import numpy as np
 from data import Example, content_id, to_example, unique_ids
 from infra.distributed import print0
 from infra.files import atomic_write
-from infra.records import Reading, describe, find_files, is_conversation, json_lines, split_files
+from infra.records import Reading, as_object, describe, find_files, json_lines, split_files
 from infra.terminal import printable
 
 NUM_NAMED = 5  # records without a score
 SHOWN_CHARACTERS = 600  # of a message
-LABEL_CHARACTERS = 34  # of a prompt and of a response in the data map
+NUM_LABELS = 3  # of the least, and of the most, confident examples in the data map
+LABEL_CHARACTERS = 34  # of a prompt and of a response there
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -45,7 +47,7 @@ def check_flags(parser, args) -> None:
         parser.error("give --checkpoints, --data and --output; or --scores and --plot, --show or --keep")
     if args.scores and args.checkpoints:
         parser.error("--scores: takes the place of --checkpoints")
-    if args.scores and not (selects or args.plot):
+    if args.scores and not (selects or args.plot is not None):
         parser.error("--scores: needs --plot, --show or --keep")
     if selects and not args.data:
         parser.error("--show, --keep: need --data, the examples that were scored")
@@ -55,7 +57,7 @@ def check_flags(parser, args) -> None:
         parser.error(f"--output {args.output}: is written as JSON lines; call it .jsonl")
     if args.most and args.show is None:
         parser.error("--most: needs --show")
-    if args.by and not (selects or args.plot):
+    if args.by and not (selects or args.plot is not None):
         parser.error("--by: needs --show, --keep or --plot")
 
 
@@ -68,44 +70,43 @@ class ScoredRecords(NamedTuple):
     name: str  # of the data in messages
     files: list[Path]
     numbers: np.ndarray  # int64 [R]: the number of each among all records of the files, from 0
-    rows: np.ndarray  # int64 [R]: the index of its scores
+    score_index: np.ndarray  # int64 [R]: the index of its scores
 
     def ranked(self, scores: np.ndarray) -> np.ndarray:
         """The most confident records first, of equal ones the earlier, as in the split: int64 [R]"""
-        return np.argsort(-scores[self.rows], kind="stable")
+        return np.argsort(-scores[self.score_index], kind="stable")
 
 
-def match_scores(data, ids: list[str], skip_bad_records: bool, file=None) -> ScoredRecords:
-    """Find the scores `ids` of the records of data files, and print to `file` what has none.
+def match_scores(data, ids: list[str], skip_bad_records: bool) -> ScoredRecords:
+    """Find the scores `ids` of the records of data files, and print to stderr what has none.
 
     A repeat of a record that was scored once has the score of the first. Raises FileNotFoundError, or ValueError if the
     files cannot be read, have bad records (unless these are to be skipped), or none of their records has a score.
     """
     files, name = find_files(data), describe(data)
-    row_of = {example_id: row for row, example_id in enumerate(ids)}
-    numbers, rows, reading, counts = array("q"), array("q"), Reading(), Counter()
+    index_of = {example_id: index for index, example_id in enumerate(ids)}
+    numbers, score_index, reading, counts = array("q"), array("q"), Reading(), Counter()
     for chunk in split_files(files):
-        before = reading.num_records - reading.counts[str(chunk.path)]  # records of the other files
         for example in reading.parse(chunk, to_example):
             (example_id,) = unique_ids([example.id], counts)
-            numbers.append(before + reading.counts[str(chunk.path)] - 1)
-            rows.append(row_of.get(example_id, row_of.get(example.id, -1)))
+            numbers.append(reading.num_records - 1)
+            score_index.append(index_of.get(example_id, index_of.get(example.id, -1)))
     reading.check(name, skip_bad_records)
-    numbers, rows = np.array(numbers, dtype=np.int64), np.array(rows, dtype=np.int64)
-    has_score = rows >= 0
+    numbers, score_index = np.array(numbers, dtype=np.int64), np.array(score_index, dtype=np.int64)
+    has_score = score_index >= 0
     if not has_score.any():
         raise ValueError(f"{name}: none of its {reading.num_records:,} records has a score; were others scored?")
-    records = ScoredRecords(name, files, numbers[has_score], rows[has_score])
-    print0(f"{name}: {reading.num_records:,} records, {len(records.rows):,} of them with a score", file)
+    records = ScoredRecords(name, files, numbers[has_score], score_index[has_score])
+    print0(f"{name}: {reading.num_records:,} records, {has_score.sum():,} of them with a score", sys.stderr)
     for line in reading.summary():
-        print0(f"{name}: {line}", file)
+        print0(f"{name}: {line}", sys.stderr)
     if len(unscored := numbers[~has_score]):
         places = [place for place, _ in _read(files, unscored[:NUM_NAMED])]
         more = f" and {len(unscored) - NUM_NAMED:,} more" if len(unscored) > NUM_NAMED else ""
         why = "no response to learn within the --max_length of the scores, or not in the data that was scored"
-        print0(f"{name}: {len(unscored):,} left out without a score ({why}): {', '.join(places)}{more}", file)
-    if other := len(ids) - len(np.unique(records.rows)):
-        print0(f"{other:,} of {len(ids):,} scores are of other records", file)
+        print0(f"{name}: {len(unscored):,} left out without a score ({why}): {', '.join(places)}{more}", sys.stderr)
+    if other := len(ids) - len(np.unique(records.score_index)):
+        print0(f"{other:,} of {len(ids):,} scores are of other records", sys.stderr)
     return records
 
 
@@ -123,10 +124,7 @@ def _mask(numbers: np.ndarray) -> np.ndarray:
 
 def _read_examples(records: ScoredRecords, chosen: list[int]) -> list[tuple[str, Example]]:
     """(place, example) of the records `chosen`, in that order."""
-    found = [
-        (place, to_example({"messages": record} if is_conversation(record) else record))
-        for place, record in _read(records.files, records.numbers[chosen])
-    ]
+    found = [(place, to_example(as_object(record))) for place, record in _read(records.files, records.numbers[chosen])]
     return [found[i] for i in np.argsort(np.argsort(chosen))]
 
 
@@ -135,15 +133,15 @@ def _read_examples(records: ScoredRecords, chosen: list[int]) -> list[tuple[str,
 
 def extreme_records(records: ScoredRecords, dynamics, by: str, count: int, most: bool) -> dict[int, int]:
     """The `count` least, or most, confident records that differ, in order -> how often each is there."""
-    content_ids = [content_id(dynamics.ids[row]) for row in records.rows]
+    contents = [content_id(dynamics.ids[index]) for index in records.score_index]
     ranked = records.ranked(dynamics.score(by))
     first_of = {}  # content -> its most extreme record
     for record in ranked if most else ranked[::-1]:
-        first_of.setdefault(content_ids[record], int(record))
+        first_of.setdefault(contents[record], int(record))
         if len(first_of) == count:
             break
-    copies = Counter(content_id for content_id in content_ids if content_id in first_of)
-    return {record: copies[content_id] for content_id, record in first_of.items()}
+    copies = Counter(content for content in contents if content in first_of)
+    return {record: copies[content] for content, record in first_of.items()}
 
 
 def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bool) -> Iterator[str]:
@@ -152,8 +150,8 @@ def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bo
     probability, perplexity = dynamics.confidence, dynamics.mean_perplexity
     examples = _read_examples(records, list(copies))
     for number, ((record, n), (place, example)) in enumerate(zip(copies.items(), examples, strict=True), start=1):
-        row = records.rows[record]
-        scores = f"probability {probability[row]:.4f}  perplexity {perplexity[row]:,.2f}"
+        index = records.score_index[record]
+        scores = f"probability {probability[index]:.4f}  perplexity {perplexity[index]:,.2f}"
         lines = [f"{number}.  {scores}  {place}" + (f"  ({n} copies)" if n > 1 else "")]
         for message in example.messages:
             text = message["content"]
@@ -163,31 +161,32 @@ def show_records(records: ScoredRecords, dynamics, by: str, count: int, most: bo
         yield "\n".join(lines) + "\n"
 
 
-def label_records(records: ScoredRecords, dynamics, by: str, count: int) -> dict[int, str]:
-    """Short names for the `count` least and most confident records: the row of the scores -> prompt → response"""
-    extremes = (extreme_records(records, dynamics, by, count, most) for most in (False, True))
-    chosen = list(dict.fromkeys(number for numbers in extremes for number in numbers))  # few records: they overlap
+def label_records(records: ScoredRecords, dynamics, by: str) -> dict[int, str]:
+    """Short names for the least and the most confident records: the index of their scores -> prompt → response"""
+    extremes = (extreme_records(records, dynamics, by, NUM_LABELS, most) for most in (False, True))
+    chosen = list(dict.fromkeys(record for found in extremes for record in found))  # of few records, the two overlap
     labels = {}
     for record, (_, example) in zip(chosen, _read_examples(records, chosen), strict=True):
         texts = [" ".join(message["content"].split()) for message in example.messages[-2:]]
         short = [text[: LABEL_CHARACTERS - 1] + "…" if len(text) > LABEL_CHARACTERS else text for text in texts]
-        labels[int(records.rows[record])] = " → ".join(short)
+        labels[int(records.score_index[record])] = " → ".join(short)
     return labels
 
 
-def keep_records(records: ScoredRecords, dynamics, by: str, share: float, output: Path, file=None) -> None:
-    """Write the most confident share of the records as JSON lines, in the order of the files, and print what was kept.
+def keep_records(records: ScoredRecords, dynamics, by: str, share: float, output: Path) -> None:
+    """Write the most confident share of the records as JSON lines, in the order of the files.
 
     A line of a .jsonl file stays as it is, byte for byte. ValueError if the share is less than one record.
     """
-    count = round(share * len(records.rows))
+    count = round(share * len(records.numbers))
     if count == 0:
-        raise ValueError(f"--keep {share}: of {len(records.rows):,} records that is none")
-    scores, ranked = dynamics.score(by)[records.rows], records.ranked(dynamics.score(by))
+        raise ValueError(f"--keep {share}: of {len(records.numbers):,} records that is none")
+    scores, ranked = dynamics.score(by)[records.score_index], records.ranked(dynamics.score(by))
     lines = (line for chunk in split_files(records.files) for line in json_lines(chunk))
     with atomic_write(output) as tmp, open(tmp, "wb") as kept:
         if sum(bool(kept.write(line)) for line in compress(lines, _mask(records.numbers[ranked[:count]]))) != count:
             raise ValueError(f"{records.name}: has changed while it was read; run the command again")
     cut = abs(scores[ranked[count - 1]])
     bound = f"{by} of {'at most' if by == 'perplexity' else 'at least'} {cut:,.4f}"
-    print0(f"{output}: {count:,} records kept, with a {bound}; {len(scores) - count:,} less confident left out", file)
+    left_out = f"{len(scores) - count:,} less confident left out"
+    print0(f"{output}: {count:,} records kept, with a {bound}; {left_out}", sys.stderr)

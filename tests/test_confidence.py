@@ -244,9 +244,10 @@ def test_area_under_roc_equals_counting_pairs():
 def test_the_data_map_is_drawn_from_scores(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     DYNAMICS.save(tmp_path / "c.jsonl")
-    with pytest.raises(SystemExit):
-        main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.xyz")])
-    assert "map.xyz: must end in one of ." in capsys.readouterr().err
+    for name in ("", str(tmp_path / "map.xyz")):
+        with pytest.raises(SystemExit):
+            main(["--scores", str(tmp_path / "c.jsonl"), "--plot", name])
+        assert f"--plot {name}: must end in one of ." in capsys.readouterr().err
     main(["--scores", str(tmp_path / "c.jsonl"), "--plot", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     main(["--scores", str(tmp_path / "c.jsonl"), "--by", "perplexity", "--plot", str(tmp_path / "by.png")])
@@ -284,6 +285,7 @@ def test_the_command_line_scores_a_file(tmp_path, tokenizer, capsys):
     shutil.copytree(folder, tmp_path / "runs" / "step-2")
     for changes, message in (
         (["--output", data], "already there"),
+        (["--output", ""], "--output '': names no file"),
         (["--plot", "/none/x.png"], "its folder does not exist"),
         ([str(tmp_path / "runs")], f"; there is one in {tmp_path / 'runs' / 'step-2'}"),
     ):

@@ -1,5 +1,6 @@
 """Formats, encoding, packing, who is trained on when, and the demo corpus."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -157,7 +158,7 @@ def test_system_and_history_of_any_format_come_first():
     [
         ({"instruction": "Answer it.", "question": "Who?", "answer": "Me."}, "Who?", ["instruction"]),
         ({"instruction": "Answer it.", "prompt": "Who?", "completion": "Me."}, "Who?", ["instruction"]),
-        ({"messages": TURN, "id": 3}, "Why?", ["id"]),
+        ({"messages": TURN, "id": 3}, "Why?", []),
         ({"prompt": TURN[:1], "completion": TURN[1:]}, "Why?", []),
     ],
 )
@@ -396,7 +397,7 @@ def test_an_encoded_file_holds_what_its_examples_encode_to(monkeypatch, data_fil
     """In several processes, a few records each, and in one; from the disk as from memory."""
     monkeypatch.setattr(infra.records, "CHUNK_BYTES", part_bytes)
     encode_files(data_file, tokenizer, "alpaca", 150, tmp_path / "encoded")
-    (dataset, _), examples = load_cache(tmp_path / "encoded"), load_examples(data_file)
+    (dataset, _), examples = load_cache(tmp_path / "encoded", [data_file]), load_examples(data_file)
     expected = {example.id: encode_example(example, tokenizer, "alpaca", 150) for example in examples}
     expected = {i: pair for i, pair in expected.items() if set(pair[1]) != {IGNORE_INDEX}}
     assert dataset.ids == list(expected) and len(dataset) == 60 and dataset.num_dropped == 1
@@ -455,8 +456,8 @@ def test_a_bad_record_may_be_nested_deeply(data_file, tokenizer, tmp_path):
     deep = tmp_path / "deep.jsonl"
     deep.write_text(data_file.read_text() + '{"instruction": "x", "z": ' + "[" * 600 + "]" * 600 + "}\n")
     dataset = load_dataset([data_file, deep], tokenizer, "alpaca", 90, tmp_path / "cache", skip_bad_records=True)
-    assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["62"]
-    assert dataset.skipped[0].record.endswith("]" * 600 + "}")
+    assert [bad.place.rpartition(":")[2] for bad in dataset.bad_records] == ["62"]
+    assert dataset.bad_records[0].record.endswith("]" * 600 + "}")
 
 
 def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data_file, tokenizer, tmp_path, capsys):
@@ -470,8 +471,8 @@ def test_bad_records_are_named_or_skipped_in_several_processes(monkeypatch, data
         load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
     dataset = load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache", skip_bad_records=True)
     assert dataset.ids == expected.ids and np.array_equal(dataset.token_ids, expected.token_ids)
-    assert [bad.place.rpartition(":")[2] for bad in dataset.skipped] == ["46", "63"]
-    assert dataset.skipped[0].record == "{broken" and dataset.skipped[1].record == '{"text": " "}'
+    assert [bad.place.rpartition(":")[2] for bad in dataset.bad_records] == ["46", "63"]
+    assert dataset.bad_records[0].record == "{broken" and dataset.bad_records[1].record == '{"text": " "}'
     data_file = data_file.rename(tmp_path / "renamed.jsonl")
     with pytest.raises(ValueError, match=r"renamed\.jsonl: 2 of 63 .*\n.*renamed\.jsonl:46: not valid"):
         load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
@@ -534,7 +535,7 @@ def test_a_damaged_cache_is_told(data_file, tokenizer, tmp_path):
     encode_files(data_file, tokenizer, "alpaca", 90, tmp_path / "encoded")
     (tmp_path / "encoded" / "loss_mask").write_bytes(b"123")
     with pytest.raises(ValueError, match="encoded: damaged; remove that folder"):
-        load_cache(tmp_path / "encoded")
+        load_cache(tmp_path / "encoded", [data_file])
 
 
 def test_an_id_that_was_changed_in_the_cache_is_told(data_file, tokenizer, tmp_path):
@@ -543,8 +544,18 @@ def test_an_id_that_was_changed_in_the_cache_is_told(data_file, tokenizer, tmp_p
     content = bytearray(ids.read_bytes())
     content[-9] ^= 1
     ids.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{ids.parent}: damaged; remove that folder"):
-        load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{ids.parent}: damaged; remove that folder"):
+            load_dataset(data_file, tokenizer, "alpaca", 90, tmp_path / "cache")
+        (ids.parent / "manifest.json").unlink(missing_ok=True)  # without it, nothing says what was written
+
+
+def test_the_same_bytes_under_a_name_that_is_read_otherwise_are_encoded_again(tokenizer, tmp_path):
+    files = [tmp_path / "a" / "x.json.gz", tmp_path / "b" / "x.gz"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(gzip.compress(json.dumps(FORMATS["alpaca"]).encode()))
+    assert len({cache_path(file, tokenizer, "alpaca", 90, tmp_path) for file in files}) == 2
 
 
 def test_what_is_made_ahead_is_one_item_and_errors_come_through():

@@ -11,7 +11,7 @@ from conftest import ROOT, best_device_type, run_script, write_model_and_records
 
 import infra.device
 import infra.distributed
-from infra.device import choose_device, resolve_compile, resolve_dtype
+from infra.device import resolve_compile, resolve_device, resolve_dtype
 from infra.distributed import init_distributed, wait_for_rank0
 from infra.resume import RESUME_MAY_CHANGE
 from train import main, parse_config
@@ -36,18 +36,18 @@ def gpus(monkeypatch):
 def test_each_process_has_the_gpu_of_its_number(gpus, monkeypatch):
     gpus(2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"^--device cuda: process 2 .* PyTorch sees 2; --nproc_per_node 2 starts"):
-        choose_device("cuda")
-    assert choose_device("cpu") == torch.device("cpu")
+        resolve_device("cuda")
+    assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     "usable, there, visible, expected",
     [
         (1, True, None, "cuda"),
-        (0, True, None, "cuda"),  # and then `choose_device` says why it is not usable
+        (0, True, None, "cuda"),  # and then `resolve_device` says why it is not usable
         (0, True, "0", "cuda"),
         (0, True, "", "cpu"),
         (0, True, "-1", "cpu"),
@@ -71,24 +71,24 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(gpus, mo
     monkeypatch.setattr(infra.device, "best_device_type", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(ValueError) as error:
-        choose_device(None)
+        resolve_device(None)
     assert str(error.value) == (
         "PyTorch cannot use a GPU here (The NVIDIA driver on your system is too old (found version 1)); --device cpu "
         "does without one"
     )
-    assert choose_device("cpu").type == "cpu"
+    assert resolve_device("cpu").type == "cpu"
 
 
 def test_an_apple_gpu_has_a_single_process(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("mps").type == best_device_type() == "mps"
+    assert resolve_device("mps").type == best_device_type() == "mps"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert best_device_type() == "cpu"
     with pytest.raises(ValueError, match="--device mps: an Apple GPU runs a single process"):
-        choose_device("mps")
+        resolve_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device mps: PyTorch finds no Apple GPU"):
-        choose_device("mps")
+        resolve_device("mps")
 
 
 def test_bf16_is_refused_on_a_gpu_before_ampere(gpus):

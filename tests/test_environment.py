@@ -18,7 +18,7 @@ import infra.cache
 import infra.locks
 import train as train_module
 from confidence import TrainingDynamics
-from infra.cache import cache_path, choose_cache
+from infra.cache import cache_path, resolve_cache
 from infra.distributed import defer_signals, print0, print_result, set_up_process
 from infra.files import fsync
 from infra.locks import owner_file
@@ -236,16 +236,16 @@ def test_the_cache_is_in_the_output_where_there_is_no_home(tmp_path, monkeypatch
         real(path)
 
     monkeypatch.setattr(infra.cache, "try_to_write", try_to_write)
-    assert choose_cache(output=tmp_path / "o") == str(tmp_path / "o" / "cache")
+    assert resolve_cache(output=tmp_path / "o") == str(tmp_path / "o" / "cache")
     said = capsys.readouterr().out
     assert f"encoded data is kept in {tmp_path}/o/cache" in said and said.count("\n") == 1
-    assert choose_cache().endswith(f"sftmix-{os.getuid()}") and not (tmp_path / "missing").exists()
+    assert resolve_cache().endswith(f"sftmix-{os.getuid()}") and not (tmp_path / "missing").exists()
 
 
 def test_a_cache_that_is_given_comes_first_and_must_be_writable(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert choose_cache() == str(tmp_path / "xdg" / "sftmix")
-    assert choose_cache(tmp_path / "given") == str(tmp_path / "given")
+    assert resolve_cache() == str(tmp_path / "xdg" / "sftmix")
+    assert resolve_cache(tmp_path / "given") == str(tmp_path / "given")
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         main(flags(folder, tmp_path / "o", "--cache", tmp_path / "file"))

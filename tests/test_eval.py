@@ -26,9 +26,9 @@ from eval import (
     split_last_turn,
     wilson_interval,
 )
+from infra.answers import read_prompt
 from infra.generation import Sampling
 from infra.hf import save_model
-from infra.judges import read_prompt
 from infra.output import results_table
 from infra.questions import Question, to_question
 

@@ -7,7 +7,7 @@ from conftest import write_files
 from test_tokenizer import assistant, user
 from test_tokenizer_peers import folders  # noqa: F401
 
-from infra.chat_templates import choose_template
+from infra.chat_templates import resolve_template
 from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
@@ -127,10 +127,10 @@ def test_a_prompt_with_thoughts_resembles_qwen3_only_where_thinking_can_be_turne
         files = {file.name: file.read_bytes() for file in folders["qwen3"].iterdir()} | {
             "chat_template.jinja": jinja.encode()
         }
-        assert choose_template(Tokenizer(files), None) == template
+        assert resolve_template(Tokenizer(files), None) == template
     said = capsys.readouterr().out  # of QWEN2, nothing
     files["chat_template.jinja"] = b"<|im_start|>{{ raise_exception('tools only') }}"
-    assert choose_template(Tokenizer(files), None) == "chatml"
+    assert resolve_template(Tokenizer(files), None) == "chatml"
     unlike = "template chatml: the model's own cannot be rendered and may differ (tools only)\n"
     assert capsys.readouterr().out == unlike
     assert said.startswith("template qwen3: the model's own writes '' after") and said.count("\n") == 1

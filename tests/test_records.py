@@ -274,7 +274,6 @@ def test_a_script_that_skips_no_records_does_not_advise_it(tmp_path):
 
 
 def test_keys_do_not_reach_the_terminal_as_control_characters():
-    reading = Reading()
-    reading.counts["d"] = 1
+    reading = Reading(num_records=1)
     reading.notes["ignored key \x1b[31m"] = 1
     assert reading.summary() == ["ignored keys: \\x1b[31m (in 1) of 1 records"]

@@ -247,7 +247,7 @@ def test_a_savepoint_takes_the_main_memory_of_a_part(tmp_path, monkeypatch):
     model = tiny_model(vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
     state = 12 * sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(infra.savepoints, "MAX_PART_BYTES", state // 20)
+    monkeypatch.setattr(infra.savepoints, "MAX_FILE_BYTES", state // 20)
     monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)  # copies to pinned memory; chosen where CUDA is
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     savepoints = Savepoints(tmp_path, "reference", every=1, keep=2)
@@ -267,7 +267,7 @@ def test_a_savepoint_in_one_file_loads(tmp_path, monkeypatch):
     """As it was written before savepoints had parts."""
     model = tiny_model()
     optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
-    monkeypatch.setattr(infra.savepoints, "MAX_PART_BYTES", 10**9)
+    monkeypatch.setattr(infra.savepoints, "MAX_FILE_BYTES", 10**9)
     savepoints = Savepoints(tmp_path, "reference", every=1, keep=2)
     savepoints.save(3, model, optimizer, metrics)
     folder = tmp_path / "resume" / "reference-step-3"

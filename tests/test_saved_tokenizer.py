@@ -9,7 +9,7 @@ from test_tokenizer import assistant, user
 
 import train
 from data import encode_examples, load_examples
-from infra.chat_templates import choose_template
+from infra.chat_templates import resolve_template
 from infra.hf import save_model
 from infra.inputs import check_saved_tokenizer, fixed_conversations
 from tokenizer import TEMPLATES, Tokenizer
@@ -130,7 +130,7 @@ def test_the_default_chat_template_is_found_as_in_transformers(peers, kinds, tmp
     }
     folder = write_files(tmp_path / "given", files)
     ours, theirs = Tokenizer.from_pretrained(folder), peers.transformers.AutoTokenizer.from_pretrained(folder)
-    assert choose_template(ours, None) == "llama2" and capsys.readouterr().out == ""
+    assert resolve_template(ours, None) == "llama2" and capsys.readouterr().out == ""
     saved = write_files(tmp_path / "saved", {**ours.files_for("llama2"), "config.json": files["config.json"]})
     again = peers.transformers.AutoTokenizer.from_pretrained(saved)
     for messages in peers.CONVERSATIONS[:3]:
@@ -182,12 +182,12 @@ def test_several_chat_templates_without_a_default_are_said(tokenizer, capsys):
     named = [{"name": "rag", "template": "<|im_start|>"}, {"name": "tool_use", "template": "[INST]"}]
     config = json.dumps(json.loads(tokenizer.files[CONFIG]) | {"chat_template": named}).encode()
     several = Tokenizer({**tokenizer.files, CONFIG: config})
-    assert choose_template(several, None) == "alpaca"
+    assert resolve_template(several, None) == "alpaca"
     said = (
         "template alpaca: the model has chat templates named rag, tool_use, and none named default; --template chooses"
     )
     assert capsys.readouterr().out.startswith(said)
-    assert choose_template(several, "mistral") == "mistral" and capsys.readouterr().out == ""
+    assert resolve_template(several, "mistral") == "mistral" and capsys.readouterr().out == ""
 
 
 def test_an_example_or_a_conversation_that_would_change_ends_the_run(tokenizer, tmp_path, monkeypatch):

@@ -243,4 +243,4 @@ def test_names_of_few_records_are_each_given_once(tmp_path):
     ids = [example.id for example in load_examples(tmp_path / "few.jsonl")]
     dynamics = TrainingDynamics(ids, np.array([[0.1, 0.2, 0.3, 0.4]]), np.ones((1, 4)))
     found = match_scores(str(tmp_path / "few.jsonl"), ids, False)
-    assert list(label_records(found, dynamics, "probability", count=3)) == [0, 1, 2, 3]
+    assert list(label_records(found, dynamics, "probability")) == [0, 1, 2, 3]

@@ -113,7 +113,7 @@ def train_two_steps(folder: Path, **settings):
 def save_savepoint(model, folder: Path) -> None:
     """Write a savepoint in small parts, and which files each process has hashed."""
     optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))
-    infra.savepoints.MAX_PART_BYTES, hashed, real = 20_000, [], infra.savepoints.checksums
+    infra.savepoints.MAX_FILE_BYTES, hashed, real = 20_000, [], infra.savepoints.checksums
 
     def checksums(files):
         hashed.append(real(files))
@@ -153,7 +153,7 @@ def seen_in_forward(model_type: str, lora_rank: int | None = None) -> dict:
 
 
 def in_processes(folder: Path) -> None:
-    """What every number of processes does; process 0 writes it down."""
+    """What every number of processes does; rank 0 writes it down."""
     results, local_bytes = {}, {}
     with init_distributed(), pytest.MonkeyPatch.context() as patch:
         # As on GPUs, but for the kernels.

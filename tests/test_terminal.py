@@ -20,8 +20,8 @@ import eval as eval_module
 import train
 from infra import distributed, metrics
 from infra.distributed import init_distributed, print0
-from infra.metrics import Place, log_checkpoint, log_step
-from infra.output import place_of
+from infra.metrics import StagePosition, log_checkpoint, log_step
+from infra.output import stage_position
 
 
 class Terminal:
@@ -86,7 +86,7 @@ def step_record(step: int, **more) -> dict:
     return {"step": step, "total_steps": 20, "epoch": 0, **losses, **times, **more}
 
 
-PLACE = Place("sftmix", 4, 4, work_after=0.5)
+POSITION = StagePosition("sftmix", 4, 4, work_after=0.5)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ PLACE = Place("sftmix", 4, 4, work_after=0.5)
         (30, "4/4 sftmix  step 10/20"),
     ],
 )
-def test_a_progress_line_takes_the_place_of_the_one_before(open_terminal, columns, shown, tmp_path):
+def test_a_progress_line_takes_the_stage_position_the_one_before(open_terminal, columns, shown, tmp_path):
     terminal = open_terminal(columns)
     print0("started")
-    log_step(tmp_path / "m", PLACE, step_record(5))
-    log_step(tmp_path / "m", PLACE, step_record(10))
+    log_step(tmp_path / "m", POSITION, step_record(5))
+    log_step(tmp_path / "m", POSITION, step_record(10))
     assert terminal.screen() == ["started", shown]
     print0("warning: one thing")
-    log_step(tmp_path / "m", PLACE, step_record(20))
+    log_step(tmp_path / "m", POSITION, step_record(20))
     print0("ended")
     started, warning, last, *rest = terminal.screen()
     assert (started, warning, rest) == ("started", "warning: one thing", ["ended", ""])
@@ -128,8 +128,8 @@ def test_pipes_and_terminals_without_escape_sequences_receive_plain_lines(stream
     else:
         monkeypatch.delenv("TERM")
     for step in (5, 10, 20):
-        log_step(tmp_path / "m", PLACE, step_record(step))
-    log_step(tmp_path / "m", PLACE, step_record(20, loss=0.0, mix=None))
+        log_step(tmp_path / "m", POSITION, step_record(step))
+    log_step(tmp_path / "m", POSITION, step_record(20, loss=0.0, mix=None))
     print0("warning: ended")
     text = sys.stdout.getvalue() if stream == "pipe" else terminal.written().replace("\r\n", "\n")
     rest = "loss 1.2500  ntp 1.0000  mix 1.2500  12,346 tokens/s\n"
@@ -230,23 +230,24 @@ def test_the_whole_time_left_is_that_of_the_work_to_come(folder):
 
     inputs = train.Inputs(None, Counts([10] * 12), Counts([10] * 6))
     config = train.TrainConfig(model="m", data="d", output="o", num_checkpoints=2, batch_size=4)
-    reference, scoring, sftmix = (place_of(config, s, inputs) for s in ("reference", "confidence", "sftmix"))
+    reference, scoring, sftmix = (stage_position(config, s, inputs) for s in ("reference", "confidence", "sftmix"))
     assert [str(p) for p in (reference, scoring, sftmix)] == ["2/4 reference", "3/4 confidence", "4/4 sftmix"]
     assert reference.work_after == pytest.approx((0.5 + 2 + 9 + 0.5) / 9)
     assert scoring.work_after == pytest.approx((9 + 0.5) / 2)
     assert sftmix.work_after == pytest.approx(0.5 / 9)
     lora = train.replace(config, lora_rank=4, activation_checkpointing=True, num_checkpoints=100)
-    assert place_of(lora, "reference", inputs).work_after == pytest.approx((0.5 + 9 + 9 + 0.5) / 9)
-    assert str(place_of(train.replace(config, confidence="f"), "sftmix", inputs)) == "3/3 sftmix"
-    assert str(place_of(train.replace(config, confidence="online"), "sftmix", inputs)) == "2/2 sftmix"
-    alone = place_of(train.replace(config, stage="sftmix"), "sftmix", inputs._replace(held_out=None))
-    assert alone == Place("sftmix", 1, 1, 0.0)
-    assert place_of(train.TrainConfig(), "base") == Place("base", 1, 4, 0.0)  # the demo's data is not made yet
+    assert stage_position(lora, "reference", inputs).work_after == pytest.approx((0.5 + 9 + 9 + 0.5) / 9)
+    assert str(stage_position(train.replace(config, confidence="f"), "sftmix", inputs)) == "3/3 sftmix"
+    assert str(stage_position(train.replace(config, confidence="online"), "sftmix", inputs)) == "2/2 sftmix"
+    alone = stage_position(train.replace(config, stage="sftmix"), "sftmix", inputs._replace(held_out=None))
+    assert alone == StagePosition("sftmix", 1, 1, 0.0)
+    base = stage_position(train.TrainConfig(), "base")  # the demo's data is not made yet
+    assert base == StagePosition("base", 1, 4, 0.0)
 
 
 def test_scoring_counts_the_checkpoints_of_this_run(capsys):
     record = {"checkpoint": "a/step-1", "probability": 0.25, "done": 1, "total": 3, "seconds": 100.0}
-    log_checkpoint(record, Place("confidence", 3, 4, 2.0))
+    log_checkpoint(record, StagePosition("confidence", 3, 4, 2.0))
     assert capsys.readouterr().out == (
         "3/4 confidence  1/3 checkpoints  3 min left, 13 min in all  mean gold-token probability 0.2500  a/step-1\n"
     )

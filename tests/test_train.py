@@ -23,7 +23,7 @@ from data import Dataset, build_batch, epoch_order, load_examples, paired_order,
 from infra.cache import load_dataset
 from infra.demo import DEMO_BASE_FLAGS, DEMO_FLAGS
 from infra.device import DTYPES
-from infra.files import sha256_of
+from infra.files import model_sha256
 from infra.hf import load_model, meta_model, save_model
 from infra.plan import (
     LargestMicroBatch,
@@ -631,7 +631,7 @@ def test_scores_are_read_once(finished, copied, monkeypatch):
     shutil.copy(finished / "confidence.jsonl", scores)
     before_stage(monkeypatch, "sftmix", scores.unlink)
     main(flags(copied, copied / "o", "--stage", "sftmix", "--confidence", scores))
-    assert sha256_of(copied / "o" / "sftmix") == sha256_of(finished / "sftmix")
+    assert model_sha256(copied / "o" / "sftmix") == model_sha256(finished / "sftmix")
 
 
 def test_a_base_that_changes_while_a_run_goes_on_is_told(copied, monkeypatch, capsys):
@@ -783,11 +783,12 @@ def test_what_stages_of_zero_take():
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4))
     parameters = sum(p.numel() for p in model.parameters())
-    config, largest = TrainConfig(dtype="bf16"), LargestMicroBatch(tokens=100, supervised=50, passes=3)
+    config, largest = TrainConfig(dtype="bf16"), LargestMicroBatch(tokens=100, supervised=50, num_micro_batches=3)
     stages = [replace(config, zero_stage=stage) for stage in (1, 2, 3)]
     memory = [estimate_memory(model, largest, stage, 8, "cuda") for stage in stages]
-    assert memory[0]["whole weights"] == memory[1]["whole weights"] > 2 * parameters > memory[2]["whole weights"]
-    assert memory[0]["whole gradients"] - 4 * parameters == memory[1]["whole gradients"] == memory[2]["whole gradients"]
+    weights, gradients = ([m[f"temporary {name}"] for m in memory] for name in ("weights", "gradients"))
+    assert weights[0] == weights[1] > 2 * parameters > weights[2]
+    assert gradients[0] - 4 * parameters == gradients[1] == gradients[2]
     assert memory[0]["total"] > memory[1]["total"] > memory[2]["total"]
     again = parameters - 2 * 1000 * 64  # lm_head stays for the backward pass, and the embedding is not used there
     gathered, reduced = (parameters, parameters, 3 * (parameters + again)), (parameters, 3 * parameters, 3 * parameters)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from infra.cli import ArgumentParser, check_output_path
 from infra.distributed import barrier, print0, print_result, rank, wait_for_rank0, world_size
-from infra.files import atomic_write, sha256_of
+from infra.files import atomic_write, model_sha256
 from infra.formats import to_prompt
 from infra.locks import file_lock
 from infra.records import data_checksums, describe, read_records, summarize_notes, to_text
@@ -75,8 +75,7 @@ def read_prompt(record: dict, output_format: str) -> Prompt:
     key = {"alpaca_eval": "instruction", "mt_bench": "question_id"}.get(output_format)
     if key and key not in record:
         raise ValueError(f"--format {output_format} needs {key}")
-    history, turns, notes = to_prompt(record)
-    return Prompt(record, history, turns, [note for note in notes if note != "ignored key id"])  # it is copied
+    return Prompt(record, *to_prompt(record))
 
 
 def load_prompts(args) -> list[Prompt]:
@@ -186,7 +185,7 @@ def progress_file(args, prompts: list[Prompt], template: str, dtype: str):
             stack.enter_context(file_lock(file, message))
             settings = {key: getattr(args, key) for key in ("format", "max_new_tokens", "temperature", "top_p", "seed")}
             settings |= {"template": template, "dtype": dtype, "turns": [len(prompt.turns) for prompt in prompts]}
-            settings |= {"data": data_checksums(args.data), "model": sha256_of(args.model)}
+            settings |= {"data": data_checksums(args.data), "model": model_sha256(args.model)}
             start_or_resume(file, settings)
         wait_for_rank0()  # hashing the model and the data may take long
         yield file
