@@ -146,7 +146,8 @@ def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
         return max(256, 2**22 // vocab_size)
     # Adding to an entry of W's gradient takes 2 FLOPs a position and 8 bytes a chunk; an H100 has time for 300 FLOPs
     # a byte, so for 1,200 positions. 2²⁸ logits are 2,048 at V = 128,256. Tiles of matmul kernels have up to 256 rows.
-    return max(256, 2**28 // vocab_size // 256 * 256)
+    # No more than 8,192, the rows of a usual micro-batch.
+    return max(256, min(2**28 // vocab_size, 2**13) // 256 * 256)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -259,7 +260,8 @@ def _compiled_logits_gradient(device, dtype, padded_V: int):
         logits = torch.zeros(rows, padded_V, dtype=dtype, device=device)
         scale = torch.zeros(rows, 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
         torch._dynamo.mark_static(logits, 1)  # a kernel that knows padded_V knows that rows are aligned
-        compiled(logits, scale.long(), scale[: rows // 2].detach(), scale, scale.sum(), dtype)
+        for pairs in (rows // 2, 0):  # two kernels: for chunks with pairs and without
+            compiled(logits, scale.long(), scale[:pairs].detach(), scale, scale.sum(), dtype)
         return compiled
     except torch.OutOfMemoryError:
         raise

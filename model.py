@@ -464,7 +464,14 @@ def _compiled_block():
     """`Block.compute`, compiled once for rows of any length; `block.compile()` would compile each block by itself."""
     global _sdpa_per_example  # not compiled: the number of its iterations differs from row to row
     _sdpa_per_example = torch.compiler.disable(_sdpa_per_example)  # loads the compiler, for a second: so not earlier
-    return torch.compile(Block.compute, dynamic=True)
+    compiled = torch.compile(Block.compute, dynamic=True)
+
+    def compute(*arguments):
+        # By default, the head_dim of a sharded block would be taken for a size that changes (pytorch#194795).
+        with torch._dynamo.config.patch(skip_fsdp_guards=False):
+            return compiled(*arguments)
+
+    return compute
 
 
 class Transformer(nn.Module):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,7 @@ class Arm(NamedTuple):
     flags: str = "--stage sftmix"
     checkpoints: tuple[int, ...] | None = None  # that its scores are the mean of, by number; None: all
     weaker: bool = False  # its scores are of the weaker model
-    half: int | None = None  # train on the confident half (0) or the unconfident one (1) alone, as many tokens in all
+    half: int | None = None  # train on the confident half (0) or the unconfident one (1) alone, as many examples in all
     loss: Callable | None = None  # (target tokens of the training data, vocabulary size) -> a loss of baselines.py
     parts: dict = {}  # of train.py, by name  # noqa: RUF012
 
@@ -94,6 +95,16 @@ class Arm(NamedTuple):
     def needs_scores(self) -> bool:
         """Whether it is split by the scores of NTP's checkpoints."""
         return self.half is not None or ("sftmix" in self.flags and not {"online", "random"} & {*self.flags.split()})
+
+
+def matching(mu: float, alpha: float = 0.5) -> float:
+    """The ε of label smoothing that moves as much of the targets' weight as Mixup where all tokens that meet differ.
+
+    Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1). The tokens that meet differ at nearly all mixed positions of
+    real data, and at 31 % in the demo, whose answers have fixed words: there, ε = 0.013 is as strong as μ = 0.2, and
+    ε = 0.04 as μ = 1.
+    """
+    return mu / (1 + mu) * alpha / (2 * alpha + 1)
 
 
 def smoothing(epsilon: float) -> Arm:
@@ -107,9 +118,6 @@ def unigram_smoothing(targets, vocab_size: int):
     return partial(baselines.smoothed_loss, epsilon=0.04, towards=towards)
 
 
-# Mixup moves μ/(1+μ) · E[2λ(1−λ)] = μ/(1+μ) · α/(2α+1) of the targets' weight to another token, where the two tokens
-# that meet differ: at 31 % of mixed positions in the demo, whose answers have fixed words; at nearly all in real data.
-# So smoothing is as strong with ε = 0.013 (μ = 0.2) and 0.04 (μ = 1) in the demo, with 0.04 (μ = 0.2) on real data.
 ARMS = {
     "NTP": Arm("--stage reference"),
     "SFTMix": Arm(),
@@ -122,7 +130,7 @@ ARMS = {
     "SFTMix, by perplexity, μ = 1": Arm("--stage sftmix --mu 1 --confidence_by perplexity"),
     "NTP in SFTMix's order": Arm("--stage sftmix --mu 0"),
     "NTP in SFTMix's order, by perplexity": Arm("--stage sftmix --mu 0 --confidence_by perplexity"),
-    "label smoothing, ε = 0.083": smoothing(0.1 / 1.2),
+    "label smoothing, ε = 0.083": smoothing(matching(0.5)),
     "label smoothing, ε = 0.25": smoothing(0.25),
     "SFTMix, by a weaker model": Arm(weaker=True),
     "Mixup alone": Arm("--stage sftmix --ntp_weight 0"),
@@ -150,10 +158,7 @@ ARMS = {
     "beyond: λ leaning to the confident": Arm("--stage sftmix --mu 1", parts={"sample_lambda": leaning}),
     "base": Arm(flags=""),
 }
-NAMES = list(ARMS)
-MAIN, CORE, OFTEN = NAMES[:3], NAMES[:8], NAMES[:10]
-BEYOND = [name for name in NAMES if name.startswith("beyond")]
-REST = NAMES[NAMES.index("Mixup alone") : NAMES.index("IR-DRO")]
+BEYOND = [name for name in ARMS if name.startswith("beyond")]
 COMPARED = [
     ("SFTMix", "random pairs"),
     ("SFTMix, by perplexity", "random pairs"),
@@ -194,27 +199,21 @@ class Real(NamedTuple):
 
 
 BASELINES = ["unigram smoothing, ε = 0.04", "IR-DRO", "NEFTune", "DFT", "EAFT"]
-BASE_135M = [  # what docs/study.md specifies, the most important first
-    "NTP",
-    "random pairs",  # needs no scores, so that it can run beside NTP
-    "SFTMix, by perplexity",
-    "base",
-    "NTP in SFTMix's order, by perplexity",
-    "SFTMix",
-    "label smoothing, ε = 0.04",
-    *BASELINES,
-]
+CONTRAST_ARMS = ["NTP", "random pairs", "SFTMix, by perplexity"]  # random pairs can run beside NTP, needing no scores
+PLANNED = [*CONTRAST_ARMS, "base", "NTP in SFTMix's order, by perplexity"]  # docs/study.md specifies them
 LR_135M = 3e-5  # NTP's best by validation loss, of the grid
 REALS = {
-    "135M Alpaca": Real(BASE_135M, num_train=1000, epochs=3, lr=LR_135M),
-    "135M MedQuAD": Real(BASE_135M[:5], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
-    "135M GSM8K mistakes": Real(BASE_135M[:5], num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M Alpaca": Real(
+        [*PLANNED, "SFTMix", "label smoothing, ε = 0.04", *BASELINES], num_train=1000, epochs=3, lr=LR_135M
+    ),
+    "135M MedQuAD": Real(PLANNED, num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M GSM8K mistakes": Real(PLANNED, num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
     **{
         f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
         for lr in (1e-5, 3e-5, 1e-4, 3e-4)
     },
 }
-FIRST_3M = [*BASE_135M[:4], "label smoothing, ε = 0.04"]
+FIRST_3M = [*CONTRAST_ARMS, "base", "label smoothing, ε = 0.04"]
 STRENGTHS = [  # of smoothing and of Mixup
     *(f"label smoothing, ε = {epsilon}" for epsilon in (0.013, 0.04, 0.083, 0.25)),
     *("SFTMix, μ = 0.1", "SFTMix", "SFTMix, μ = 0.5", "SFTMix, μ = 1"),
@@ -237,6 +236,18 @@ DEMOS = {f"demo {share}": Demo(share / 100) for share in (0, 10, 20, 30, 40)}
 SHARES = list(DEMOS)
 LONG = "demo 30, 10 epochs"
 DEMOS[LONG] = Demo(0.3, epochs=10)
+MAIN = ["NTP", "SFTMix", "random pairs"]
+CORE = [
+    *MAIN,
+    *("SFTMix, μ = 1", "random pairs, μ = 1", "SFTMix, by perplexity"),
+    *("label smoothing, ε = 0.013", "label smoothing, ε = 0.04"),
+]
+OFTEN = [*CORE, "SFTMix, by perplexity, μ = 1", "NTP in SFTMix's order"]
+REST = [
+    *("Mixup alone", "SFTMix, μ = 0.1", "SFTMix, μ = 0.5", "SFTMix, α = 0.1", "SFTMix, α = 2"),
+    *("SFTMix, of the last checkpoint", "SFTMix, of three checkpoints", "SFTMix, online"),
+    *("NTP, confident half", "NTP, unconfident half", "LoRA, NTP", "LoRA, SFTMix"),
+]
 PLAN = [  # corpus and arms; what matters most first
     (LONG, [name for name in OFTEN if name not in ("label smoothing, ε = 0.013", "SFTMix, by perplexity")]),
     ("demo 30", OFTEN),
@@ -427,12 +438,17 @@ def write_cell(cell: Path, parts: dict[str, list[dict]], wrong: list[bool]) -> N
     cell.mkdir(exist_ok=True)
     for name, records in parts.items():
         lines = [json.dumps({key: r[key] for key in ("instruction", "input", "output") if key in r}) for r in records]
-        (cell / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        file, text = cell / f"{name}.jsonl", "".join(line + "\n" for line in lines)
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file}: made from other data; choose another --work")
+        file.write_text(text, encoding="utf-8")
     (cell / "wrong.json").write_text(json.dumps(wrong))
 
 
 def link(path: Path, target: Path) -> None:
     """Make `path` another name of a folder."""
+    if path.exists() and path.resolve() != target.resolve():
+        sys.exit(f"{path}: is {path.resolve()}, and not {target}; choose another --work")
     if not path.exists():
         path.symlink_to(target.resolve())
 
@@ -449,7 +465,7 @@ def read_lines(file: Path) -> list[dict]:
 
 def run_folder(cell: Path, arm: str) -> Path:
     """Where an arm's run is kept until it is measured."""
-    return cell / f"run-{NAMES.index(arm)}"
+    return cell / re.sub(r"\W+", "-", f"run-{arm}")
 
 
 class Cell(NamedTuple):
@@ -555,9 +571,12 @@ def run_one(cell: Cell, arm: str, record: bool = True) -> None:
 
 
 def commit() -> str:
-    """The commit of the code that runs; arms that are compared should have the same of data.py and tokenizer.py."""
-    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of the code that runs, with "+changed" if code has been changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + "+changed" * bool(git("status", "--porcelain", "--", "*.py"))
 
 
 def keep_scores(corpus: str, seed: int, folder: Path) -> None:
@@ -594,7 +613,8 @@ def run(args) -> None:
         real = REALS[args.corpus]
         arms = list(dict.fromkeys(arm for arm in real.arms if args.weaker or not ARMS[arm].weaker))
         arms = [arm for arm in arms if args.arm in (None, arm)]
-        plan, seeds = [(args.corpus, arms[:3]), (args.corpus, arms)], real.seeds  # the two contrasts come first
+        first = [arm for arm in arms if arm in CONTRAST_ARMS]
+        plan, seeds = [(args.corpus, first), (args.corpus, arms)], real.seeds
     else:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:

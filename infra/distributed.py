@@ -126,6 +126,9 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, RuntimeError) and dist.is_initialized() and is_peer_error:
         reason = text.strip().splitlines()[-1]
         _print_error(f"without another process, which has ended, this one cannot go on ({reason})", wait=True)
+    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = text.strip().partition("\n")[0]
+        _print_error(f"torch.compile fails on this model ({reason:.300}); --no_compile does without")
     elif "does not have a deterministic implementation" in text:
         operation = text.partition(" does not")[0]
         _print_error(f"--deterministic: PyTorch has no deterministic {operation} on this device; leave the flag out")
@@ -210,7 +213,8 @@ def barrier() -> None:
 def wait_for_rank0() -> None:
     """Wait until rank 0 is here, for up to a day, since what it does alone (encoding data) may take long."""
     if world_size() > 1:
-        dist.distributed_c10d._set_pg_timeout(timedelta(days=1))
+        if rank() != 0:  # rank 0 comes last: it need not wait a day for a process that has failed
+            dist.distributed_c10d._set_pg_timeout(timedelta(days=1))
         dist.barrier()
         dist.distributed_c10d._set_pg_timeout(TIMEOUT)
 

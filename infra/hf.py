@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from infra.device import local_rank
-from infra.distributed import rank, temporary_folder, world_size
+from infra.distributed import rank, temporary_folder, wait_for_rank0, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -237,7 +237,7 @@ def save_model(
     Everything is written to a temporary folder and moved to `path` when it is on the disk, config.json last: a folder
     that has a config.json is complete. Raises FileExistsError if `path` has one already; nothing is overwritten.
     """
-    path = Path(path)
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     if rank() == 0 and (path / "config.json").exists():
         raise FileExistsError(f"{path}: already holds a model; remove it or choose another folder")
     reshard(model)
@@ -263,6 +263,7 @@ def _write_model(model: Transformer, folder: Path, files: dict[str, bytes], dtyp
                 weights[name] = tensor.detach().to("cpu", dtype or model.get_parameter(name).dtype).contiguous()
         if rank() == 0:
             _write_weights(weights, folder / file)
+        wait_for_rank0()  # or the others would wait for the next file's weights, and not for so long
         weight_map |= dict.fromkeys(names, file)
     if rank() != 0:
         return

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_name("mutations.txt")
-HANGS = 300  # seconds, after which tests have noticed too
+HANGS = 300  # seconds, after which the tests have noticed too, if they take far less without the edit
 
 
 class Mutation(NamedTuple):
@@ -68,13 +68,13 @@ def misfits(mutations: list[Mutation]) -> list[str]:
 
 
 def run_tests(project: Path, tests: tuple[str, ...]) -> str:
-    """Run tests in a copy of the project, up to the first failure: -> "passed", "failed", or what else happened."""
+    """Run tests in a copy of the project, up to the first failure: -> "passed", "failed", "hung" or an error."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, timeout=HANGS)
     except subprocess.TimeoutExpired:
-        return "failed"
+        return "hung"
     said = done.stdout.decode(errors="replace")  # a test prints names that are not UTF-8
     if done.returncode == 0 and " passed" not in said.splitlines()[-1]:
         return "no test was run"
@@ -117,8 +117,9 @@ def main() -> None:
                 sys.exit(f"{' '.join(mutation.tests)}: fails before anything is broken ({said})")
         survivors = []
         for mutation, said in zip(mutations, pool.map(outcome, mutations), strict=True):
-            print(f"{'caught' if said == 'failed' else 'SURVIVED'}  {mutation.file}: {mutation.title}", flush=True)
-            if said != "failed":
+            verdict = {"failed": "caught", "hung": "caught, by a test that hangs"}.get(said, "SURVIVED")
+            print(f"{verdict}  {mutation.file}: {mutation.title}", flush=True)
+            if verdict == "SURVIVED":
                 survivors.append(mutation)
                 if said != "passed":
                     print(said)

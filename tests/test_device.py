@@ -197,6 +197,10 @@ def test_an_operation_without_a_deterministic_form_is_named(capsys):
         (RuntimeError("a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), "out of memory ("),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). More."), "out of memory (MPS backend"),
         (dist.DistNetworkError("The client socket has timed out"), "the processes do not find one another (The client"),
+        (
+            torch._dynamo.exc.InternalTorchDynamoError("no kernel\nat line 3"),
+            "torch.compile fails on this model (no kernel); --no_compile does without",
+        ),
         (AttributeError("no attribute '_set_timeout'"), "Traceback"),
         (KeyError("timeout"), "Traceback"),
         (RuntimeError("CUDA error: the launch timed out and was terminated"), "Traceback"),
@@ -243,13 +247,15 @@ def test_where_one_process_fails_all_end_soon_and_one_line_says_why(tmp_path, fa
     assert 'Traceback (most recent call last):\n  File "' + str(script) not in done.stderr
 
 
-def test_only_what_rank_0_does_alone_may_take_a_day(monkeypatch):
+@pytest.mark.parametrize("rank, before", [(0, []), (1, [timedelta(days=1)])])
+def test_only_what_rank_0_does_alone_may_take_a_day(monkeypatch, rank, before):
     timeouts = []
+    monkeypatch.setattr(infra.distributed, "rank", lambda: rank)
     monkeypatch.setattr(infra.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", timeouts.append)
     monkeypatch.setattr(dist, "barrier", lambda: timeouts.append("waits"))
     wait_for_rank0()
-    assert timeouts == [timedelta(days=1), "waits", infra.distributed.TIMEOUT]
+    assert timeouts == [*before, "waits", infra.distributed.TIMEOUT]
 
 
 def test_a_group_of_processes_is_left_when_all_has_gone_well(monkeypatch):

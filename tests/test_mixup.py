@@ -360,7 +360,7 @@ def test_where_torch_compile_fails_the_loss_goes_on_without_and_one_process_says
     mixup_module._compiled_logits_gradient.cache_clear()
 
 
-def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_width(monkeypatch):
+def test_the_graphs_of_the_trial_are_those_of_all_chunks_and_know_the_width(monkeypatch):
     symbols, sizes = [], []  # of each graph, how many sizes it takes as arguments, and which it is made for
 
     def backend(graph, examples):
@@ -372,15 +372,15 @@ def test_the_graph_of_the_trial_is_that_of_all_chunks_with_pairs_and_knows_the_w
     monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, **named, backend=backend))
     torch._dynamo.reset()
     mixup_module._compiled_logits_gradient.cache_clear()
-    for k, others, graphs in ((5, 0, 1), (9, 0, 1), (0, 7, 2), (0, 9, 2)):
+    for k, others in ((5, 0), (9, 0), (0, 7), (0, 9)):
         # Without gradients, as in the forward pass of an autograd.Function.
         with torch.no_grad():
             compiled = mixup_module._compiled_logits_gradient(torch.device("cpu"), torch.float32, 24)
             logits, y = torch.randn(2 * k + others, 24), torch.randint(24, (2 * k + others, 1))
             compiled(logits, y, torch.rand(k, 1), torch.rand(2 * k + others, 1), torch.tensor(0.1), torch.float32)
-        assert len(symbols) == graphs
-    assert symbols[0] == 2  # rows and pairs
-    assert sizes[0] == {mixup_module.chunk_size(24), mixup_module.chunk_size(24) // 2}
+        assert symbols == [2, 1]  # rows and pairs; rows
+    rows = mixup_module.chunk_size(24)
+    assert sizes == [{rows, rows // 2}, {rows}]
     mixup_module._compiled_logits_gradient.cache_clear()
 
 
@@ -431,9 +431,9 @@ def test_twice_the_same_bits_with_deterministic_algorithms(monkeypatch, device):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_chunks_of_a_gpu_are_whole_tiles_of_at_most_2_28_logits():
-    sizes = {V: mixup_module.chunk_size(V, "cuda") for V in (32000, 49152, 128256, 151936, 262144, 2**22)}
-    assert sizes == {32000: 8192, 49152: 5376, 128256: 2048, 151936: 1536, 262144: 1024, 2**22: 256}
+def test_chunks_of_a_gpu_are_whole_tiles_of_at_most_2_28_logits_and_2_13_rows():
+    sizes = {V: mixup_module.chunk_size(V, "cuda") for V in (1024, 32000, 49152, 128256, 151936, 262144, 2**22)}
+    assert sizes == {1024: 8192, 32000: 8192, 49152: 5376, 128256: 2048, 151936: 1536, 262144: 1024, 2**22: 256}
 
 
 def test_bf16_matmuls_add_to_a_float32_sum(device):

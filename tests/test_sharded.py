@@ -16,7 +16,6 @@ import torch.distributed as dist
 from conftest import random_encoded, run_script, tiny_model
 
 import infra.savepoints
-import model as model_module
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
 from infra.device import DTYPES
@@ -156,9 +155,13 @@ def in_processes(folder: Path) -> None:
     """What every number of processes does; rank 0 writes it down."""
     results, local_bytes = {}, {}
     with init_distributed(), pytest.MonkeyPatch.context() as patch:
-        # As on GPUs, but for the kernels.
-        compiled = torch.compile(model_module.Block.compute, dynamic=True, backend="eager")
-        patch.setattr(model_module, "_compiled_block", lambda: compiled)
+        symbols = []  # of each graph, how many sizes it takes as arguments
+
+        def backend(graph, examples):  # the graphs of a GPU, without its kernels
+            symbols.append(sum(isinstance(x, torch.SymInt) for x in examples))
+            return graph.forward
+
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         for model_name in MODELS:
             for case in CASES_OF[world_size()]:
                 settings = CASES[case]
@@ -179,6 +182,7 @@ def in_processes(folder: Path) -> None:
         if world_size() == 4:
             opened = load_model(folder / "tied-saved-by-2")
             results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
+        results["symbols"] = symbols
         if rank() == 0:
             torch.save(results, folder / f"results-{world_size()}.pt")
             (folder / f"bytes-{world_size()}.json").write_text(json.dumps(local_bytes))
@@ -215,6 +219,12 @@ def test_updates_equal_those_of_one_process(folder, several, model, case):
         assert all(one[name].abs().max() == 0 for name in one if name not in trained)
         one, many = (torch.cat([of[name].flatten() for name in trained]) for of in (one, many))
         assert (one - many).norm() <= (0.04 if "bf16" in case else 1e-5) * one.norm()
+
+
+def test_compiled_blocks_that_are_sharded_take_no_more_sizes_as_arguments(folder):
+    """By default, PyTorch takes the head_dim of a sharded block for a size that changes."""
+    one, two = (torch.load(folder / f"results-{number}.pt")["symbols"] for number in (1, 2))
+    assert min(one) == 1 and two == one
 
 
 def test_in_bf16_the_weights_of_norms_are_float32_and_boundaries_no_tensor(folder):

@@ -89,7 +89,7 @@ def test_the_demos_base_is_pretrained_by_plain_ntp(more):
     ],
 )
 def test_batch_sizes_that_do_not_fit_are_warned_about(capsys, stage, batch_size, expected):
-    warn_about_batch_size(TrainConfig(stage=stage, batch_size=batch_size), num_processes=4 if stage == "all" else 1)
+    warn_about_batch_size(TrainConfig(stage=stage, batch_size=batch_size), world_size=4 if stage == "all" else 1)
     out = capsys.readouterr().out
     assert expected in out and bool(out) == bool(expected)
 
@@ -518,6 +518,43 @@ def test_stages_one_by_one_equal_the_run_at_once(finished, folder):
     assert (output / "confidence.jsonl").read_text() == (finished / "confidence.jsonl").read_text()
 
 
+def assert_trained_by(sampler, config, dataset, folder, output):
+    """The saved SFTMix model is, bit for bit, what training with this sampler gives."""
+    model = load_model(folder / "model")
+    train(model, dataset, config, sampler, lambda record: None)
+    saved = load_file(output / "sftmix" / "model.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+
+
+def test_the_sftmix_run_by_hand(finished, folder, tokenizer):
+    """From the scores that the run left: pairs across the halves, mixed from the first epoch on."""
+    config = parse_config(flags(folder, "none", "--template", "alpaca"))
+    dataset = load_dataset(config.data, tokenizer, "alpaca", 200)
+    halves = split_by_confidence(TrainingDynamics.load(finished / "confidence.jsonl").confidence)
+    assert_trained_by(Sampler(partial(paired_order, *halves, 0)), config, dataset, folder, finished)
+
+
+def test_random_pairs_are_neighbors_in_the_order_of_ntp(folder, tokenizer, tmp_path):
+    choice = ("--template", "alpaca", "--pairing", "random")
+    main(flags(folder, tmp_path / "o", "--stage", "sftmix", *choice))
+    config = parse_config(flags(folder, "none", *choice))
+    dataset = load_dataset(config.data, tokenizer, "alpaca", 200)
+    ntp = train_module.ntp_sampler(dataset, config)
+    assert ntp.num_ntp_epochs == config.epochs
+    assert_trained_by(Sampler(ntp.order), config, dataset, folder, tmp_path / "o")
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma"])
+def test_each_family_runs_the_whole_recipe(copied, tmp_path, tokenizer, model_type):
+    shutil.rmtree(copied / "model")
+    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 512, "model_type": model_type}
+    save_model(tiny_model(**shape), copied / "model", tokenizer.files_for("alpaca"))
+    main(flags(copied, tmp_path / "o"))
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["base"]["loss"] > results["ntp"]["loss"] != results["sftmix"]["loss"]
+    assert load_model(tmp_path / "o" / "sftmix").config.model_type == model_type
+
+
 @pytest.mark.parametrize(
     "choice", [("--pairing", "random"), ("--confidence_by", "perplexity"), ("--mu", 0), ("--ntp_weight", 0)]
 )
@@ -569,10 +606,7 @@ def test_online_is_one_run_that_splits_by_its_own_earlier_epochs(online, folder,
     dataset = load_dataset(config.data, tokenizer, "alpaca", 200)
     halves = split_by_confidence(dynamics.probability[0])
     orders = [epoch_order(20, 0, 0), paired_order(*halves, 0, 1)]
-    model = load_model(folder / "model")
-    train(model, dataset, config, Sampler(orders.__getitem__, num_ntp_epochs=1), lambda record: None)
-    saved = load_file(online / "sftmix" / "model.safetensors")
-    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+    assert_trained_by(Sampler(orders.__getitem__, num_ntp_epochs=1), config, dataset, folder, online)
 
 
 def test_two_processes_end_online_where_one_does(online, folder, tmp_path):
