@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import pack
 from infra.distributed import all_reduce_sum, print0, rank, world_size
+from infra.fsdp import is_sharded
 from model import KVCache, Transformer
 
 # What a generation step may use. On a GPU, cuDNN would plan its kernel for each number of keys, which each step raises.
@@ -88,7 +89,7 @@ def generate(
         indices = own[start : start + batch_size]
         batch = [prompts[i] for i in indices]
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
-        with torch.inference_mode(world_size() == 1):  # faster than no_grad, but not possible with FSDP
+        with torch.inference_mode(not is_sharded(model.head_weight)):  # faster than no_grad, but FSDP refuses it
             asked_before = [repeats[i] for i in indices]
             new_tokens = decode_batch(model, batch, max_new_tokens, stop_ids, sampling, asked_before)
             for step, new_ids in enumerate(new_tokens):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from infra.device import local_rank
-from infra.distributed import rank, temporary_folder, wait_for_rank0, world_size
+from infra.device import local_rank, memory_bytes
+from infra.distributed import on_rank0, rank, temporary_folder, wait_for_rank0, world_size
 from infra.files import (
     MANIFEST,
     atomic_write,
@@ -60,9 +60,9 @@ def load_config(path) -> ModelConfig:
 
 
 def load_model(
-    path, dtype=torch.float32, device="cpu", *, compute_dtype=None, lora_rank=None, lora_alpha=16.0, seed=0
+    path, dtype=torch.float32, device="cpu", *, compute_dtype=None, lora_rank=None, lora_alpha=16.0, seed=0, shard=True
 ) -> Transformer:
-    """Load a model folder, with weights in `dtype`. If there are several processes, the model is sharded over them.
+    """Load a model folder, with weights in `dtype`. With `shard`, the model is sharded over all processes.
 
     `compute_dtype` is the dtype of matmuls (None: `dtype`). If it is given, the weights of norms are float32, as under
     autocast. With `lora_rank`, the weights are frozen, and float32 adapters initialized from `seed` are trained
@@ -74,7 +74,7 @@ def load_model(
     if compute_dtype is not None:
         for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
             norm.float()
-    if world_size() > 1:
+    if shard and world_size() > 1:
         gc.collect()  # frees the previous model: FSDP models contain reference cycles
         apply_fsdp(model, device)
     load_weights(model, map_weights(model, path), device)
@@ -84,8 +84,14 @@ def load_model(
 
 
 def load_for_inference(path, compute_dtype, device) -> Transformer:
-    """Load a model that is not trained, with weights in the dtype of matmuls, so that none is cast when it is used."""
-    return load_model(path, compute_dtype, device, compute_dtype=compute_dtype)
+    """Load a model that is not trained, with weights in the dtype of matmuls, so that none is cast when it is used.
+
+    Each of several processes holds all of it, if that takes at most half of its memory. Otherwise it is sharded, and
+    its weights are gathered in each forward pass, so for each token that is generated.
+    """
+    size = sum(p.numel() for p in meta_model(path).parameters()) * compute_dtype.itemsize
+    shard = 2 * size > on_rank0(memory_bytes, device)
+    return load_model(path, compute_dtype, device, compute_dtype=compute_dtype, shard=shard)
 
 
 def load_models(folders, device, compute_dtype) -> Iterator[Transformer]:

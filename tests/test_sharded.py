@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import random_encoded, run_script, tiny_model
 
+import infra.hf
 import infra.savepoints
 from confidence import score_examples
 from data import Dataset, build_batch, sample_lambda
@@ -23,7 +24,7 @@ from infra.distributed import gather_objects, init_distributed, rank, world_size
 from infra.files import verify_manifest
 from infra.fsdp import apply_fsdp, full_tensor, is_sharded, local_shard
 from infra.generation import generate
-from infra.hf import load_model, save_model
+from infra.hf import load_for_inference, load_model, save_model
 from infra.metrics import StepMetrics
 from infra.plan import estimate_communication
 from infra.savepoints import Savepoints
@@ -45,6 +46,13 @@ CASES = {  # name -> settings; 70 tokens make two micro-batches of a process or 
     "lora, accumulated, whole": {"micro_batch_tokens": 70, "lora_rank": 4, "zero_stage": 1},
     "recomputed, whole": {"micro_batch_tokens": 70, "activation_checkpointing": True, "zero_stage": 1},
     "compiled": {"micro_batch_tokens": 70, "compile": True},
+    "compiled, recomputed": {"micro_batch_tokens": 70, "compile": True, "activation_checkpointing": True},
+    "compiled, lora, recomputed": {
+        "micro_batch_tokens": 70,
+        "compile": True,
+        "activation_checkpointing": True,
+        "lora_rank": 4,
+    },
     "bf16": {"micro_batch_tokens": 70, "dtype": "bf16"},
     "bf16, whole": {"micro_batch_tokens": 70, "dtype": "bf16", "zero_stage": 1},
 }
@@ -159,19 +167,28 @@ def in_processes(folder: Path) -> None:
 
         def backend(graph, examples):  # the graphs of a GPU, without its kernels
             symbols.append(sum(isinstance(x, torch.SymInt) for x in examples))
-            return graph.forward
+            return aot_eager(graph, examples)
 
+        aot_eager = torch._dynamo.lookup_backend("aot_eager")
         patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         for model_name in MODELS:
             for case in CASES_OF[world_size()]:
                 settings = CASES[case]
+                torch._dynamo.reset()  # in a run, one model is compiled
                 name = f"{model_name}, {case}"
+                symbols.clear()
                 *results[name], local_bytes[name] = train_two_steps(folder / model_name, **settings)
-            model = load_model(folder / model_name)
+                results[f"{name}, symbols"] = list(symbols)
             encoded = random_encoded(LENGTHS)
-            results[f"{model_name}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
             prompts = [tokens.tolist() for tokens, _ in encoded]
-            results[f"{model_name}, answers"] = generate(model, prompts, 12, stop_ids=range(0, 300, 7), batch_size=3)
+            size = 4 * sum(p.numel() for p in load_model(folder / model_name).parameters())
+            for held, memory in {"whole": 2 * size, "sharded": 2 * size - 1}.items():
+                patch.setattr(infra.hf, "memory_bytes", lambda device, memory=memory: memory)
+                model = load_for_inference(folder / model_name, torch.float32, "cpu")
+                assert is_sharded(model.head_weight) == (held == "sharded" and world_size() > 1)
+                results[f"{model_name}, {held}, scores"] = [torch.tensor(np.stack(score_examples(model, encoded, 50)))]
+                answers = generate(model, prompts, 12, stop_ids=range(0, 300, 7), batch_size=3)
+                results[f"{model_name}, {held}, answers"] = answers
             before, model = weakref.ref(model), load_model(folder / model_name)
             model = load_model(folder / model_name)
             assert before() is None  # of two models in turn, one at a time takes memory
@@ -182,7 +199,6 @@ def in_processes(folder: Path) -> None:
         if world_size() == 4:
             opened = load_model(folder / "tied-saved-by-2")
             results["opened"] = {name: full_tensor(p) for name, p in opened.named_parameters()}
-        results["symbols"] = symbols
         if rank() == 0:
             torch.save(results, folder / f"results-{world_size()}.pt")
             (folder / f"bytes-{world_size()}.json").write_text(json.dumps(local_bytes))
@@ -223,8 +239,9 @@ def test_updates_equal_those_of_one_process(folder, several, model, case):
 
 def test_compiled_blocks_that_are_sharded_take_no_more_sizes_as_arguments(folder):
     """By default, PyTorch takes the head_dim of a sharded block for a size that changes."""
-    one, two = (torch.load(folder / f"results-{number}.pt")["symbols"] for number in (1, 2))
-    assert min(one) == 1 and two == one
+    for model in MODELS:
+        one, two = both(folder, 2, f"{model}, compiled, symbols")
+        assert one == two and min(one) == 1
 
 
 def test_in_bf16_the_weights_of_norms_are_float32_and_boundaries_no_tensor(folder):
@@ -254,10 +271,11 @@ def test_recomputed_activations_give_the_same_gradients(folder):
 
 @pytest.mark.parametrize("several", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_scores_and_answers_equal_those_of_one_process(folder, several, model):
-    one, many = both(folder, several, f"{model}, scores")
+@pytest.mark.parametrize("held", ["whole", "sharded"])
+def test_scores_and_answers_equal_those_of_one_process(folder, several, model, held):
+    one, many = both(folder, several, f"{model}, {held}, scores")
     torch.testing.assert_close(one, many, rtol=1e-5, atol=0)
-    one, many = both(folder, several, f"{model}, answers")
+    one, many = both(folder, several, f"{model}, {held}, answers")
     assert one == many
     assert len({len(answer) for answer in one}) > 2  # some stop early, at their own time
 
