@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from files import atomic_write, check_file
+from files import check_file, write_json_lines
 """
 THEIR_TEST = """
 import numpy as np
