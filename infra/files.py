@@ -57,7 +57,7 @@ def write_json_lines(file: Path, values: Iterable) -> None:
         lines.writelines(json.dumps(value) + "\n" for value in values)
 
 
-# --- Writing ---------------------------------------------------------------------------------------------------
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

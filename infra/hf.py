@@ -89,8 +89,10 @@ def load_for_inference(path, compute_dtype, device) -> Transformer:
     Each of several processes holds all of it, if that takes at most half of its memory. Otherwise it is sharded, and
     its weights are gathered in each forward pass, so for each token that is generated.
     """
-    size = sum(p.numel() for p in meta_model(path).parameters()) * compute_dtype.itemsize
-    shard = 2 * size > on_rank0(memory_bytes, device)
+    shard = False
+    if world_size() > 1:
+        size = sum(p.numel() for p in meta_model(path).parameters()) * compute_dtype.itemsize
+        shard = 2 * size > on_rank0(memory_bytes, device)
     return load_model(path, compute_dtype, device, compute_dtype=compute_dtype, shard=shard)
 
 

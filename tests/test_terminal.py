@@ -97,7 +97,7 @@ POSITION = StagePosition("sftmix", 4, 4, work_after=0.5)
         (30, "4/4 sftmix  step 10/20"),
     ],
 )
-def test_a_progress_line_takes_the_stage_position_the_one_before(open_terminal, columns, shown, tmp_path):
+def test_a_progress_line_takes_the_place_of_the_one_before(open_terminal, columns, shown, tmp_path):
     terminal = open_terminal(columns)
     print0("started")
     log_step(tmp_path / "m", POSITION, step_record(5))
