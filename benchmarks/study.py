@@ -207,7 +207,7 @@ REALS = {
         [*PLANNED, "SFTMix", "label smoothing, ε = 0.04", *BASELINES], num_train=1000, epochs=3, lr=LR_135M
     ),
     "135M MedQuAD": Real(PLANNED, num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
-    "135M GSM8K mistakes": Real(PLANNED, num_train=256, epochs=2, lr=LR_135M, num_held_out=300),
+    "135M GSM8K mistakes": Real(PLANNED, num_train=256, epochs=2, lr=LR_135M, seeds=5, num_held_out=300),
     **{
         f"135M grid, lr {lr:g}": Real(["NTP"], num_train=256, epochs=3, lr=lr, seeds=1, num_held_out=0)
         for lr in (1e-5, 3e-5, 1e-4, 3e-4)
@@ -619,7 +619,7 @@ def run(args) -> None:
         plan, seeds = [(corpus, arms) for corpus, arms in PLAN if args.corpus in (None, corpus)], 10
     for corpus, arms in plan:
         tasks = {}
-        for seed in range(seeds):
+        for seed in args.seeds or range(seeds):
             tasks |= tasks_of_seed(args, corpus, arms, seed)
         run_tasks(tasks, args.jobs)
 
@@ -636,6 +636,7 @@ def main() -> None:
     parser.add_argument("--corpus", choices=(*DEMOS, *REALS), metavar="NAME", help=", ".join((*DEMOS, *REALS)))
     parser.add_argument("--model", type=Path, help="the base of a cell of real data")
     parser.add_argument("--arm", choices=ARMS, metavar="NAME", help="run this arm of a cell of real data alone")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="run these seeds alone")
     parser.add_argument("--weaker", type=Path, help="a smaller base, for an arm whose split is its")
     parser.add_argument("--data", type=Path, help="the data of such a cell in Alpaca's format, .jsonl")
     parser.add_argument("--dtype", choices=DTYPES, default=resolve_dtype(None, "cpu"), help="of matmuls on real data")
