@@ -166,7 +166,7 @@ class TrainConfig:
         None, "torch.compile the blocks: half a minute at the start, then faster (default: on an NVIDIA GPU)"
     )
     deterministic: bool = flag(
-        False, "give the same bits in each run on the same GPU, more slowly; a CPU always does, uncompiled"
+        False, "give the same bits in each run on the same GPU, more slowly; a CPU does, uncompiled"
     )
     tf32: bool = flag(False, "let float32 matmuls on a GPU round their inputs to TF32's 10 bits: faster")
     dry_run: int | None = flag(
@@ -675,13 +675,15 @@ def dry_run(config: TrainConfig, device) -> None:
 def main(argv=None) -> None:
     """Read the command line and run."""
     config = parse_config(argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has restarted the run after a failure
-        config = replace(config, resume=True)
     if config.deterministic:
         set_deterministic()
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     with init_distributed(config.device) as device:
+        # torchrun restarts a run after a failure. Of several machines, it counts that on the one that failed alone.
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if all_reduce_sum(torch.tensor(restarts, device=device)):
+            config = replace(config, resume=True)
         config = replace(config, cache=resolve_cache(config.cache, config.output))
         if config.dry_run is None:
             run(config, device)

@@ -23,10 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import MICRO_BATCH_TOKENS, Dataset, epoch_order
-from infra.device import DTYPES
 from infra.distributed import init_distributed, rank, world_size
 from infra.fsdp import local_shard
-from infra.hf import load_config, load_model, meta_model, save_model
+from infra.hf import load_config, meta_model, save_model
 from infra.plan import (
     LargestMicroBatch,
     estimate_communication,
@@ -36,7 +35,7 @@ from infra.plan import (
     largest_micro_batch,
 )
 from model import ModelConfig, Transformer, add_lora
-from train import Sampler, TrainConfig, train
+from train import Sampler, TrainConfig, load_trainable, train, weights_dtype
 
 # Alpaca, encoded by Llama 2's tokenizer: 125 tokens an example, 64 of them supervised.
 ALPACA = {"examples": 52_002, "tokens": 125, "supervised": 64}
@@ -147,6 +146,7 @@ MEASURED = [  # name, shape, settings
     ("58M", SMALL, {"dtype": "bf16", "micro_batch_tokens": 1024}),
     ("58M", SMALL, {"dtype": "bf16", "activation_checkpointing": True}),
     ("58M", SMALL, {"dtype": "bf16", "lora_rank": 16}),
+    ("58M, stored in bf16", SMALL, {"dtype": "bf16", "lora_rank": 16}),
     ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 3}),
     ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 2}),
     ("3M", TINY, {"dtype": "bf16", "micro_batch_tokens": 256, "zero_stage": 1}),
@@ -175,13 +175,13 @@ def peak_of(function) -> int:
 
 def measure(folder: Path, settings: dict) -> dict:
     """Train for two steps. -> bytes of this process: the peak, the estimate, and weights with optimizer state"""
-    config = TrainConfig(batch_size=16, epochs=2, lr=1e-4, log_every=100, **settings)
+    fixed = {"model": str(folder), "data": "-", "output": "-", "batch_size": 16, "epochs": 2, "log_every": 100}
+    config = TrainConfig(**fixed, **settings)
     dataset = random_dataset(load_config(folder).vocab_size, config.batch_size)
     result = {}
 
     def run():
-        model = load_model(folder, compute_dtype=DTYPES[config.dtype], lora_rank=config.lora_rank)
-        model.activation_checkpointing = config.activation_checkpointing
+        model = load_trainable(config, "cpu")
         sampler = Sampler(partial(epoch_order, len(dataset), 0))
         train(model, dataset, config, sampler, lambda record: None)
         trainable = sum(local_shard(p).numel() for p in model.parameters() if p.requires_grad)
@@ -189,7 +189,7 @@ def measure(folder: Path, settings: dict) -> dict:
 
     result["peak"] = peak_of(run)
     largest = largest_micro_batch(dataset, config, world_size())
-    model = meta_model(folder, lora_rank=config.lora_rank)
+    model = meta_model(folder, weights_dtype(config), config.lora_rank)
     result["estimate"] = estimate_memory(model, largest, config, world_size(), "cpu")["total"]
     return result
 
@@ -211,8 +211,9 @@ def measured() -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        for name, shape in (("3M", TINY), ("58M", SMALL)):
-            save_model(Transformer(ModelConfig(**shape)), Path(folder) / name)
+        for name, shape in {name: shape for name, shape, _ in MEASURED}.items():
+            dtype = torch.bfloat16 if "stored in bf16" in name else torch.float32
+            save_model(Transformer(ModelConfig(**shape)), Path(folder) / name, dtype=dtype)
         for number in (1, 2, 4):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
             done = subprocess.run(

@@ -74,8 +74,9 @@ def load_model(
     if compute_dtype is not None:
         for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
             norm.float()
-    if shard and world_size() > 1:
+    if world_size() > 1:
         gc.collect()  # frees the previous model: FSDP models contain reference cycles
+    if shard and world_size() > 1:
         apply_fsdp(model, device)
     load_weights(model, map_weights(model, path), device)
     if lora_rank:

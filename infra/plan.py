@@ -74,8 +74,9 @@ def temporary_bytes(
     parameters, trainable, head, block = parameter_counts(model)
     element = DTYPES[config.dtype].itemsize
     gradients = 0 if config.lora_rank else 4 * head  # from the loss's forward pass to the backward pass
-    if world_size == 1:  # autocast keeps its bf16 copies until the pass ends
-        return 2 * (head + block * len(model.model.layers)) if element == 2 else 0, gradients
+    if world_size == 1:  # autocast's copies of weights that are not in the dtype of matmuls, kept until the pass ends
+        is_cast = model.head_weight.element_size() != element
+        return is_cast * element * (head + block * len(model.model.layers)), gradients
     if not config.lora_rank:  # before they are reduced to shards
         gradients += 4 * head + (element + 4) * block
     if config.zero_stage == 1 and num_micro_batches > 1:  # summed over micro-batches in float32

@@ -3,6 +3,7 @@
 Below, `config` is a `train.TrainConfig`.
 """
 
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -98,12 +99,15 @@ def has_begun(output: Path) -> bool:
 def forget_results(config) -> None:
     """Remove the results of the stages that begin now, if the run is not resumed.
 
-    The scores that a reference run or an online run has made are no longer those of the one that begins.
+    The scores that a reference run or an online run has made are no longer those of the one that begins. The same
+    holds for those of single checkpoints, which an unfinished confidence stage has kept.
     """
     if config.resume:
         return
     results = load_results(Path(config.output))
     begins = {STAGES[stage].result for stage in stages_of(config)}
+    if "ntp" in begins:
+        shutil.rmtree(Path(config.output) / "resume" / "confidence", ignore_errors=True)
     of_online_run = results.get("confidence", {}).get("online", False)
     if config.online or ("ntp" in begins and not of_online_run):
         begins.add("confidence")

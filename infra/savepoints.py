@@ -124,12 +124,17 @@ class Savepoints:
         return step
 
     def _newest_intact(self) -> int:
+        """The step of the newest intact savepoint, 0 without one. OSError if none of them can be read."""
+        unreadable = None
         for step, folder in reversed(self._existing()):
             try:
                 verify_manifest(folder, required=True)
                 return step
             except (ValueError, OSError) as error:
                 print0(f"warning: {error}: passed over", sys.stderr)
+                unreadable = error if isinstance(error, OSError) else unreadable
+        if unreadable:  # it may be intact, and a run that starts again would remove it
+            raise unreadable
         return 0
 
     def _rewind_metrics(self, step: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +229,17 @@ def test_a_savepoint_outlives_a_damaged_one_of_a_later_step(tmp_path, capsys):
     assert [folder.name for folder in (tmp_path / "resume").iterdir()] == ["reference-step-4"]
 
 
+def test_savepoints_that_cannot_be_read_are_not_taken_for_none(tmp_path, monkeypatch):
+    model, metrics = tiny_model(), StepMetrics(10, torch.device("cpu"))
+    optimizer, savepoints = make_optimizer(model, TrainConfig()), Savepoints(tmp_path, "reference", every=1, keep=1)
+    savepoints.save(4, model, optimizer, metrics)
+    with monkeypatch.context() as patch:  # a file server that does not answer
+        patch.setattr(infra.savepoints, "verify_manifest", lambda *_, **__: Path("/proc/self/mem").read_bytes())
+        with pytest.raises(OSError, match="Input/output error"):
+            savepoints.load(model, optimizer, metrics)
+    assert savepoints.load(model, optimizer, metrics) == 4
+
+
 def test_a_signal_while_the_last_savepoint_is_written_ends_the_run(folder, plain, tmp_path, monkeypatch):
     real = Savepoints.save
 
@@ -306,6 +318,15 @@ def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch
     assert opened == ["step-4", "step-8", "step-8"]
 
 
+def test_scores_on_the_way_are_not_those_of_another_reference_run(folder, tmp_path, monkeypatch):
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    (tmp_path / "o" / "resume" / "confidence").mkdir(parents=True)
+    (tmp_path / "o" / "resume" / "confidence" / "0-step-4.npz").write_bytes(b"of the first reference run")
+    shutil.rmtree(tmp_path / "o" / "reference")
+    main(flags(folder, tmp_path / "o", "--stage", "reference"))
+    main(flags(folder, tmp_path / "o", "--stage", "confidence"))
+
+
 def test_two_processes_go_on_where_one_was_killed(folder, plain, tmp_path, monkeypatch):
     stopped(folder, tmp_path / "o", monkeypatch, step=6)
     done = run_script("train.py", *flags(folder, tmp_path / "o", "--resume"), processes=2)
@@ -334,6 +355,20 @@ def test_torchrun_restarts_a_run_that_then_goes_on(folder, plain, tmp_path):
         one, other = load_file(tmp_path / "o" / name / "model.safetensors"), plain[0][name]
         for key, weight in one.items():  # with another number of threads
             assert (weight - other[key]).norm() <= 1e-4 * weight.norm()
+
+
+def test_a_restart_that_one_machine_counts_is_one_on_all(folder, tmp_path, monkeypatch):
+    """torchrun counts a failure on the machine that had it; the others join the next attempt without counting."""
+    stopped(folder, tmp_path / "o", monkeypatch, step=6)
+    with socket.create_server(("localhost", 0)) as server:
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    processes = []
+    for number in "01":
+        group |= {"RANK": number, "LOCAL_RANK": number, "TORCHELASTIC_RESTART_COUNT": number, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path / "o")]
+        processes.append(subprocess.Popen(command, env={**os.environ, **group}, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and "resumes after step" in said[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

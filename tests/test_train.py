@@ -43,6 +43,7 @@ from train import (
     TrainConfig,
     forward_backward,
     learning_rate,
+    load_trainable,
     main,
     make_optimizer,
     optimizer_step,
@@ -51,6 +52,7 @@ from train import (
     record_dynamics,
     train,
     warn_about_batch_size,
+    weights_dtype,
 )
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
@@ -874,21 +876,30 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(
-    "settings", [{}, {"dtype": "bf16"}, {"activation_checkpointing": True}, {"micro_batch_tokens": 300}]
+    ("settings", "stored"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bf16"}, torch.bfloat16),
+        ({"activation_checkpointing": True}, torch.float32),
+        ({"micro_batch_tokens": 300}, torch.float32),
+        ({"dtype": "bf16", "lora_rank": 4}, torch.float32),
+        ({"dtype": "bf16", "lora_rank": 4}, torch.bfloat16),
+    ],
 )
-def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, shape, settings):
-    save_model(tiny_model(**shape), tmp_path / "m")
-    config = TrainConfig(**{"dtype": "fp32", "batch_size": 8, "epochs": 2, "log_every": 9, "seed": 1, **settings})
+def test_the_memory_estimate_is_within_15_percent_of_what_a_run_takes(tmp_path, shape, settings, stored):
+    save_model(tiny_model(**shape), tmp_path / "m", dtype=stored)
+    fixed = {"model": str(tmp_path / "m"), "data": "-", "output": "-", "dtype": "fp32", "batch_size": 8, "epochs": 2}
+    config = TrainConfig(**{**fixed, "log_every": 9, "seed": 1, **settings})
     dataset = dataset_of([120, 90, 100, 60, 150, 110, 80, 70])
 
     def run():
-        model = load_model(tmp_path / "m", compute_dtype=DTYPES[config.dtype])
-        model.activation_checkpointing = config.activation_checkpointing
+        model = load_trainable(config, "cpu")
         train(model, dataset, config, sampler(lambda epoch: epoch_order(8, 1, 0), mix=True), lambda record: None)
 
     peak = peak_of(run)
     work = largest_micro_batch(dataset, config, 1)
-    estimate = estimate_memory(meta_model(tmp_path / "m"), work, config, 1, "cpu")["total"]
+    model = meta_model(config.model, weights_dtype(config), config.lora_rank)
+    estimate = estimate_memory(model, work, config, 1, "cpu")["total"]
     assert 0.85 < estimate / peak < 1.15
 
 
