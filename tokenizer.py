@@ -144,12 +144,20 @@ TEMPLATE_MARKERS = {
 }
 
 
+def check_conversation(messages: list[dict], template: Template) -> None:
+    """ValueError if a template would write something twice."""
+    is_answer, content = messages[-1]["role"] == "assistant", messages[-1]["content"].lstrip()
+    if template.last_generation_prompt and is_answer and content.startswith("<think>"):
+        raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
+
+
 def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[str, dict[str, str], int | None]]:
     """For each turn, yield the template's text, the contents that belong in it, and its weight in the loss.
 
     The weight is 0 or 1 for an assistant turn and None for a prompt. So an answer of weight 0, which is not learned, is
     encoded apart from its prompt too.
     """
+    check_conversation(messages, template)
     if messages[0]["role"] == "text":  # a plain document
         yield "{assistant}{eos}", {"assistant": messages[0]["content"]}, 1
         return
@@ -158,8 +166,6 @@ def _render_turns(messages: list[dict], template: Template) -> Iterable[tuple[st
         content = message["content"].strip()
         contents = {**contents, message["role"]: content}
         if message["role"] == "assistant":
-            if template.last_generation_prompt and message is messages[-1] and content.startswith("<think>"):
-                raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
             yield template.assistant, contents, int(message.get("weight", 1) != 0)
         elif message["role"] == "user":
             if "system" in contents and number == 1:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import ARRAY_DTYPES, Dataset, encode_examples, to_example, unique_ids
+from data import ARRAY_DTYPES, Dataset, Example, encode_examples, to_example, unique_ids
 from infra.distributed import broadcast_object, exit_on_signals, on_rank0, print0, rank
 from infra.files import MANIFEST, checksums, fsync, name_errors, set_mode, verify_manifest, write_json
 from infra.records import BadRecord, Chunk, Reading, data_checksums, describe, find_files, split_files
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer, check_conversation
 
 ROOT = Path(__file__).parent.parent
 # The code that ids depend on.
@@ -123,8 +123,13 @@ def encode_files(data, tokenizer: Tokenizer, template: str, max_length: int, fol
 def _encode_chunk(tokenizer: Tokenizer, template: str, max_length: int, chunk: Chunk) -> tuple[Dataset, Reading]:
     reading = Reading()
 
+    def parse(record: dict) -> Example:
+        example = to_example(record)
+        check_conversation(example.messages, TEMPLATES[template])
+        return example
+
     def examples():
-        for example in reading.parse(chunk, to_example):
+        for example in reading.parse(chunk, parse):
             reading.notes.update(example.notes)
             yield example
 

@@ -134,15 +134,19 @@ def _match_format(keys, formats: Sequence[Format]) -> Format | None:
 
 def _find_format(record: dict, formats: Sequence[Format]) -> Format:
     # Merged data sets may have "" or [] in the columns of the others. Where no format is filled, an empty key is named.
-    for keys in (_filled_keys(record), record.keys()):
-        if form := _match_format(keys, formats):
-            return form
+    filled = _filled_keys(record)
+    form = _match_format(filled, formats)
+    if form is None or form.prompt == "text":  # Alpaca has a column `text`, and some empty outputs
+        form = next((other for other in formats if other.prompt in filled and other.response in record), form)
+    if form := form or _match_format(record.keys(), formats):
+        return form
     known = sorted({key for form in formats for key in form if key})
     unknown = [key for key in record if key not in (*known, *OPTIONAL_KEYS)]
     near = {key: difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8) for key in unknown}
     hints = [f"{key!r} (did you mean {names[0]!r}?)" for key, names in near.items() if names]
     has = "; ".join(" and ".join(filter(None, form)) for form in formats)
-    found = f"unknown key {', '.join(hints)}" if hints else f"keys {list(record)} are no known format"
+    keys = f"{list(record)[:8]}{' …' * (len(record) > 8)}"
+    found = f"unknown key {', '.join(hints)}" if hints else f"keys {keys} are no known format"
     raise ValueError(f"{found}; a record has one of: {has}")
 
 
@@ -195,7 +199,7 @@ def _take_turns(record: dict, form: Format) -> list:
     if isinstance(turns, list) and form.response is None:
         return turns
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        turns = [{"weight": 0, **turn} for turn in turns]  # of a prompt, nothing is learned
+        turns = [{"weight": 0, **drop_missing(turn)} for turn in turns]  # of a prompt, nothing is learned
         return turns + (response if isinstance(response, list) else [{"role": "assistant", "content": response}])
     if form.prompt in TURN_KEYS:
         raise ValueError(f"{form.prompt} must be a list of turns, not {type(turns).__name__}")

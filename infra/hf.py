@@ -200,8 +200,10 @@ def _weight_files(path: Path) -> list[Path]:
     if file.is_file():
         return [file]
     if not index.is_file():
-        others = sorted(other.name for other in path.glob("*.bin")) + sorted(other.name for other in path.glob("*.pth"))
+        others = [other.name for kind in ("safetensors", "bin", "pth") for other in sorted(path.glob(f"*.{kind}"))]
         why = f"{others[0]} is not read, only safetensors" if others else "there is a configuration but no weights"
+        if others and others[0].endswith(".safetensors"):
+            why = f"nor {INDEX_FILE}, which says what is in {others[0]}"
         raise FileNotFoundError(f"{file}: not found; {why}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

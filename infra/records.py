@@ -23,8 +23,9 @@ from infra.terminal import printable
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz")
-UNREAD_SUFFIXES = (".csv", ".tsv", ".arrow", ".zst", ".xz", ".bz2", ".zip")  # of data files that are not read
+SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet", ".pq", ".gz")
+# Of data files that are not read.
+UNREAD_SUFFIXES = (*".csv .tsv .arrow .feather .zst .zstd .xz .bz2 .zip".split(),)
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -47,8 +48,15 @@ def find_files(data) -> list[Path]:
 
 
 _SPLIT_IN_NAME = re.compile(
-    r"(?<![a-z])(train|test|val|eval|dev|held.?out|hold.?out)(s|set|ing|id|idate|idation|uate|uation)?(?![a-z])"
+    r"(?<![a-z])(train|test|val|eval|dev|held.?out|hold.?out)"
+    r"(s|set|ing|id|idate|idation|uate|uation|data|file|split)?(?![a-z])"
 )
+
+
+def _split_in_name(file: Path) -> str | None:
+    """The split that a file is of, by its name: test of medqa_test.jsonl, of testData.json"""
+    found = _SPLIT_IN_NAME.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", file.name).lower())
+    return found and found[1]
 
 
 def _data_files(files: Iterable[Path]) -> list[Path]:
@@ -66,13 +74,15 @@ def _files_of_folder(folder: Path) -> list[Path]:
         below = sorted({f.parent for f in _data_files(folder.rglob("*"))})
         hint = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
         raise FileNotFoundError(f"{folder}: no file in it ends in {', '.join(SUFFIXES)}{hint}")
-    found = [_SPLIT_IN_NAME.search(f.name.lower()) for f in files]
-    splits = sorted({m[1] for m in found if m})
+    found = [_split_in_name(f) for f in files]
+    splits = sorted({*found} - {None})
     if len(splits) > 1:
         one = "train" if "train" in splits else splits[0]
-        raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give '{folder}/*{one}*'")
+        shards = {re.sub(r"[-_.]?\d+(-of-\d+)?$", "", _bare_name(f)) for f in files if _split_in_name(f) == one}
+        given = " or ".join(f"'{folder}/{name}*'" for name in sorted(shards))
+        raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give {given}")
     if splits and splits != ["train"] and None in found:
-        named, other = files[[m is not None for m in found].index(True)].name, files[found.index(None)].name
+        named, other = files[found.index(splits[0])].name, files[found.index(None)].name
         raise ValueError(f"{folder}: {named} may be of another split than {other}; give the files themselves")
     for one, other in pairwise(sorted(files, key=_bare_name)):
         if _bare_name(one) == _bare_name(other):
@@ -195,7 +205,8 @@ def split_file(path: Path) -> Iterator[Chunk]:
         yield from _split_parquet(path)
         return
     if {".csv", ".tsv"} & {*map(str.lower, path.suffixes)}:
-        convert = "pandas.read_csv(FILE).to_json('data.jsonl', orient='records', lines=True)"
+        table, lines = "read_csv(FILE, dtype=str, keep_default_na=False)", "orient='records', lines=True"
+        convert = f"pandas.{table}.to_json('data.jsonl', {lines})"
         raise ValueError(f"{path}: tables in text are not read; convert it, for instance by {convert}")
     for signature, what in _NO_TEXT.items():
         if start.startswith(signature):

@@ -213,8 +213,10 @@ def test_of_lists_of_parts_only_texts_are_joined():
 
 def test_turns_of_a_prompt_are_not_learned():
     """As TRL has it: of a prompt and its completion, the completion is learned."""
-    messages = to_example({"prompt": [*TURN, TURN[0]], "completion": [TURN[1]]}).messages
-    assert [message.get("weight", 1) for message in messages if message["role"] == "assistant"] == [0, 1]
+    for weight in ({}, {"weight": None}):  # a parquet file has a null for each turn
+        prompt = [turn | weight for turn in (*TURN, TURN[0])]
+        messages = to_example({"prompt": prompt, "completion": [TURN[1]]}).messages
+        assert [message.get("weight", 1) for message in messages if message["role"] == "assistant"] == [0, 1]
 
 
 def test_what_a_second_name_of_a_turn_says_is_noted():
@@ -307,6 +309,8 @@ GOOD = FORMATS["alpaca"]
         ({"instrution": "x", "output": "y"}, "unknown key 'instrution'.*did you mean 'instruction'"),
         ({"foo": 1}, r"keys \['foo'\] are no known format"),
         ({"instruction": "x", "output": "  "}, "output is empty"),
+        ({"instruction": "x", "input": "", "output": "", "text": "### Instruction: x"}, "output is empty"),  # Alpaca
+        ({str(n): {"question": "x"} for n in range(999)}, r"keys \['0', .* '7'\] … are no known format"),
         ({"instruction": "", "output": "y"}, "instruction is empty"),
         ({"instruction": "x", "output": None}, r"keys \['instruction'\] are no known format"),
         ({"instruction": "x", "input": {"a": 1}, "output": "y"}, "input must be a text, not dict"),

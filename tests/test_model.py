@@ -472,6 +472,9 @@ def test_weights_of_another_kind_are_said(tmp_path):
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin is not read, only safetensors"):
         load_model(tmp_path / "m")
+    (tmp_path / "m" / "model-00001-of-00002.safetensors").touch()  # of a download that was stopped
+    with pytest.raises(FileNotFoundError, match=r"not found; nor model.safetensors.index.json, .* in model-00001"):
+        load_model(tmp_path / "m")
 
 
 def test_a_compiled_model_is_saved_under_plain_names(tmp_path):

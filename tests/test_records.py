@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -185,18 +186,31 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file in it ends in .*; there are some in .*data"):
         find_files(tmp_path)
     (tmp_path / "data" / "test-00000.parquet").touch()
-    with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/\*train\*'"):
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); give '.*data/train\*'$"):
         find_files(tmp_path / "data")
     for names in (
         *(("train.jsonl", "val.jsonl"), ("medqa_train.jsonl", "medqa_dev.jsonl"), ("Train.json", "valid.json")),
-        *(("trainset.jsonl", "testset.jsonl"), ("train-1.jsonl", "held_out.jsonl")),
+        *(("trainset.jsonl", "testset.jsonl"), ("train-1.jsonl", "held_out.jsonl"), ("medTrain.pq", "medTest.pq")),
+        *(("traindata.jsonlines", "testdata.jsonlines"), ("train-00000-of-00002.parquet", "evaluation.json")),
     ):
         folder = tmp_path / names[0]
         folder.mkdir()
         for name in (*names, "intervals.jsonl"):
             (folder / name).touch()
-        with pytest.raises(ValueError, match=r"several splits .* give '.*/\*train\*'"):
+        with pytest.raises(ValueError, match=r"several splits .* give '.*'$") as error:
             find_files(folder)
+        assert [f.name for f in find_files(str(error.value).split("'")[1])] == [names[0]]
+    for name in (
+        "train_sft-00000-of-00002.parquet",
+        "train_sft-00001-of-00002.parquet",
+        "train_gen-0.parquet",
+        "test.pq",
+    ):
+        (tmp_path / "words" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "words" / name).touch()
+    with pytest.raises(ValueError, match=r"give '.*/train_gen\*' or '.*/train_sft\*'$"):
+        find_files(tmp_path / "words")
+    shutil.rmtree(tmp_path / "words")
     for names, message in {
         ("alpaca.jsonl", "alpaca_test.jsonl"): "alpaca_test.jsonl may be of another split than alpaca.jsonl",
         ("a.jsonl", "a.jsonl.GZ", "b.jsonl"): "has both a.jsonl and a.jsonl.GZ",

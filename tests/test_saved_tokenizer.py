@@ -9,6 +9,7 @@ from test_tokenizer import assistant, user
 
 import train
 from data import encode_examples, load_examples
+from infra.cache import load_dataset
 from infra.chat_templates import resolve_template
 from infra.hf import save_model
 from infra.inputs import check_saved_tokenizer, fixed_conversations
@@ -250,7 +251,7 @@ def test_fixed_conversations_have_every_number_of_turns():
     assert len(roles) == len({tuple(r) for r in roles}) == 13
 
 
-def test_answers_with_thoughts_are_refused_where_the_prompt_has_an_empty_one(tokenizer):
+def test_answers_with_thoughts_are_refused_where_the_prompt_has_an_empty_one(tokenizer, tmp_path):
     added = {"added_tokens.json": b'{"<|im_start|>": 401, "<|im_end|>": 400}'}
     qwen3 = Tokenizer({**tokenizer.files, **added})
     thought = [user("2 + 3?"), assistant("<think>\nadd\n</think>\n\n5")]
@@ -258,6 +259,11 @@ def test_answers_with_thoughts_are_refused_where_the_prompt_has_an_empty_one(tok
         qwen3.render_conversation(thought, "qwen3")
     qwen3.render_conversation(thought, "chatml")
     qwen3.render_conversation([*thought, user("so?")], "qwen3")  # a thought in an earlier turn is no prompt's
+    records = [{"messages": thought}, *[{"messages": [user(f"{n}?"), assistant("5")]} for n in range(3)]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(ValueError, match=r"d.jsonl:1: an answer begins with <think>"):
+        load_dataset(tmp_path / "d.jsonl", qwen3, "qwen3", 90, tmp_path)
+    assert len(load_dataset(tmp_path / "d.jsonl", qwen3, "qwen3", 90, tmp_path, skip_bad_records=True)) == 3
 
 
 def test_tokenizers_that_differ_in_a_special_token_have_other_fingerprints(kinds):
