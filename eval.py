@@ -477,7 +477,7 @@ def main(argv=None) -> None:
     help, data = "answer the records of a file", "the records"
     command = add_command("generate", generate_answers, help, data)
     add_answer_flags(command)
-    max_new_tokens = (None, "most tokens of an answer (default 512; for mt_bench 1024, as in FastChat)")
+    max_new_tokens = (None, "most tokens of an answer (default 512; for alpaca_eval 2048, for mt_bench 1024)")
     temperature = (None, "of sampling (default 0; for mt_bench by category, as in FastChat)")
     add_sampling_flags(command, max_new_tokens, temperature)
     command = add_command("chat", chat, "talk with a model", None)

@@ -113,10 +113,12 @@ if __name__ == "__main__":
         sys.exit("--output_dir has checkpoints of an earlier run")
     if args.per_device_train_batch_size % 2:
         sys.exit("--per_device_train_batch_size must be even, since SFTMix trains on pairs")
+    if args.resume_from_checkpoint or args.label_smoothing_factor:
+        sys.exit("--resume_from_checkpoint and --label_smoothing_factor: the SFTMix run would not do as they say")
     if args.save_strategy == "no" or args.save_total_limit is not None:
         sys.exit("the checkpoints of the reference run are scored: neither --save_strategy no nor --save_total_limit")
     tokenizer, padding = (kind.from_pretrained(flags.model) for kind in (Tokenizer, hf.AutoTokenizer))
-    limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings)
+    limit = min(1024, hf.AutoConfig.from_pretrained(flags.model).max_position_embeddings - 1)  # and the last target
     examples = load_examples(flags.data)
     template = resolve_template(tokenizer, None)
     encoded = encode_examples(examples, tokenizer, template, limit)
@@ -129,7 +131,12 @@ if __name__ == "__main__":
     padding.pad_token = padding.pad_token or padding.eos_token
     padding.chat_template = tokenizer.chat_template(template)  # saved with each checkpoint
     collator = hf.DataCollatorForSeq2Seq(padding)  # or hf.DataCollatorWithFlattening(), which packs
-    load = partial(hf.AutoModelForCausalLM.from_pretrained, dtype=torch.float32, device_map=args.device)
+
+    def load(folder):
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=args.device)
+        model.generation_config.eos_token_id = tokenizer.stop_ids(template)  # saved, too
+        return model
+
     trainer = Trainer(load(flags.model), args, collator, data, processing_class=padding)
     trainer.train()
     trainer.accelerator.wait_for_everyone()  # for rank 0, which writes the checkpoints

@@ -37,10 +37,17 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.group("hardware").add_argument("--batch_size", type=parser.positive, default=32, metavar="N", help=help)
 
 
+# The most tokens of an answer: FastChat's default, and what AlpacaEval's configurations of models have.
+MAX_NEW_TOKENS = {"jsonl": 512, "alpaca_eval": 2048, "mt_bench": 1024}
+
+
 def resolve_answer_flags(args) -> None:
-    """Fill in what --format decides. Raises ValueError if it needs --output, or what `check_output_path` raises."""
+    """Fill in what --format decides. Raises ValueError for flags that do not go together, or for --output."""
     if args.max_new_tokens is None:
-        args.max_new_tokens = 1024 if args.format == "mt_bench" else 512  # FastChat's default is 1024
+        args.max_new_tokens = MAX_NEW_TOKENS[args.format]
+    is_greedy = args.temperature == 0 or (args.temperature is None and args.format != "mt_bench")
+    if is_greedy and (args.top_p != 1 or args.seed != 0):
+        raise ValueError("--top_p and --seed: are for sampling, which needs a --temperature above 0")
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
     if args.output is not None:

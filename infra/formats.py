@@ -91,7 +91,7 @@ def to_prompt(record: dict) -> tuple[list[dict], list[str], list[str]]:
     """
     record, notes = drop_missing(record), []
     form = _match_format(_filled_keys(record), FORMATS)
-    if "turns" in record or form is None or form.prompt == "text":
+    if isinstance(record.get("turns"), list) or form is None or form.prompt == "text":
         form = _find_format(record, PROMPT_FORMATS)
     if form.prompt == "turns" or (form.prompt == "prompt" and _is_texts(record["prompt"])):
         turns = record.pop(form.prompt)

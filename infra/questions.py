@@ -9,7 +9,7 @@ from infra.formats import drop_missing, ignored_keys, require_text
 from infra.records import read_records, summarize_notes
 
 LETTERS = "ABCDEFGHIJ"  # of the choices
-ANSWER_KEYS = ("answer_idx", "answer_index", "answer", "answerKey")  # the first one that a record has is read
+ANSWER_KEYS = ("answer_idx", "answer_index", "answer", "answerKey")  # of several, all must mean one choice
 SUBJECT_KEYS = ("subject", "category", "meta_info")  # the first one that a record has is read
 READ_KEYS = {"question", "options", "choices", *ANSWER_KEYS, *SUBJECT_KEYS}
 
@@ -52,36 +52,39 @@ def to_question(record: dict) -> Question:
         choices = bare
     if not answers:
         raise ValueError(f"keys {list(record)}: one of {', '.join(ANSWER_KEYS)} is expected")
-    indices = [_index_of(answer, labels, choices, has_numbers) for answer in answers]
-    found = sorted({index for index in indices if index is not None})
-    if not found:
+    meant = [indices for answer in answers if (indices := _indices_of(answer, labels, choices, has_numbers))]
+    if not meant:
         raise ValueError(f"answer {answers[0]!r} is none of the choices")
-    if len(found) > 1:
-        raise ValueError(f"the answer is both {choices[found[0]]!r} and {choices[found[1]]!r}")
-    (answer,), notes = found, ignored_keys(record, known=READ_KEYS)
-    if any(text in labels and text in choices and text != choices[answer] for text in answers):
+    common = [index for index in meant[0] if all(index in indices for indices in meant)]
+    if not common:
+        one, other, *_ = sorted({indices[0] for indices in meant})
+        raise ValueError(f"the answer is both {choices[one]!r} and {choices[other]!r}")
+    notes = ignored_keys(record, known=READ_KEYS)
+    if len(common) > 1:
         notes.append("answer taken for a label, though it is the text of another choice")
 
     subject = next((record[key] for key in SUBJECT_KEYS if key in record), None)
     subject = None if subject is None else str(subject)
-    return Question(require_text(record["question"], "question"), choices, answer, subject, tuple(notes))
+    return Question(require_text(record["question"], "question"), choices, common[0], subject, tuple(notes))
 
 
-def _index_of(answer, labels: list, choices: list[str], has_numbers: bool) -> int | None:
-    """The index of the choice that an answer names by its label, index or text; None if it names none of them."""
-    if type(answer) in (int, str) and answer in labels:
-        return labels.index(answer)
+def _indices_of(answer, labels: list, choices: list[str], has_numbers: bool) -> list[int]:
+    """The indices of the choices that an answer may name: by its label first, then by its text, or by an index."""
     if isinstance(answer, str):
-        return choices.index(answer.strip()) if answer.strip() in choices else None
+        found = [labels.index(answer)] if answer in labels else []
+        found += [choices.index(answer.strip())] if answer.strip() in choices else []
+        return list(dict.fromkeys(found))
     if type(answer) is not int:
-        return None
+        return []
+    if answer in labels:
+        return [labels.index(answer)]
     by_label = labels.index(str(answer)) if str(answer) in labels else None
     by_text = choices.index(str(answer)) if has_numbers and str(answer) in choices else None
     by_index = answer if 0 <= answer < len(choices) else None
     meant = {by_label, by_text, by_index} - {None}
     if len(meant) > 1:
         raise ValueError(f"answer {answer} may be a label, an index or the text of a choice; write it as a text")
-    return min(meant, default=None)
+    return list(meant)
 
 
 def load_questions(path) -> list[Question]:

@@ -232,6 +232,7 @@ def test_several_user_turns_to_answer():
         assert to_prompt({key: ["Why?", "And?", "So?"], "category": ""}) == ([], ["Why?", "And?", "So?"], [])
     for key in ("data", "conversations", "messages"):  # the second text is the assistant's
         assert to_prompt({key: ["Why?", "So."]}) == ([], ["Why?"], [])
+        assert to_prompt({key: ["Why?", "So."], "turns": 1}) == ([], ["Why?"], ["ignored key turns"])
 
 
 @pytest.mark.parametrize(

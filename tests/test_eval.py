@@ -303,6 +303,13 @@ def test_a_label_that_is_the_text_of_another_choice_is_noted():
     assert question.notes == ("answer taken for a label, though it is the text of another choice",)
 
 
+def test_a_label_that_is_the_text_of_another_choice_is_told_by_another_key():
+    """As in MedQA, whose choices may be letters in a figure."""
+    choices = {"A": "B", "B": "C", "C": "D", "D": "E"}
+    question = to_question({"question": "Q?", "options": choices, "answer_idx": "A", "answer": "B"})
+    assert question == Question("Q?", ["B", "C", "D", "E"], 0, None)
+
+
 @pytest.mark.parametrize("command, more", [("choice", {"choices": ["a", "b"], "answer": 0}), ("generate", {})])
 def test_keys_that_are_not_asked_are_named(model_folder, tmp_path, capsys, command, more):
     (tmp_path / "q.json").write_text(json.dumps([{"question": "the dog?", "article": "a fox", **more}] * 2))
@@ -319,6 +326,14 @@ ASKED = {
         for n, category in enumerate(("math", "writing", "stem"))
     ],
 }
+
+
+def test_flags_of_sampling_without_sampling_are_refused(tmp_path, capsys):
+    given = ["generate", "--model", tmp_path, "--data", tmp_path / "q.json"]
+    for more in (["--seed", 1], ["--top_p", 0.9], ["--top_p", 0.9, "--temperature", 0]):
+        with pytest.raises(SystemExit):
+            main([str(argument) for argument in (*given, *more)])
+        assert "--top_p and --seed: are for sampling" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ASKED)
@@ -359,8 +374,8 @@ def test_answers_are_written_in_each_format_and_gone_on_with_when_stopped(
         with open(tmp_path / "o.answered", "a") as file:
             file.write('{"number": 2, "ans')
     with pytest.raises(SystemExit):
-        printed(capsys, *given, tmp_path / "o", "--seed", 1)
-    assert "o.answered: begun with seed 0, not 1" in capsys.readouterr().err
+        printed(capsys, *given, tmp_path / "o", "--max_new_tokens", 5)
+    assert "o.answered: begun with max_new_tokens 6, not 5" in capsys.readouterr().err
     (tmp_path / "q.json").write_text(json.dumps(ASKED[form][::-1]))
     with pytest.raises(SystemExit):
         printed(capsys, *given, tmp_path / "o")

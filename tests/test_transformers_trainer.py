@@ -212,3 +212,10 @@ def test_the_transformers_script_runs_from_end_to_end(tmp_path, tokenizer, monke
         prompt = saved.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
         expected, _ = tokenizer.render_conversation([{"role": "user", "content": "Why?"}], "alpaca")
         assert list(prompt["input_ids"]) == expected
+        generation = hf.GenerationConfig.from_pretrained(next(folder.glob("checkpoint-*")))
+        assert generation.eos_token_id == tokenizer.stop_ids("alpaca")
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv, "--output_dir", str(tmp_path / "o"), "--label_smoothing_factor", "0.1"]
+    )
+    with pytest.raises(SystemExit, match="--label_smoothing_factor: "):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
