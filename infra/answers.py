@@ -45,8 +45,9 @@ def resolve_answer_flags(args) -> None:
     """Fill in what --format decides. Raises ValueError for flags that do not go together, or for --output."""
     if args.max_new_tokens is None:
         args.max_new_tokens = MAX_NEW_TOKENS[args.format]
-    is_greedy = args.temperature == 0 or (args.temperature is None and args.format != "mt_bench")
-    if is_greedy and (args.top_p != 1 or args.seed != 0):
+    if args.temperature is None and args.format != "mt_bench":
+        args.temperature = 0.0
+    if args.temperature == 0 and (args.top_p != 1 or args.seed != 0):
         raise ValueError("--top_p and --seed: are for sampling, which needs a --temperature above 0")
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
@@ -104,11 +105,9 @@ def load_prompts(args) -> list[Prompt]:
 
 
 def temperature_of(prompt: Prompt, args) -> float:
-    """--temperature, or by default 0, and for a question of MT-Bench what FastChat takes for its category."""
+    """--temperature, or by default, for a question of MT-Bench, what FastChat takes for its category."""
     if args.temperature is not None:
         return args.temperature
-    if args.format != "mt_bench":
-        return 0.0
     return MT_BENCH_TEMPERATURE.get(str(prompt.record.get("category")), 0.7)
 
 

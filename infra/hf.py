@@ -76,8 +76,8 @@ def load_model(
             norm.float()
     if world_size() > 1:
         gc.collect()  # frees the previous model: FSDP models contain reference cycles
-    if shard and world_size() > 1:
-        apply_fsdp(model, device)
+        if shard:
+            apply_fsdp(model, device)
     load_weights(model, map_weights(model, path), device)
     if lora_rank:
         reset_lora(model, seed)

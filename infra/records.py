@@ -78,7 +78,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
     splits = sorted({*found} - {None})
     if len(splits) > 1:
         one = "train" if "train" in splits else splits[0]
-        shards = {re.sub(r"[-_.]?\d+(-of-\d+)?$", "", _bare_name(f)) for f in files if _split_in_name(f) == one}
+        shards = {
+            re.sub(r"[-_.]?\d+(-of-\d+)?$", "", _bare_name(f))
+            for f, split in zip(files, found, strict=True)
+            if split == one
+        }
         given = " or ".join(f"'{folder}/{name}*'" for name in sorted(shards))
         raise ValueError(f"{folder}: has files of several splits ({', '.join(splits)}); give {given}")
     if splits and splits != ["train"] and None in found:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -200,17 +199,16 @@ def test_files_that_are_not_there_or_not_meant_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"several splits .* give '.*'$") as error:
             find_files(folder)
         assert [f.name for f in find_files(str(error.value).split("'")[1])] == [names[0]]
+    (tmp_path / "ultrachat").mkdir()
     for name in (
         "train_sft-00000-of-00002.parquet",
         "train_sft-00001-of-00002.parquet",
         "train_gen-0.parquet",
         "test.pq",
     ):
-        (tmp_path / "words" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "words" / name).touch()
+        (tmp_path / "ultrachat" / name).touch()
     with pytest.raises(ValueError, match=r"give '.*/train_gen\*' or '.*/train_sft\*'$"):
-        find_files(tmp_path / "words")
-    shutil.rmtree(tmp_path / "words")
+        find_files(tmp_path / "ultrachat")
     for names, message in {
         ("alpaca.jsonl", "alpaca_test.jsonl"): "alpaca_test.jsonl may be of another split than alpaca.jsonl",
         ("a.jsonl", "a.jsonl.GZ", "b.jsonl"): "has both a.jsonl and a.jsonl.GZ",

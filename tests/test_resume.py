@@ -318,7 +318,7 @@ def test_scores_of_checkpoints_are_kept_on_the_way(folder, tmp_path, monkeypatch
     assert opened == ["step-4", "step-8", "step-8"]
 
 
-def test_scores_on_the_way_are_not_those_of_another_reference_run(folder, tmp_path, monkeypatch):
+def test_scores_on_the_way_are_not_those_of_another_reference_run(folder, tmp_path):
     main(flags(folder, tmp_path / "o", "--stage", "reference"))
     (tmp_path / "o" / "resume" / "confidence").mkdir(parents=True)
     (tmp_path / "o" / "resume" / "confidence" / "0-step-4.npz").write_bytes(b"of the first reference run")
