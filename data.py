@@ -277,7 +277,7 @@ class MicroBatch:
     row: Batch
     supervised: torch.Tensor  # int64 [S]: the supervised positions of the row
     example_index: torch.Tensor  # int64 [S]: the index in the dataset of the example that each belongs to
-    index_c: torch.Tensor  # int64 [M]: the mixed positions, from `mixup.pair_positions`; always in main memory
+    index_c: torch.Tensor  # int64 [M]: the mixed positions, from `mixup.pair_positions`; always on the CPU
     index_u: torch.Tensor  # int64 [M]: and those that they are mixed with
     lam: torch.Tensor  # float32 [M]: λ at each mixed position
 

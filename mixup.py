@@ -107,7 +107,7 @@ def sftmix_loss(
             are in autocast's dtype.
         weight [V, D]: the weight of `lm_head`
         targets int64 [S]: the target tokens, without IGNORE_INDEX
-        index_c, index_u int64 [M]: the paired positions, from `pair_positions`; in main memory, even if hidden is on a
+        index_c, index_u int64 [M]: the paired positions, from `pair_positions`; on the CPU, even if hidden is on a
             GPU, or each call waits for the GPU. A position in several pairs still counts once in L_NTP.
         lam: λ, a number or [M]; gets no gradient
         mu, ntp_weight: the weights of L_Mixup and of L_NTP (1 in the paper)
@@ -273,7 +273,7 @@ def _compiled_logits_gradient(device, dtype, padded_V: int):
 
 
 def to_device(tensor, device):
-    """Copy a tensor from main memory to `device`, a CUDA device without waiting for it."""
+    """Copy a tensor from CPU memory to `device`, a CUDA device without waiting for it."""
     device = torch.device(device)
     if device.type != "cuda":  # on MPS, the memory could be reused before a copy that is not waited for
         return tensor.to(device)

@@ -29,8 +29,8 @@ from infra.hf import load_config, meta_model, save_model
 from infra.plan import (
     LargestMicroBatch,
     estimate_communication,
+    estimate_cpu_memory,
     estimate_flops,
-    estimate_main_memory,
     estimate_memory,
     largest_micro_batch,
 )
@@ -74,7 +74,7 @@ def estimates() -> None:
     print()
     print_communication()
     print()
-    print_main_memory()
+    print_cpu_memory()
 
 
 def print_communication() -> None:
@@ -100,15 +100,15 @@ def print_communication() -> None:
         print(f"| {gpus} | {batch} | {length:,} | {passes} | {compute * 1e3:.0f} | {' | '.join(cells)} |")
 
 
-def print_main_memory() -> None:
-    """Print the main memory that a process needs beside what Python and PyTorch take."""
+def print_cpu_memory() -> None:
+    """Print the CPU memory that a process needs beside what Python and PyTorch take."""
     print("| model | GPUs | to load, GB | to write a savepoint, GB | to save a model, rank 0, GB |")
     print("|---|---|---|---|---|")
     config = TrainConfig(dtype="bf16")
     for name in AT_SCALE:
         model = model_at_scale(name, None, config)
         for gpus in (1, 8):
-            sizes = estimate_main_memory(model, config, gpus, "cuda").values()
+            sizes = estimate_cpu_memory(model, config, gpus, "cuda").values()
             print(f"| {name} | {gpus} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |")
 
 
@@ -165,7 +165,7 @@ def random_dataset(vocab_size: int, examples: int) -> Dataset:
 
 
 def peak_of(function) -> int:
-    """The peak of the bytes that `function()` allocates in main memory."""
+    """The peak of the bytes that `function()` allocates in CPU memory."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -126,15 +126,15 @@ def resolve_hardware(config, device):
 
 
 def memory_bytes(device) -> int:
-    """The memory of this process: that of its GPU, or its share of the machine's main memory."""
+    """The memory of this process: that of its GPU, or its share of the machine's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    main_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return main_memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cpu_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return cpu_memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory_bytes(device) -> int:
-    """Peak memory of this process: on a GPU since the last reset, in main memory since the process started."""
+    """Peak memory of this process: on a GPU since the last reset, on a CPU since the process started."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -141,8 +141,8 @@ def estimate_communication(model: Transformer, config, world_size: int, num_micr
     return (DTYPES[config.dtype].itemsize * gathered + 4 * reduced) * (world_size - 1) // world_size
 
 
-def estimate_main_memory(model: Transformer, config, world_size: int, device_type: str) -> dict[str, int]:
-    """Bytes of main memory that a process needs to read and to write, by purpose; one at a time.
+def estimate_cpu_memory(model: Transformer, config, world_size: int, device_type: str) -> dict[str, int]:
+    """Bytes of CPU memory that a process needs to read and to write, by purpose; one at a time.
 
     Weights are read one at a time. Savepoints are written file by file: PyTorch holds a file's tensors (on a CPU they
     are there already), and safetensors two copies of their bytes. Rank 0 holds the weights of one file of a model.
@@ -195,8 +195,8 @@ def print_plan(model: Transformer, dataset: Dataset, config, world_size: int, de
     for name, size in estimate_memory(model, largest, config, world_size, device_type).items():
         note = " at the peak, where not all is there at once" if name == "total" else ""
         print0(f"  {name:20}{format_bytes(size):>10}{note}")
-    print0("main memory    of a process, beside what Python and PyTorch take, estimated; one at a time:")
-    for name, size in estimate_main_memory(model, config, world_size, device_type).items():
+    print0("CPU memory     of a process, beside what Python and PyTorch take, estimated; one at a time:")
+    for name, size in estimate_cpu_memory(model, config, world_size, device_type).items():
         note = ", on rank 0" if name == "saving models" else ""
         print0(f"  {name:20}{format_bytes(size):>10}{note}")
     data = sum(getattr(dataset, name).nbytes for name in ARRAY_DTYPES)

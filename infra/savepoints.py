@@ -167,7 +167,7 @@ def _score_tensors(accumulator) -> dict[str, torch.Tensor]:
 
 
 def _storage_writer(dcp, folder: Path, tensors: dict[str, torch.Tensor]):
-    """A writer of PyTorch's distributed checkpoint that needs little main memory.
+    """A writer of PyTorch's distributed checkpoint that needs little CPU memory.
 
     It copies a file's tensors from the GPU, and serializes them, before it writes them. So each process writes files of
     at most MAX_FILE_BYTES, or of one tensor that is larger, one after the other.

@@ -96,7 +96,7 @@ def test_accumulated_scores_by_hand(capsys, device):
     )
 
 
-def test_scores_are_summed_in_main_memory_for_an_apple_gpu_which_has_no_float64():
+def test_scores_are_summed_in_cpu_memory_for_an_apple_gpu_which_has_no_float64():
     sums = ScoreAccumulator([2], "mps").sums
     assert sums.device.type == "cpu" and sums.dtype == torch.float64
 

@@ -672,7 +672,7 @@ def test_batches_made_ahead_arrive_on_the_device_unchanged(device):
             for one, other in zip(tensors(here), tensors(there), strict=True):
                 assert one.device.type == device.type and one.dtype == other.dtype and torch.equal(one.cpu(), other)
             for one, other in ((here.index_c, there.index_c), (here.index_u, there.index_u)):
-                assert torch.equal(one, other)  # they stay in main memory
+                assert torch.equal(one, other)  # they stay in CPU memory
 
 
 # --- The demo corpus --------------------------------------------------------------------------------------------------

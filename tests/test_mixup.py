@@ -24,7 +24,7 @@ RELATIVE, ABSOLUTE = ({torch.float64: a, torch.float32: b} for a, b in ((1e-9, 1
 def case(device="cpu", seed=0, S=23, M=8, D=6, V=11, dtype=torch.float64, repeats=False):
     """Random arguments of the loss; with `repeats`, rows that several mixed positions share.
 
-    The indices stay in main memory. MPS has no float64, so the dtype there is float32.
+    The indices stay in CPU memory. MPS has no float64, so the dtype there is float32.
     """
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(S, D, generator=g, dtype=dtype)

@@ -113,7 +113,7 @@ def test_varlen_attention_equals_softmax_written_out(device, dtype, bound):
 
 
 class OnGPU(torch.Tensor):
-    """A tensor in main memory that says that it is on a GPU."""
+    """A tensor in CPU memory that says that it is on a GPU."""
 
     device = torch.device("mps")
 

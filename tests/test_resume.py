@@ -257,7 +257,7 @@ def test_a_signal_while_the_last_savepoint_is_written_ends_the_run(folder, plain
     assert_same(outcome(tmp_path / "o"), plain)
 
 
-def test_a_savepoint_takes_the_main_memory_of_a_part(tmp_path, monkeypatch):
+def test_a_savepoint_takes_the_cpu_memory_of_a_part(tmp_path, monkeypatch):
     """Python's share of it: the serialized bytes. What a GPU would add is copied to memory that is not pinned."""
     model = tiny_model(vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     optimizer, metrics = make_optimizer(model, TrainConfig()), StepMetrics(10, torch.device("cpu"))

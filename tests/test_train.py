@@ -29,7 +29,7 @@ from infra.plan import (
     LargestMicroBatch,
     activation_bytes,
     estimate_communication,
-    estimate_main_memory,
+    estimate_cpu_memory,
     estimate_memory,
     largest_micro_batch,
 )
@@ -812,7 +812,7 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(folder, tmp_path, mon
     adapters = 2 * 2 * sum((32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 48, 32 + 48, 48 + 32))  # layers, rank
     assert f"{parameters + adapters:,}, of which {adapters:,} are trained" in text and "on 4 x cpu" in text
     sent = (4 * (parameters + adapters) + 4 * adapters) * 3 // 4  # gathered and reduced once, 3 of 4 shards to others
-    assert f" {sent / 1e6:.1f} MB\n\nThe first example" in text and "main memory" in text
+    assert f" {sent / 1e6:.1f} MB\n\nThe first example" in text and "CPU memory" in text
 
 
 def test_what_stages_of_zero_take():
@@ -849,17 +849,17 @@ def test_attention_in_float32_on_a_gpu_keeps_keys_and_values_of_each_query_head(
     assert kept["bf16"][1] - kept["bf16"][0] == 2 * 2 * (64 - 16)
 
 
-def test_main_memory_is_that_of_a_part_of_a_savepoint_and_of_a_file_of_a_model():
+def test_cpu_memory_is_that_of_a_part_of_a_savepoint_and_of_a_file_of_a_model():
     with torch.device("meta"):
         large = Transformer(ModelConfig(vocab_size=128256, hidden_size=4096, num_hidden_layers=4))
         small = Transformer(ModelConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1))
     config, head, parameters = TrainConfig(dtype="bf16"), 128256 * 4096, sum(p.numel() for p in small.parameters())
     expected = {"loading": 4 * head, "savepoints": 3 * 4 * head, "saving models": 5 * 10**9}
-    assert estimate_main_memory(large, config, 1, "cuda") == expected
+    assert estimate_cpu_memory(large, config, 1, "cuda") == expected
     expected = {"loading": head // 2, "savepoints": 3 * 5 * 10**8, "saving models": 5 * 10**9}
-    assert estimate_main_memory(large, config, 8, "cuda") == expected
+    assert estimate_cpu_memory(large, config, 8, "cuda") == expected
     whole = {"savepoints": 2 * 12 * parameters, "saving models": 4 * parameters}
-    assert estimate_main_memory(small, config, 1, "cpu").items() >= whole.items()
+    assert estimate_cpu_memory(small, config, 1, "cpu").items() >= whole.items()
 
 
 SHAPES = {
