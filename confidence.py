@@ -40,7 +40,7 @@ from infra.cli import (
     SEVERAL,
     ArgumentParser,
     add_data_flag,
-    add_data_flags,
+    add_encoding_flags,
     add_model_flags,
     check_output_path,
 )
@@ -83,7 +83,7 @@ def gold_log_probs(model: Transformer, micro_batch: MicroBatch):
     return model(row.tokens, row.positions, row.cu_seqlens, head=head)
 
 
-MIN_LOG_PROB = -690.0  # log p of a gold token counts as at least this (p = 10⁻³⁰⁰), and so does one that is not finite
+MIN_LOG_PROB = -690.0  # a lower log p of a gold token, or one that is not finite, counts as this: p = 10⁻³⁰⁰
 
 
 class ScoreAccumulator:
@@ -380,7 +380,7 @@ def parse_args(argv=None):
     saving.add_argument("--plot", metavar="PNG", help=help)
     add_selection_flags(parser)
     add_model_flags(parser)
-    add_data_flags(parser)
+    add_encoding_flags(parser)
     args = parser.parse_args(argv)
     check_flags(parser, args)
     return args

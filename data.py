@@ -262,7 +262,7 @@ def sample_lambda(num_pairs: int, alpha: float, seed: int, step: int) -> torch.T
 
 # --- Global batches and micro-batches ---------------------------------------------------------------------------------
 
-MICRO_BATCH_TOKENS = 8192  # the default number of tokens in a forward pass
+MICRO_BATCH_TOKENS = 8192  # by default, the most tokens in a forward pass, if no pair is longer
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -277,8 +277,8 @@ class MicroBatch:
     row: Batch
     supervised: torch.Tensor  # int64 [S]: the supervised positions of the row
     example_index: torch.Tensor  # int64 [S]: the index in the dataset of the example that each belongs to
-    index_c: torch.Tensor  # int64 [M]: the mixed positions, from `mixup.pair_positions`; always on the CPU
-    index_u: torch.Tensor  # int64 [M]: and those that they are mixed with
+    index_c: torch.Tensor  # int64 [M]: which of the S supervised positions are mixed; always on the CPU
+    index_u: torch.Tensor  # int64 [M]: and with which of them (`mixup.pair_positions`)
     lam: torch.Tensor  # float32 [M]: λ at each mixed position
 
     def to(self, device) -> "MicroBatch":

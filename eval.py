@@ -22,6 +22,7 @@ from infra.answers import (
     Prompt,
     add_answer_flags,
     append_answers,
+    check_sampling_flags,
     load_answers,
     load_prompts,
     progress_file,
@@ -34,7 +35,7 @@ from infra.chat_templates import resolve_template
 from infra.cli import (
     ArgumentParser,
     add_data_flag,
-    add_data_flags,
+    add_encoding_flags,
     add_micro_batch_flag,
     add_model_flags,
     check_output_path,
@@ -109,7 +110,7 @@ def nll_per_example(model: Transformer, encoded: Sequence, micro_batch_tokens: i
     """Negative log-likelihood of each example: -> (Σ −log p over its supervised tokens [N], their number [N])"""
     _, perplexity = score_examples(model, encoded, micro_batch_tokens)
     _, num_supervised = count_tokens(encoded)
-    return num_supervised * np.log(perplexity), num_supervised  # perplexity is exp(nll / N)
+    return num_supervised * np.log(perplexity), num_supervised  # perplexity is exp(nll / num_supervised)
 
 
 # --- Exact match ------------------------------------------------------------------------------------------------------
@@ -390,6 +391,7 @@ def chat(args, device) -> None:
     """Talk with a model in the terminal, until the input ends."""
     if world_size() > 1:
         raise ValueError("chat: is for one process; start it without torchrun")
+    check_sampling_flags(args)
     tokenizer, template, dtype = load_setup(args, device)
     model = load_for_inference(args.model, DTYPES[dtype], device)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -467,7 +469,7 @@ def main(argv=None) -> None:
             command.group("generation").add_argument(name, type=type, default=default, metavar="X", help=help)
 
     for name, help in (("perplexity", "held-out loss and perplexity"), ("match", "exact match by greedy generation")):
-        add_data_flags(add_command(name, perplexity_or_match, help, "the examples"))
+        add_encoding_flags(add_command(name, perplexity_or_match, help, "the examples"))
     help, data = "multiple choice by log-likelihood", "questions with choices"
     command = add_command("choice", multiple_choice, help, data, (*TEMPLATES, PLAIN))
     group = command.group("data")

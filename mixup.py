@@ -107,8 +107,8 @@ def sftmix_loss(
             are in autocast's dtype.
         weight [V, D]: the weight of `lm_head`
         targets int64 [S]: the target tokens, without IGNORE_INDEX
-        index_c, index_u int64 [M]: the paired positions, from `pair_positions`; on the CPU, even if hidden is on a
-            GPU, or each call waits for the GPU. A position in several pairs still counts once in L_NTP.
+        index_c, index_u int64 [M]: the paired positions, rows of hidden, from `pair_positions`; on the CPU, even if
+            hidden is on a GPU, or each call waits for the GPU. A position in several pairs still counts once in L_NTP.
         lam: λ, a number or [M]; gets no gradient
         mu, ntp_weight: the weights of L_Mixup and of L_NTP (1 in the paper)
         num_supervised, num_mixed: the denominators of the two means, by default S and M. Under gradient accumulation or
@@ -172,7 +172,7 @@ class _ChunkedLoss(torch.autograd.Function):
         order, uses = to_device(order, device), to_device(uses, device)
         share = 1 / uses.to(sum_dtype)[:, None]  # [S, 1]: the weight of each appearance of a position in `order`
         # A tensor, because torch.compile would recompile for each new number.
-        pair_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
+        mix_scale = torch.full((), mix_scale, dtype=sum_dtype, device=device)
         with torch.autocast(device_type, enabled=False):  # the dtypes are chosen above
             W = weight.to(matmul_dtype)
             padded_V = V + (-V) % VOCAB_MULTIPLE.get(device_type, 1)  # the next multiple
@@ -185,7 +185,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = W.new_empty(len(s), padded_V)  # [R, V], and padding of which softmax makes 0
                 logits[:, V:] = torch.finfo(matmul_dtype).min
                 torch.mm(z, W.T, out=logits[:, :V])  # the only lm_head matmul of the forward pass
-                grad, log_p, ce_mixed = gradient(logits, y, lam_m, ntp_scale * share[s], pair_scale, grad_dtype)
+                grad, log_p, ce_mixed = gradient(logits, y, lam_m, ntp_scale * share[s], mix_scale, grad_dtype)
                 ntp_sum = ntp_sum - (share[s] * log_p).sum()  # Σ −log p(y_s)
                 mix_sum = mix_sum + ce_mixed.sum()  # Σ H(ỹ_m, p̃_m)
                 if log_p_out is not None:
@@ -211,16 +211,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-def _logits_gradient(logits, y, lam, position_scale, pair_scale, grad_dtype):
-    """All of a chunk but its matmuls, in place where possible; on a GPU it is compiled into a few kernels.
+def _logits_gradient(logits, y, lam, ntp_scale, mix_scale, grad_dtype):
+    """Compute all of a chunk but its matmuls, in place where possible. On a GPU it is compiled into a few kernels.
 
-    logits [R, V], y int64 [R, 1], lam [k, 1], and the weights in the loss of each position, position_scale [R, 1], and
-    of each pair, pair_scale []. Rows 0 to k−1 are confident positions, rows k to 2k−1 their unconfident partners.
+    logits [R, V], y int64 [R, 1], lam [k, 1], and the weights in the loss of each position, ntp_scale [R, 1], and of
+    each mixed position, mix_scale []. Rows 0 to k−1 are confident positions, rows k to 2k−1 their unconfident partners.
     -> (gradient of the loss with respect to logits [R, V] in grad_dtype, log p(y) [R, 1], H(ỹ, p̃) [k, 1])
     """
     k = len(lam)
     y_c, y_u = y[:k], y[k : 2 * k]
-    logits = logits.to(position_scale.dtype)
+    logits = logits.to(ntp_scale.dtype)
     mixed = torch.lerp(logits[k : 2 * k], logits[:k], lam)  # [k, V]: λ W z^c + (1−λ) W z^u = W z̃, fact 2
     total, (log_p,) = exp_and_log_p_(logits, y)
     total_mixed, (log_p_c, log_p_u) = exp_and_log_p_(mixed, y_c, y_u)
@@ -228,9 +228,9 @@ def _logits_gradient(logits, y, lam, position_scale, pair_scale, grad_dtype):
 
     # Fact 3: the gradient of −log p(y) is p − e_y, and that of H(ỹ, p̃) with respect to the mixed logits is p̃ − ỹ. By
     # fact 2, the confident row gets λ times the latter and the unconfident row 1−λ times.
-    grad = _subtract_at_(logits.mul_(position_scale / total), y, position_scale)
-    grad_mixed = _subtract_at_(mixed.mul_(pair_scale / total_mixed), y_c, pair_scale * lam)
-    grad_mixed = _subtract_at_(grad_mixed, y_u, pair_scale * (1 - lam))
+    grad = _subtract_at_(logits.mul_(ntp_scale / total), y, ntp_scale)
+    grad_mixed = _subtract_at_(mixed.mul_(mix_scale / total_mixed), y_c, mix_scale * lam)
+    grad_mixed = _subtract_at_(grad_mixed, y_u, mix_scale * (1 - lam))
     grad[:k].addcmul_(lam, grad_mixed)
     grad[k : 2 * k].addcmul_(1 - lam, grad_mixed)
     return grad.to(grad_dtype), log_p, ce_mixed
@@ -300,11 +300,11 @@ def _chunks(num_positions: int, index_c, index_u, size: int):
     appears k times in `order`; uses is max(k, 1), so that each appearance counts for 1/uses in L_NTP.
     """
     uses = torch.bincount(torch.cat([index_c, index_u]), minlength=num_positions)  # [S]
-    order, chunks, num_mixed = [], [], 2 * len(index_c)
+    order, chunks = [], []
     for m in range(0, len(index_c), size // 2):
         mixed = slice(m, min(m + size // 2, len(index_c)))
         order += [index_c[mixed], index_u[mixed]]
         chunks.append((slice(2 * m, 2 * mixed.stop), mixed))
     order = torch.cat([*order, (uses == 0).nonzero()[:, 0]])  # last, the positions in no pair
-    chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(num_mixed, len(order), size)]
+    chunks += [(slice(s, min(s + size, len(order))), slice(0, 0)) for s in range(2 * len(index_c), len(order), size)]
     return order, uses.clamp(min=1), chunks

@@ -33,8 +33,8 @@ from infra.tokenizer_files import (
 class Template(NamedTuple):
     """The text of each kind of turn. {bos}, {eos} and `special_tokens` in it are inserted as ids.
 
-    {system}, {user} and {assistant} stand for the contents of messages, stripped of surrounding white space.
-    `transformers` encodes a whole conversation at once, and could merge a heading's new line with one in the content.
+    {system}, {user} and {assistant} stand for the contents of messages. Surrounding white space is stripped, because
+    `transformers` encodes a conversation as one text, and could merge it with white space of the template.
     """
 
     first_user: str  # the start of the conversation and the first user turn
@@ -145,7 +145,7 @@ TEMPLATE_MARKERS = {
 
 
 def check_conversation(messages: list[dict], template: Template) -> None:
-    """ValueError if a template would write something twice."""
+    """Raise ValueError if the last answer begins with the <think> that the template itself writes before it."""
     is_answer, content = messages[-1]["role"] == "assistant", messages[-1]["content"].lstrip()
     if template.last_generation_prompt and is_answer and content.startswith("<think>"):
         raise ValueError("an answer begins with <think>, as does the template's; choose --template chatml")
@@ -455,7 +455,8 @@ class Tokenizer:
 
     def _check_template(self, name: str) -> None:
         """Raise ValueError if the tokenizer lacks a special token of the template, or has one for a text in it."""
-        self.render_conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], name)
+        conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        self.render_conversation(conversation, name)  # raises for a special token that is missing
         parts = TEMPLATES[name].split(" ".join(text for text in TEMPLATES[name] if isinstance(text, str)))
         text = "".join(part for part, is_special in parts if not is_special)
         for token in sorted(self._special_tokens, reverse=True):

@@ -145,7 +145,7 @@ class TrainConfig:
 
     micro_batch_tokens: int = flag(
         MICRO_BATCH_TOKENS,
-        "tokens in a forward pass of a process; fewer take less memory, with the same result",
+        "most tokens in a forward pass, or one longer pair; fewer take less memory, with the same result",
         at_least=1,
         group="hardware",
     )
@@ -216,8 +216,8 @@ def parse_config(argv=None) -> TrainConfig:
         if isinstance(value, list):  # of a flag that takes several values
             given[name] = value[0] if len(value) == 1 else tuple(value)
     try:
-        # DEMO_FLAGS sets what a model folder would decide otherwise, such as max_length and dtype.
-        return TrainConfig(**({} if "model" in given else DEMO_FLAGS) | given)
+        defaults = {} if "model" in given else DEMO_FLAGS
+        return TrainConfig(**{**defaults, **given})
     except ValueError as error:
         parser.error(str(error))
 
@@ -341,7 +341,7 @@ def train(
 ) -> dict:
     """Train `model` in place for `config.epochs`.
 
-    -> {"seconds": time without pauses, "peak_memory_bytes": of this process, "skipped": number of steps}
+    -> {"seconds": time without that of saving, "peak_memory_bytes": of this process, "skipped": number of steps}
 
     `log` receives a record every `config.log_every` steps and for each skipped step. `after_step` maps a number of
     finished steps to a function that is then called. With `savepoints`, training resumes from the newest of them and
@@ -680,7 +680,8 @@ def main(argv=None) -> None:
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     with init_distributed(config.device) as device:
-        # torchrun restarts a run after a failure. Of several machines, it counts that on the one that failed alone.
+        # torchrun restarts a run after a failure, and counts the restarts only on the machine that failed: so they are
+        # summed over all processes.
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if all_reduce_sum(torch.tensor(restarts, device=device)):
             config = replace(config, resume=True)

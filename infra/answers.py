@@ -47,12 +47,17 @@ def resolve_answer_flags(args) -> None:
         args.max_new_tokens = MAX_NEW_TOKENS[args.format]
     if args.temperature is None and args.format != "mt_bench":
         args.temperature = 0.0
-    if args.temperature == 0 and (args.top_p != 1 or args.seed != 0):
-        raise ValueError("--top_p and --seed: are for sampling, which needs a --temperature above 0")
+    check_sampling_flags(args)
     if args.format != "jsonl" and args.output is None:
         raise ValueError(f"--format {args.format}: needs --output")
     if args.output is not None:
         check_output_path(args.output)
+
+
+def check_sampling_flags(args) -> None:
+    """Raise ValueError if flags of sampling would have no effect."""
+    if args.temperature == 0 and (args.top_p != 1 or args.seed != 0):
+        raise ValueError("--top_p and --seed: are for sampling, which needs a --temperature above 0")
 
 
 # --- Records to answer ------------------------------------------------------------------------------------------------

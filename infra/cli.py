@@ -146,8 +146,8 @@ def add_data_flag(parser: ArgumentParser, what: str, required: bool) -> None:
     parser.group("data").add_argument("--data", **SEVERAL, required=required, metavar="FILE", help=help)
 
 
-def add_data_flags(parser: ArgumentParser) -> None:
-    """Add the flags of each script that reads examples, with the defaults of training."""
+def add_encoding_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say how examples are read, encoded and packed, with the defaults of training."""
     data = parser.group("data")
     data.add_argument("--skip_bad_records", action="store_true", help="leave out records that cannot be read")
     data.add_argument("--max_length", type=parser.positive, metavar="N", help=MAX_LENGTH_HELP)
@@ -157,7 +157,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
 
 def add_micro_batch_flag(parser: ArgumentParser) -> None:
     """Add --micro_batch_tokens, for a script that packs examples."""
-    help = f"tokens in a forward pass; fewer take less memory (default {MICRO_BATCH_TOKENS})"
+    help = f"most tokens in a forward pass; fewer take less memory (default {MICRO_BATCH_TOKENS})"
     settings = {"type": parser.positive, "default": MICRO_BATCH_TOKENS, "metavar": "N"}
     parser.group("hardware").add_argument("--micro_batch_tokens", **settings, help=help)
 

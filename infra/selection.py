@@ -57,6 +57,9 @@ def check_flags(parser, args) -> None:
         parser.error(f"--output {args.output}: is written as JSON lines; call it .jsonl")
     if args.most and args.show is None:
         parser.error("--most: needs --show")
+    for name in ("template", "max_length", "micro_batch_tokens", "dtype", "cache"):
+        if args.scores and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: is for scoring with --checkpoints, and --scores has scores already")
     if args.by and not (selects or args.plot is not None):
         parser.error("--by: needs --show, --keep or --plot")
 

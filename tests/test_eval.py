@@ -334,6 +334,9 @@ def test_flags_of_sampling_without_sampling_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([str(argument) for argument in (*given, *more)])
         assert "--top_p and --seed: are for sampling" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat", "--model", str(tmp_path), "--temperature", "0", "--seed", "1"])
+    assert "--top_p and --seed: are for sampling" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ASKED)

@@ -166,6 +166,8 @@ def test_what_is_kept_is_written_whole_or_not_at_all(folder, capsys, monkeypatch
         ("--scores s --data d --show 3 --output o", "--output: is for --keep, while --show prints"),
         ("--scores s --data d --keep 0.5 --output o --most", "--most: needs --show"),
         ("--checkpoints m --data d --output o --by perplexity", "--by: needs --show, --keep or --plot"),
+        ("--scores s --data d --show 3 --max_length 64", "--max_length: is for scoring with --checkpoints"),
+        ("--scores s --plot p --micro_batch_tokens 64", "--micro_batch_tokens: is for scoring with --checkpoints"),
         ("--scores s --data d --keep 90 --output o", "'90' is not a number from 0 to 1"),
         ("--scores s --data d --show 0", "'0' is not a positive integer"),
         ("--scores s --data d --keep 0.5 --output o.parquet", "--output o.parquet: is written as JSON lines"),
