@@ -7,6 +7,7 @@ They print the tables of docs/scaling.md. The measurement is the peak of the mem
 while a model is loaded and `train.train` makes two steps, as PyTorch's profiler records it.
 """
 
+import gc
 import json
 import math
 import os
@@ -166,6 +167,7 @@ def random_dataset(vocab_size: int, examples: int) -> Dataset:
 
 def peak_of(function) -> int:
     """The peak of the bytes that `function()` allocates in CPU memory."""
+    gc.collect()  # what earlier calls have left would be freed in this one, and subtracted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
