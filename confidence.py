@@ -169,7 +169,7 @@ def score_examples(
         no_pairs = torch.zeros(0)
         return build_micro_batch(encoded, np.array(examples, dtype=np.int64), no_pairs).to(device)
 
-    for micro_batch in prefetch(prepare, assignment[rank() :: world_size()]):
+    for micro_batch in prefetch(prepare, assignment[rank() :: world_size()], device):
         accumulator.add(micro_batch.example_index, gold_log_probs(model, micro_batch))
     return accumulator.pop_scores()
 

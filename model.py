@@ -315,10 +315,11 @@ class VarlenMetadata(NamedTuple):
 def varlen_attention(q, k, v, varlen: VarlenMetadata):
     """Causal attention within each example of a packed row. q [T, H, d], k and v [T, K, d] -> [T, H, d]
 
-    There is neither padding nor a mask. With CUDA, in 16-bit dtypes, one kernel computes all examples (FlashAttention,
-    Dao 2023). Otherwise each example is a call of its own.
+    There is neither padding nor a mask. With CUDA, in 16-bit dtypes and for the usual head sizes, one kernel computes
+    all examples (FlashAttention, Dao 2023). Otherwise each example is a call of its own.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    fits_flash = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if q.is_cuda and fits_flash:
         return _flash_attention(q, k, v, varlen)
     return _sdpa_per_example(q, k, v, varlen.cu_seqlens)
 
@@ -465,10 +466,12 @@ def _compiled_block():
     global _sdpa_per_example  # not compiled: the number of its iterations differs from row to row
     _sdpa_per_example = torch.compiler.disable(_sdpa_per_example)  # loads the compiler, for a second: so not earlier
     compiled = torch.compile(Block.compute, dynamic=True)
+    # By default, the head_dim of a sharded block would be taken for a size that changes (pytorch#194795). Made once,
+    # because each patch that is entered stays in memory.
+    skip_fsdp_guards = torch._dynamo.config.patch(skip_fsdp_guards=False)
 
     def compute(*arguments):
-        # By default, the head_dim of a sharded block would be taken for a size that changes (pytorch#194795).
-        with torch._dynamo.config.patch(skip_fsdp_guards=False):
+        with skip_fsdp_guards:
             return compiled(*arguments)
 
     return compute

@@ -360,7 +360,7 @@ def train(
             is_mixed = epoch >= sampler.num_ntp_epochs
             ntp_weight = config.ntp_weight if is_mixed else 1.0
             prepare = partial(prepare_batch, dataset, config, sampler.order(epoch), is_mixed, device)
-            for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps)):
+            for batch in prefetch(prepare, range(done, (epoch + 1) * epoch_steps), device):
                 lr = learning_rate(done, total_steps, config.lr, config.warmup_ratio)
                 losses = forward_backward(model, batch, config.mu, ntp_weight, accumulator, config.zero_stage)
                 # The number of signals is summed with the losses, so that all processes stop after the same step.

@@ -322,7 +322,7 @@ def main() -> None:
         "the loss": loss_by_parts,
         "a step": step_by_parts,
     }
-    rows = run_parts({name: partial(part, sizes) for name, part in parts.items()}, seconds=600, part_seconds=200)
+    rows = run_parts({name: partial(part, sizes) for name, part in parts.items()}, seconds=500, part_seconds=200)
     print_table(rows)
     sys.exit(not all(row.ok for row in rows))
 

@@ -301,12 +301,18 @@ def temporary_folder(path: Path):
 # --- Threads ----------------------------------------------------------------------------------------------------------
 
 
-def prefetch(make: Callable, items: Iterable) -> Iterator:
+def prefetch(make: Callable, items: Iterable, device) -> Iterator:
     """Yield `make(item)` for each item, computing the next one in a background thread.
 
-    >>> list(prefetch(str, [1, 2, 3]))
+    `device` is what `make` copies to: on Apple GPUs, two threads can crash the process (pytorch#197805), so there is no
+    second one.
+
+    >>> list(prefetch(str, [1, 2, 3], "cpu"))
     ['1', '2', '3']
     """
+    if torch.device(device).type == "mps":
+        yield from map(make, items)
+        return
     with ThreadPoolExecutor(max_workers=1) as background:
         coming = None
         for item in items:

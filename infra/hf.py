@@ -176,8 +176,10 @@ def load_weights(model: Transformer, files: dict[str, Path], device) -> None:
                 parameter = model.get_parameter(name)
                 first, end = local_row_range(parameter)
                 if first < end:
-                    rows = local_shard(parameter).copy_(weights.get_slice(name)[first:end])
-                    if not all(map(math.isfinite, rows.aminmax())):  # unlike isfinite, this makes no copy
+                    shard = local_shard(parameter)
+                    # To the device first, where converting to the dtype of the shard is faster.
+                    shard.copy_(weights.get_slice(name)[first:end].to(device))
+                    if not all(map(math.isfinite, shard.aminmax())):  # unlike isfinite, this makes no copy
                         raise ValueError(f"{file}: {name} holds numbers that are not finite")
 
 

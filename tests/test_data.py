@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
 
 import numpy as np
@@ -571,10 +572,16 @@ def test_what_is_made_ahead_is_one_item_and_errors_come_through():
         return 1 // (3 - i)
 
     with pytest.raises(ZeroDivisionError):
-        for number, _ in enumerate(prefetch(make, range(5))):
+        for number, _ in enumerate(prefetch(make, range(5), "cpu")):
             time.sleep(0.05)
             assert made == list(range(min(number + 2, 5)))
     assert made[-1] <= 4
+
+
+def test_no_second_thread_uses_an_apple_gpu():
+    here = threading.get_ident()
+    threads = {device: [*prefetch(lambda _: threading.get_ident(), range(3), device)] for device in ("mps", "cpu")}
+    assert threads["mps"] == [here] * 3 and here not in threads["cpu"]
 
 
 def test_truncated_and_dropped_examples_are_counted(tokenizer):
@@ -665,7 +672,7 @@ def test_batches_made_ahead_arrive_on_the_device_unchanged(device):
         moved = row.tokens, row.targets, row.positions, micro_batch.supervised, micro_batch.example_index
         return *moved, micro_batch.lam
 
-    moved = list(prefetch(lambda order: build_batch(dataset, order, lam, 50).to(device), orders))
+    moved = list(prefetch(lambda order: build_batch(dataset, order, lam, 50).to(device), orders, device))
     for order, batch in zip(orders, moved, strict=True):
         expected = build_batch(dataset, order, lam, 50)
         for here, there in zip(batch.micro_batches, expected.micro_batches, strict=True):

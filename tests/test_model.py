@@ -1,5 +1,6 @@
 """The transformer: packing, caching, configuration, checkpoints."""
 
+import contextvars
 import json
 import math
 import random
@@ -136,6 +137,40 @@ def test_a_gpu_gets_a_key_head_for_each_query_head(monkeypatch):
     shapes.clear()
     _sdpa_per_example(q, k, v, cu_seqlens)
     assert shapes == [(4, 2, 2, True)] * 2
+
+
+@pytest.mark.parametrize(
+    "head_size, dtype, is_flash",
+    [
+        (64, "bfloat16", True),
+        (256, "float16", True),
+        (64, "float32", False),
+        (12, "bfloat16", False),
+        (264, "bfloat16", False),
+    ],
+)
+def test_flash_attention_gets_no_head_size_that_it_refuses(monkeypatch, head_size, dtype, is_flash):
+    class OnCUDA(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(model_module, "_flash_attention", lambda *arguments: "flash")
+    monkeypatch.setattr(model_module, "_sdpa_per_example", lambda *arguments: "sdpa")
+    q = torch.zeros(3, 2, head_size, dtype=getattr(torch, dtype)).as_subclass(OnCUDA)
+    varlen = VarlenMetadata(None, None, None, None, None, max_seqlen=4)
+    assert varlen_attention(q, q, q, varlen) == ("flash" if is_flash else "sdpa")
+
+
+def test_calls_of_compiled_blocks_leave_nothing_in_memory(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model_module._compiled_block.cache_clear()
+    model = tiny_model()
+    model.compile_blocks()
+    model(torch.arange(5))
+    before = len(contextvars.copy_context())
+    for _ in range(10):
+        model(torch.arange(5))
+    model_module._compiled_block.cache_clear()
+    assert len(contextvars.copy_context()) == before
 
 
 def test_blocks_are_compiled_four_times_at_most(monkeypatch):
