@@ -171,6 +171,7 @@ README_ROWS = {  # how a row of its table begins -> section, key in a run, decim
     "3M base, MedQuAD": ("3M MedQuAD", "loss_at_temperature", 3, 1, 0.04),
     "**SmolLM2-135M-Instruct, Alpaca": (MAIN_CELL, "loss_at_temperature", 4, 1, 0.04),
     "the same base, MedQuAD": ("135M MedQuAD", "loss_at_temperature", 4, 1, 0.04),
+    "the same base, GSM8K": ("135M GSM8K mistakes", "loss_at_temperature", 4, 1, 0.04),
 }
 
 
