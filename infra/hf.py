@@ -177,7 +177,7 @@ def load_weights(model: Transformer, files: dict[str, Path], device) -> None:
                 first, end = local_row_range(parameter)
                 if first < end:
                     shard = local_shard(parameter)
-                    # To the device first, where converting to the dtype of the shard is faster.
+                    # To the device first, so that a GPU converts the dtype and not the CPU.
                     shard.copy_(weights.get_slice(name)[first:end].to(device))
                     if not all(map(math.isfinite, shard.aminmax())):  # unlike isfinite, this makes no copy
                         raise ValueError(f"{file}: {name} holds numbers that are not finite")
